@@ -1,0 +1,356 @@
+"""The words of the project: shape letters, the records that travel from prompt to loss, and the protocols they meet.
+
+Shape letters, used in every annotation of layers 0 to 2:
+
+    B  prompts                       G  group size (rollouts of one prompt)     N  rollouts, N = B * G
+    P  prompt length                 C  completion length                       L  = P + C
+    V  vocabulary                    D  width of the network                    M  positions wanted of one view
+    R  noised views                  T  length of a view (L, or 2L for two-stream views)
+    K  views that score one rollout  U  units of a likelihood (C tokens, 1 sequence, K views or S steps)
+    F  reward parts                  S  denoising steps
+
+Log-probabilities are in nats. Masks are boolean and True means "real", "valid" or "masked" as their name says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Unit = Literal["token", "sequence", "view", "step"]
+Outcome = Literal["ok", "unparsed", "timeout", "error"]
+Example = Mapping[str, Any]
+Metrics = dict[str, Tensor]
+
+
+# ---------------------------------------------------------------------------------------------------------------- draws
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """A source of random numbers whose values depend on what they are for, never on when or where they are drawn."""
+
+    def at(self, *, step: int | None = None, inner: int | None = None) -> Draws:
+        """The same source at another rollout step or inner update."""
+        ...
+
+    def uniform(
+        self,
+        stream: str,
+        rows: Int[Tensor, " n"],
+        shape: tuple[int, ...],
+        step: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> Float[Tensor, "n ..."]:
+        """Uniforms in the open interval (0, 1), one block of `shape` for each global row id, on the device of `rows`."""
+        ...
+
+    def batch(self, stream: str, shape: tuple[int, ...], step: int = 0) -> Float[Tensor, "..."]:
+        """Uniforms for the whole global batch (stratified t, shared masks): the same on every rank; on the CPU."""
+        ...
+
+
+# --------------------------------------------------------------------------------------------------------------- prompts
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts, left-padded to one length."""
+
+    prompt_ids: Int[Tensor, "B P"]
+    prompt_mask: Bool[Tensor, "B P"]
+    """True where a real prompt token stands."""
+    row_ids: Int[Tensor, " B"]
+    """Global identity of each prompt within its batch or data set; every random draw for the row hangs on it."""
+    examples: Sequence[Example] = ()
+
+    def rows(self, start: int, stop: int) -> PromptBatch:
+        """The prompts from `start` up to, not including, `stop`."""
+        return PromptBatch(
+            self.prompt_ids[start:stop],
+            self.prompt_mask[start:stop],
+            self.row_ids[start:stop],
+            self.examples[start:stop],
+        )
+
+    def to(self, device: torch.device | str) -> PromptBatch:
+        """The same prompts with their tensors on `device`."""
+        return PromptBatch(
+            self.prompt_ids.to(device), self.prompt_mask.to(device), self.row_ids.to(device), self.examples
+        )
+
+
+# -------------------------------------------------------------------------------------------------------------- rollouts
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions of a batch of prompts, group by group, with what the sampler saw when it committed each token."""
+
+    prompt_ids: Int[Tensor, "N P"]
+    prompt_mask: Bool[Tensor, "N P"]
+    completion_ids: Int[Tensor, "N C"]
+    completion_mask: Bool[Tensor, "N C"]
+    """True up to and including the first end-of-sequence token."""
+    row_ids: Int[Tensor, " N"]
+    """Global id of each rollout: prompt row id * group_size + place in the group."""
+    group_size: int
+    commit_step: Int[Tensor, "N C"]
+    """Index of the denoising step that fixed each token; positions never reached carry -1."""
+    sampled_logprobs: Float[Tensor, "N C"]
+    """Log-probability of the chosen token under the distribution it was drawn from (temperature included)."""
+    confidence: Float[Tensor, "N C"]
+    """The confidence score by which the position was chosen, when it was committed."""
+    entropy: Float[Tensor, "N C"]
+    """Entropy of the prediction (temperature 1) when the token was committed, in nats."""
+    trace: Int[Tensor, "S N C"] | None = None
+    """The canvas after every denoising step, on request (remasking samplers, order methods, the player)."""
+    completions: tuple[str, ...] = ()
+    """Text of each completion up to the first end-of-sequence token."""
+    examples: tuple[Example, ...] = ()
+    num_forwards: int = 0
+    """Network calls the sampler made for this batch."""
+    num_tokens_forward: int = 0
+    """Token positions those calls computed, over all rows (what the FLOP counters need)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors live."""
+        return self.completion_ids.device
+
+
+# ------------------------------------------------------------------------------------------------------------ likelihood
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """Noised views of a rollout: what the network sees when it scores the rollout. All randomness is already in it."""
+
+    noised_ids: Int[Tensor, "R T"]
+    view_of: Int[Tensor, "N K"]
+    """Which views score each rollout; -1 for none. Several rollouts may share a view."""
+    target_ids: Int[Tensor, "N K C"]
+    """The tokens scored in those views (the completion, unless a method says otherwise)."""
+    weight: Float[Tensor, "N K C"]
+    """Share of each scored token under each view; 0 means not scored there."""
+    score_from: int
+    """Index in the view of the first scored position; positions score_from .. score_from + C - 1 are scored."""
+    attention: Bool[Tensor, "R T"] | Bool[Tensor, "R T T"] | None = None
+    """Which keys may be attended (per row, or per query and key); None: all."""
+    position_ids: Int[Tensor, "R T"] | None = None
+    temperature: float = 1.0
+    """Logits are divided by it before the log-softmax."""
+    guidance: float = 0.0
+    """Classifier-free guidance scale s: logits become u + (s + 1)(c - u), u seen with the whole prompt masked."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an estimator may know when it draws its corruption."""
+
+    rollout: Rollout
+    advantages: Float[Tensor, "..."]
+    """[N] or [N U]; SPG chooses its bound by the sign."""
+    inner: int
+    num_inner_updates: int
+    mask_token_id: int
+    draws: Draws
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """A likelihood of each rollout in units (tokens, one sequence, views or steps), in nats."""
+
+    value: Float[Tensor, "N U"]
+    weight: Float[Tensor, "N U"]
+    """How much each unit counts; 0 where nothing was scored (past the end of the completion, say)."""
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """Quantities a loss may want apart: both bounds, token and order likelihood, ..."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the network said about a corruption."""
+
+    logprobs: Float[Tensor, "N K C"]
+    """Log-probability of each target in each view; 0 where its weight is 0."""
+    entropy: Float[Tensor, "N K C"] | None = None
+    """Entropy of the prediction at each scored position, on request."""
+
+
+@runtime_checkable
+class LogProbEstimator(Protocol):
+    """Turns a rollout into noised views, and the network's verdict on them into a likelihood. Never calls a network."""
+
+    @property
+    def unit(self) -> Unit:
+        """What one column of the likelihood stands for."""
+        ...
+
+    def corrupt(self, context: Context) -> Corruption:
+        """Draw the noised views; every random number comes from `context.draws`."""
+        ...
+
+    def combine(self, view_logprobs: Float[Tensor, "N K C"], corruption: Corruption, context: Context) -> LogProbs:
+        """Pure maths: from token log-probabilities per view to the likelihood."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------------ rewards, losses
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a reward part or a grader says of one completion."""
+
+    value: float
+    outcome: Outcome = "ok"
+    """ok: judged; unparsed: no answer found; timeout, error: the judge failed, which is never a silent zero."""
+    parsed: str | None = None
+    """The answer as it was read from the completion."""
+    out_of: float = 1.0
+    """The most that `value` can be where a grader counts (cells of a Sudoku); 1 elsewhere."""
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Text to verdicts: no tensors, no printing, no side effects."""
+
+    def __call__(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Verdict]:
+        """One verdict for each completion of the matching example."""
+        ...
+
+
+@dataclass(frozen=True)
+class RewardBatch:
+    """Reward parts as tensors, gathered over all ranks of an update."""
+
+    value: Float[Tensor, "N F"]
+    valid: Bool[Tensor, "N F"]
+    """False where a judge failed (timeout, error)."""
+    weights: Float[Tensor, " F"]
+
+    @property
+    def total(self) -> Float[Tensor, " N"]:
+        """Weighted sum of the valid parts."""
+        return (torch.where(self.valid, self.value, 0.0) * self.weights).sum(-1)
+
+
+@runtime_checkable
+class Advantage(Protocol):
+    """From the rewards of whole groups to one number a rollout (or a unit)."""
+
+    def __call__(self, rewards: RewardBatch, group_size: int) -> Float[Tensor, "N ..."]:
+        """Advantages of all N rollouts; rows of one group are adjacent."""
+        ...
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """All a policy loss may read. Likelihoods of the same corruption, so their differences mean something."""
+
+    logprobs: LogProbs
+    old: LogProbs | None
+    ref: LogProbs | None
+    advantages: Float[Tensor, "..."]
+    """[N] or [N U]."""
+    rewards: Float[Tensor, " N"]
+    group_size: int
+    completion_mask: Bool[Tensor, "N C"]
+    entropy: Float[Tensor, "N K C"] | None
+    num_units: float
+    """Total unit weight in the GLOBAL batch of this update, over accumulation and ranks; tokens for token losses."""
+    num_rollouts: float
+    """Rollouts in the GLOBAL batch of this update."""
+
+
+@runtime_checkable
+class PolicyLoss(Protocol):
+    """A scalar to minimise, and what to log. Sums over its rollouts divided by GLOBAL counts: micro-batches add up."""
+
+    def __call__(self, inputs: LossInputs) -> tuple[Float[Tensor, ""], Metrics]:
+        """The loss of this micro-batch as its share of the global one, and detached metrics."""
+        ...
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """A masking schedule: alpha(t) is the probability that a token is still clean at time t."""
+
+    def alpha(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Survival probability, 1 at t = 0 and 0 at t = 1 (up to the schedule's guard)."""
+        ...
+
+    def mask_prob(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """1 - alpha(t)."""
+        ...
+
+    def weight(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """-alpha'(t) / (1 - alpha(t)), the weight that makes masked cross-entropy a likelihood bound."""
+        ...
+
+
+# --------------------------------------------------------------------------------------------------------------- network
+
+
+@runtime_checkable
+class MaskPredictor(Protocol):
+    """A bidirectional network that predicts the clean token at every position, whatever its family."""
+
+    @property
+    def mask_token_id(self) -> int:
+        """Id of [MASK]."""
+        ...
+
+    @property
+    def eos_token_id(self) -> int:
+        """Id that ends a completion."""
+        ...
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id that fills prompts on the left."""
+        ...
+
+    def hidden(
+        self,
+        ids: Int[Tensor, "R T"],
+        attention: Bool[Tensor, "R T"] | Bool[Tensor, "R T T"] | None = None,
+        position_ids: Int[Tensor, "R T"] | None = None,
+        keep: Int[Tensor, "R M"] | None = None,
+        cache: Any = None,
+    ) -> Float[Tensor, "R M D"]:
+        """Final hidden states from which `head` predicts the tokens AT the kept positions (Dream's shift is inside).
+
+        With `keep`, the last block and the head do no work elsewhere; without, M = T.
+        """
+        ...
+
+    def head(self, hidden: Float[Tensor, "*M D"]) -> Float[Tensor, "*M V"]:
+        """Logits, in float32."""
+        ...
+
+    def logprobs(
+        self, hidden: Float[Tensor, "M D"], targets: Int[Tensor, "M J"], temperature: float = 1.0
+    ) -> Float[Tensor, "M J"]:
+        """Log-probabilities of J targets at each position, without a [M, V] tensor in memory."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Within the context the network is the reference policy: adapter off, or the frozen copy."""
+        ...
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """The reverse process: fills a masked canvas after each prompt and records what happened."""
+
+    def __call__(self, policy: MaskPredictor, prompts: PromptBatch, group_size: int, draws: Draws) -> Rollout:
+        """`group_size` completions of each prompt, adjacent; text is added by the caller, who knows the tokenizer."""
+        ...
