@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -123,6 +123,32 @@ class Rollout:
     def device(self) -> torch.device:
         """Where the tensors live."""
         return self.completion_ids.device
+
+    def rows(self, start: int, stop: int) -> Rollout:
+        """The rollouts from `start` up to, not including, `stop`, as views; the cost counters stay with the whole."""
+        cut = slice(start, stop)
+        return replace(
+            self,
+            **{name: getattr(self, name)[cut] for name in _ROW_TENSORS},
+            trace=None if self.trace is None else self.trace[:, cut],
+            completions=self.completions[cut],
+            examples=self.examples[cut],
+            num_forwards=0,
+            num_tokens_forward=0,
+        )
+
+
+_ROW_TENSORS = (
+    "prompt_ids",
+    "prompt_mask",
+    "completion_ids",
+    "completion_mask",
+    "row_ids",
+    "commit_step",
+    "sampled_logprobs",
+    "confidence",
+    "entropy",
+)
 
 
 # ------------------------------------------------------------------------------------------------------------ likelihood

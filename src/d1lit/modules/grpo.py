@@ -1,0 +1,317 @@
+"""diffu-GRPO (d1, arXiv 2504.12216, section 3.2): prompt -> rollout -> reward -> advantage -> log-prob -> loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from d1lit.data import InnerUpdate, moved
+from d1lit.draws import CounterDraws
+from d1lit.losses import check_pair
+from d1lit.models import Policy
+from d1lit.modules.accounting import Stopwatch, UpdateMetrics
+from d1lit.modules.optimizing import OptimizerFactory, ScheduleFactory, configure, step_unless_not_finite
+from d1lit.rewards import RewardParts
+from d1lit.scoring import score
+from d1lit.types import (
+    Advantage,
+    Context,
+    LogProbEstimator,
+    LogProbs,
+    LossInputs,
+    PolicyLoss,
+    PromptBatch,
+    RewardBatch,
+    Rollout,
+    Sampler,
+    Scores,
+    Verdict,
+)
+
+MAX_FAILED_FRACTION = 0.5
+"""A run whose judges fail (timeout, error) on more than this share of a rollout stops: its rewards mean nothing."""
+
+
+@dataclass(frozen=True)
+class Experience:
+    """One micro-batch of a rollout, with everything that all its inner updates need and that stays fixed."""
+
+    rollout: Rollout
+    advantages: Tensor
+    rewards: Tensor
+    """[N] weighted sums."""
+    old: tuple[LogProbs | None, ...]
+    """Per inner update, under the weights that sampled; None where the loss has no use for it, or at inner update 0,
+    where the current log-probs are the old ones."""
+    ref: tuple[LogProbs | None, ...]
+    num_units: tuple[float, ...]
+    """Per inner update: unit weight of the global batch."""
+    num_rollouts: float
+    step: int
+
+
+class DiffuGRPO(L.LightningModule):
+    """Policy optimisation of a masked diffusion model on groups of rollouts.
+
+    Differs from d1's code: the inner index comes from the data order (d1's advances per micro-batch), rollouts and old
+    log-probs run without dropout, no global seed is touched, and text after the first end-of-sequence is not rewarded.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        decode: Callable[[Tensor], str],
+        sampler: Sampler,
+        reward: RewardParts,
+        advantage: Advantage,
+        estimator: LogProbEstimator,
+        loss: PolicyLoss,
+        optimizer: OptimizerFactory,
+        lr_schedule: ScheduleFactory,
+        group_size: int,
+        num_inner_updates: int,
+        num_updates: int,
+        seed: int,
+        reference_sync_every: int | None = None,
+        reference_sync_weight: float = 1.0,
+        merge_for_rollouts: bool = False,
+        views_per_chunk: int | None = None,
+        allow_unsound_pair: bool = False,
+    ) -> None:
+        super().__init__()
+        check_pair(estimator, loss, allow=allow_unsound_pair)
+        self.policy = policy
+        self.decode = decode
+        self.sampler = sampler
+        self.reward = reward
+        self.advantage = advantage
+        self.estimator = estimator
+        self.loss = loss
+        self.optimizer_factory = optimizer
+        self.schedule_factory = lr_schedule
+        self.group_size = group_size
+        self.num_inner_updates = num_inner_updates
+        self.num_updates = num_updates
+        self.draws = CounterDraws(seed)
+        self.reference_sync_every = reference_sync_every
+        self.reference_sync_weight = reference_sync_weight
+        self.merge_for_rollouts = merge_for_rollouts
+        self.views_per_chunk = views_per_chunk
+        self.experience: list[Experience] = []
+        self.verdicts: dict[str, list[Verdict]] = {}
+        """What the reward parts said of the latest rollout of this rank; the samples table reads it."""
+        self.metrics = UpdateMetrics()
+        self.stopwatch = Stopwatch()
+        self.strict_loading = False  # frozen weights are not in a checkpoint: the stage starts from them
+
+    # ------------------------------------------------------------------------------------------------------ the method
+
+    def training_step(self, batch: InnerUpdate, batch_idx: int) -> Tensor:
+        """One inner update of one micro-batch."""
+        if batch.prompts is not None:
+            self.experience = self.collect(batch.prompts, batch.step, batch.num_micro)
+        return self.update(self.experience[batch.micro], batch.inner, batch.num_micro)
+
+    @torch.no_grad()
+    def collect(self, prompts: PromptBatch, step: int, num_micro: int) -> list[Experience]:
+        """Sample, judge and freeze: everything that does not change over the inner updates of this rollout."""
+        self._sync_reference(step)
+        with self.stopwatch("rollout"), self.policy.merged(self.merge_for_rollouts):
+            rollout = self.sampler(self.policy, prompts, self.group_size, self.draws.at(step=step))
+            rollout = replace(rollout, completions=tuple(self.decode(ids) for ids in rollout.completion_ids))
+        with self.stopwatch("reward"):
+            self.verdicts = self.reward.grade(rollout.completions, rollout.examples)
+            rewards = self._gathered(reward_batch(self.verdicts, self.reward.weights, rollout.device))
+            self._refuse_failed(rewards)
+            advantages = self.advantage(rewards, self.group_size)
+        here = slice(self.global_rank * len(rollout.row_ids), (self.global_rank + 1) * len(rollout.row_ids))
+        self.metrics.add_rollout(rollout, rewards, advantages, self.reward, self.group_size)
+        with self.stopwatch("scoring"):
+            return self._freeze(rollout, rewards.total[here], advantages[here], step, num_micro)
+
+    def update(self, experience: Experience, inner: int, num_micro: int) -> Tensor:
+        """The policy loss of one micro-batch under the corruption of this inner update."""
+        with self.stopwatch("update"):
+            logprobs, scores = self._likelihood(experience.rollout, experience.advantages, experience.step, inner)
+            old = experience.old[inner] if inner else detached(logprobs)
+            loss, metrics = self.loss(
+                LossInputs(
+                    logprobs=logprobs,
+                    old=old,
+                    ref=experience.ref[inner],
+                    advantages=experience.advantages,
+                    rewards=experience.rewards,
+                    group_size=self.group_size,
+                    completion_mask=experience.rollout.completion_mask,
+                    entropy=scores.entropy,
+                    num_units=experience.num_units[inner],
+                    num_rollouts=experience.num_rollouts,
+                )
+            )
+        self.metrics.add_update(loss, metrics)
+        # The loss is this micro-batch's share of the global one; Lightning averages over micro-batches and ranks.
+        return loss * num_micro * self.trainer.world_size
+
+    # ------------------------------------------------------------------------------------------------------ its pieces
+
+    def _likelihood(self, rollout: Rollout, advantages: Tensor, step: int, inner: int) -> tuple[LogProbs, Scores]:
+        """Log-probs of a rollout under the corruption of one inner update: the same views for old, ref and current."""
+        context = self._context(rollout, advantages, step, inner)
+        corruption = self.estimator.corrupt(context)
+        wants_entropy = self.loss.needs_entropy
+        scores = score(self.policy, rollout, corruption, wants_entropy, views_per_chunk=self.views_per_chunk)
+        return self.estimator.combine(scores.logprobs, corruption, context), scores
+
+    def _context(self, rollout: Rollout, advantages: Tensor, step: int, inner: int) -> Context:
+        draws = self.draws.at(step=step, inner=inner)
+        return Context(rollout, advantages, inner, self.num_inner_updates, self.policy.mask_token_id, draws)
+
+    def _freeze(
+        self, rollout: Rollout, rewards: Tensor, advantages: Tensor, step: int, num_micro: int
+    ) -> list[Experience]:
+        """Cut a rollout into micro-batches of whole groups, with old and reference log-probs where the loss asks."""
+        rows = len(rollout.row_ids) // num_micro
+        experience = []
+        for micro in range(num_micro):
+            cut = slice(micro * rows, (micro + 1) * rows)
+            part, advantage = rollout.rows(cut.start, cut.stop), advantages[cut]
+            inners = range(self.num_inner_updates)
+            needs_old = [self.loss.needs_old and inner > 0 for inner in inners]
+            old = tuple(self._likelihood(part, advantage, step, i)[0] if needs_old[i] else None for i in inners)
+            ref: tuple[LogProbs | None, ...] = (None,) * self.num_inner_updates
+            if self.loss.needs_reference:
+                with self.policy.reference():
+                    ref = tuple(self._likelihood(part, advantage, step, i)[0] for i in inners)
+            units = tuple(self._unit_weight(part, advantage, step, i) for i in inners)
+            experience.append(Experience(part, advantage, rewards[cut], old, ref, units, float(rows), step))
+        return self._with_global_counts(experience)
+
+    def _unit_weight(self, rollout: Rollout, advantages: Tensor, step: int, inner: int) -> float:
+        """Unit weight of a micro-batch under the coming corruption; no network is needed to know it."""
+        context = self._context(rollout, advantages, step, inner)
+        corruption = self.estimator.corrupt(context)
+        blank = torch.zeros_like(corruption.weight)
+        return float(self.estimator.combine(blank, corruption, context).weight.sum())
+
+    def _with_global_counts(self, experience: list[Experience]) -> list[Experience]:
+        """Replace each micro-batch's own counts by those of the whole update, over micro-batches and ranks."""
+        counts = torch.tensor([[*e.num_units, e.num_rollouts] for e in experience], dtype=torch.float64).sum(0)
+        if self.trainer.world_size > 1:
+            counts = self.trainer.strategy.reduce(counts.to(self.device), reduce_op="sum").cpu()
+        *units, rollouts = counts.tolist()
+        return [replace(e, num_units=tuple(units), num_rollouts=rollouts) for e in experience]
+
+    def _gathered(self, rewards: RewardBatch) -> RewardBatch:
+        """Rewards of all ranks, in rank order: groups stay whole because a rank holds whole groups."""
+        parts = rewards.value.shape[-1]
+        value = self.all_gather(rewards.value).reshape(-1, parts)
+        valid = self.all_gather(rewards.valid).reshape(-1, parts)
+        return RewardBatch(value, valid, rewards.weights)
+
+    def _refuse_failed(self, rewards: RewardBatch) -> None:
+        failed = 1.0 - float(rewards.valid.float().mean())
+        if failed > MAX_FAILED_FRACTION:
+            raise RuntimeError(
+                f"reward: the judges failed on {failed:.0%} of this rollout's completions, so its rewards mean nothing. "
+                "Try: `d1lit doctor`, a longer reward deadline, or another reward"
+            )
+
+    def _sync_reference(self, step: int) -> None:
+        """Move the reference policy to the current one every so many optimizer steps (d1's yaml says 64; never acted)."""
+        every = self.reference_sync_every
+        done = step * self.num_inner_updates
+        if every is not None and done and done // every > (done - self.num_inner_updates) // every:
+            self.policy.sync_reference(self.reference_sync_weight)
+
+    # --------------------------------------------------------------------------------------------------- Lightning hooks
+
+    def transfer_batch_to_device(self, batch: InnerUpdate, device: torch.device, dataloader_idx: int) -> InnerUpdate:
+        """Move the prompts; the rest are numbers."""
+        return moved(batch, device)
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer and schedule over the trainable parameters."""
+        return configure(self.policy, self.optimizer_factory, self.schedule_factory, self.num_updates)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """A step that is skipped on all ranks when a gradient is not finite."""
+        step_unless_not_finite(self, optimizer, optimizer_closure)
+
+    def on_train_batch_end(self, outputs: Any, batch: InnerUpdate, batch_idx: int) -> None:
+        """Log once an optimizer step, over all its micro-batches."""
+        if batch.micro == batch.num_micro - 1:
+            self.log_dict(self.metrics.finish(self.stopwatch, self.policy), rank_zero_only=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the experience, so that a run stopped inside a cycle goes on inside it."""
+        checkpoint["state_dict"] = trainable_state(self, checkpoint["state_dict"])
+        mine = [asdict(e) for e in self.experience]
+        everyone: list[Any] = [mine]
+        if self.trainer.world_size > 1:
+            everyone = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(everyone, mine)
+        checkpoint["experience"] = everyone
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the experience of this rank."""
+        saved = checkpoint["experience"]
+        if len(saved) != self.trainer.world_size:
+            raise ValueError(
+                f"strategy: the checkpoint was written by {len(saved)} processes and this run has "
+                f"{self.trainer.world_size}. Try: the same number of devices, or a fresh run from the stage's start"
+            )
+        self.experience = [_experience(tree, self.device) for tree in saved[self.global_rank]]
+
+
+def reward_batch(
+    verdicts: dict[str, list[Verdict]], weights: Any, device: torch.device
+) -> RewardBatch:
+    """Verdicts by reward part as tensors, one column a part."""
+    names = list(verdicts)
+    value = torch.tensor([[v.value for v in verdicts[name]] for name in names], dtype=torch.float32).T
+    valid = torch.tensor([[v.outcome in ("ok", "unparsed") for v in verdicts[name]] for name in names]).T
+    weight = torch.tensor([weights[name] for name in names], dtype=torch.float32)
+    return RewardBatch(value.to(device), valid.to(device), weight.to(device))
+
+
+def detached(logprobs: LogProbs) -> LogProbs:
+    """The same likelihood as a constant."""
+    parts = {name: value.detach() for name, value in logprobs.parts.items()}
+    return LogProbs(logprobs.value.detach(), logprobs.weight, parts)
+
+
+def trainable_state(module: torch.nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """A state dict without the frozen weights, which the stage's start already holds; a moved reference is kept."""
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad and ".model." in f".{name}"}
+    return {name: value for name, value in state.items() if name not in frozen}
+
+
+def _experience(tree: dict[str, Any], device: torch.device) -> Experience:
+    def placed(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    def logprobs(entries: Sequence[Any]) -> tuple[LogProbs | None, ...]:
+        return tuple(
+            None
+            if e is None
+            else LogProbs(placed(e["value"]), placed(e["weight"]), {k: placed(v) for k, v in e["parts"].items()})
+            for e in entries
+        )
+
+    rollout = {name: placed(value) for name, value in tree["rollout"].items()}
+    rollout |= {"completions": tuple(rollout["completions"]), "examples": tuple(rollout["examples"])}
+    return Experience(
+        rollout=Rollout(**rollout),
+        advantages=placed(tree["advantages"]),
+        rewards=placed(tree["rewards"]),
+        old=logprobs(tree["old"]),
+        ref=logprobs(tree["ref"]),
+        num_units=tuple(tree["num_units"]),
+        num_rollouts=tree["num_rollouts"],
+        step=tree["step"],
+    )
