@@ -1,0 +1,128 @@
+"""Advantages: from the rewards of whole groups to one number a rollout.
+
+Rows of one group are adjacent. A row no judge could judge (all its parts invalid) is left out of means and spreads
+and gets advantage 0, so a crashed grader neither rewards nor punishes.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from d1lit.types import RewardBatch
+
+Rows = Float[Tensor, " N"]
+
+
+def _grouped(rewards: RewardBatch, group_size: int) -> tuple[Float[Tensor, "B G"], Bool[Tensor, "B G"]]:
+    """Totals and whether they count, one row a group."""
+    if group_size < 2:
+        raise ValueError(f"group_size: {group_size} leaves nothing to compare a rollout with. Try: group_size >= 2")
+    if rewards.value.shape[0] % group_size:
+        raise ValueError(f"group_size: {group_size} does not divide {rewards.value.shape[0]} rollouts")
+    return rewards.total.view(-1, group_size), rewards.valid.any(-1).view(-1, group_size)
+
+
+def _mean(value: Float[Tensor, "B G"], counts: Bool[Tensor, "B G"]) -> Float[Tensor, "B 1"]:
+    return (value * counts).sum(1, keepdim=True) / counts.sum(1, keepdim=True).clamp(min=1)
+
+
+def _std(value: Float[Tensor, "B G"], counts: Bool[Tensor, "B G"]) -> Float[Tensor, "B 1"]:
+    """Unbiased (n - 1) standard deviation over the entries that count; 0 where fewer than two do."""
+    squares = ((value - _mean(value, counts)) ** 2 * counts).sum(1, keepdim=True)
+    return (squares / (counts.sum(1, keepdim=True) - 1).clamp(min=1)).sqrt()
+
+
+def _centred(rewards: RewardBatch, group_size: int) -> tuple[Float[Tensor, "B G"], Float[Tensor, "B G"], Tensor]:
+    value, counts = _grouped(rewards, group_size)
+    return (value - _mean(value, counts)) * counts, value, counts
+
+
+def group_mean(rewards: RewardBatch, group_size: int) -> Rows:
+    """A = R - mean of the group (d1, arXiv 2504.12216; Dr.GRPO, arXiv 2503.20783): no division by the spread."""
+    centred, _, _ = _centred(rewards, group_size)
+    return centred.flatten()
+
+
+def group_zscore(rewards: RewardBatch, group_size: int, eps: float = 1e-4) -> Rows:
+    """A = (R - mean) / (std + eps) within the group (GRPO, arXiv 2402.03300); eps 1e-4 in TRL, 1e-6 in verl."""
+    centred, value, counts = _centred(rewards, group_size)
+    return (centred / (_std(value, counts) + eps)).flatten()
+
+
+def group_mean_batch_std(rewards: RewardBatch, group_size: int, eps: float = 1e-4) -> Rows:
+    """A = (R - group mean) / (std of the rewards of the whole batch + eps)."""
+    centred, value, counts = _centred(rewards, group_size)
+    return (centred / (_std(value.view(1, -1), counts.view(1, -1)) + eps)).flatten()
+
+
+def leave_one_out(rewards: RewardBatch, group_size: int) -> Rows:
+    """A_i = R_i - mean of the others (RLOO, arXiv 2402.14740; DiffuCoder, ESPO): n / (n - 1) times R - mean."""
+    centred, _, counts = _centred(rewards, group_size)
+    n = counts.sum(1, keepdim=True)
+    return (centred * n / (n - 1).clamp(min=1)).flatten()
+
+
+def leave_one_out_zscore(rewards: RewardBatch, group_size: int, eps: float = 1e-4) -> Rows:
+    """Leave-one-out advantage over the group's standard deviation (DiffuCoder's `scale_rewards`)."""
+    _, value, counts = _centred(rewards, group_size)
+    return (leave_one_out(rewards, group_size).view_as(value) / (_std(value, counts) + eps)).flatten()
+
+
+def group_median(rewards: RewardBatch, group_size: int) -> Rows:
+    """A = R - median of the group (mean of the middle two when even): one outlier does not move the baseline."""
+    value, counts = _grouped(rewards, group_size)
+    middle = torch.where(counts, value, torch.nan).nanquantile(0.5, dim=1, keepdim=True)
+    return torch.where(counts, value - middle, 0.0).flatten()
+
+
+def normalize_then_sum(rewards: RewardBatch, group_size: int, eps: float = 1e-4) -> Rows:
+    """Each reward part is z-scored in its group, then the weighted sum over the batch (NVIDIA's multi-reward GDPO).
+
+    Not the diffusion method called GDPO (arXiv 2510.08554).
+    """
+    _, counts = _grouped(rewards, group_size)
+    parts = []
+    for part in range(rewards.value.shape[1]):
+        value = rewards.value[:, part].view(-1, group_size)
+        valid = rewards.valid[:, part].view(-1, group_size)
+        parts.append((value - _mean(value, valid)) * valid / (_std(value, valid) + eps) * rewards.weights[part])
+    total, counts = torch.stack(parts).sum(0).view(1, -1), counts.view(1, -1)
+    return ((total - _mean(total, counts)) * counts / (_std(total, counts) + eps)).flatten()
+
+
+def whiten(advantages: Rows, eps: float = 1e-4) -> Rows:
+    """Shift and scale the whole batch to mean 0 and standard deviation 1."""
+    return (advantages - advantages.mean()) / (advantages.std() + eps)
+
+
+def has_spread(rewards: RewardBatch, group_size: int, tolerance: float = 1e-6) -> Bool[Tensor, " B"]:
+    """Which groups can teach anything: those whose rewards differ (dynamic sampling of DAPO, arXiv 2503.14476)."""
+    value, counts = _grouped(rewards, group_size)
+    return _std(value, counts)[:, 0] > tolerance
+
+
+def step_advantages(step_rewards: Float[Tensor, "N S"], group_size: int, eps: float = 1e-4) -> Float[Tensor, "N S"]:
+    """MDPO (arXiv 2508.13148): gain of each step plus the mean of later rewards, z-scored over the group at each step.
+
+    The last step counts its own reward as its future; the first counts its own reward as its gain.
+    """
+    num_steps = step_rewards.shape[1]
+    gain = torch.diff(step_rewards, dim=1, prepend=torch.zeros_like(step_rewards[:, :1]))
+    later = step_rewards.flip(1).cumsum(1).flip(1) - step_rewards
+    left = torch.arange(num_steps - 1, -1, -1, device=step_rewards.device)
+    future = torch.where(left > 0, later / left.clamp(min=1), step_rewards)
+    raw = (gain + future).view(-1, group_size, num_steps)
+    return ((raw - raw.mean(1, keepdim=True)) / (raw.std(1, keepdim=True) + eps)).view_as(step_rewards)
+
+
+def tree_values(leaf_rewards: Float[Tensor, "*inner width"]) -> Float[Tensor, "*inner"]:
+    """d-TreeRPO (arXiv 2512.09675): the value of a node is the mean of its children's."""
+    return leaf_rewards.mean(-1)
+
+
+def sibling_advantages(values: Float[Tensor, "*nodes width"]) -> Float[Tensor, "*nodes width"]:
+    """d-TreeRPO (arXiv 2512.09675): value of a child minus the mean of its OTHER siblings."""
+    width = values.shape[-1]
+    return (values - values.mean(-1, keepdim=True)) * width / (width - 1)

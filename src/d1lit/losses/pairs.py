@@ -1,0 +1,31 @@
+"""Which estimator and loss may be put together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def check_pair(estimator: Any, loss: Any, allow: bool = False) -> None:
+    """Refuse a loss that treats the estimator's likelihood as something it is not.
+
+    A loss that clips every token needs token likelihoods. On one ELBO a sequence it is the combination that ESPO's
+    ablation (arXiv 2512.03759) shows to collapse; a loss over whole sequences makes no sense of single steps.
+
+    Args:
+        estimator: anything with `unit`.
+        loss: anything with `units`, the units it accepts.
+        allow: put them together all the same.
+
+    Raises:
+        ValueError: if the pair is refused and not allowed.
+    """
+    if allow or estimator.unit in loss.units:
+        return
+    loss_name, estimator_name = type(loss).__name__, type(estimator).__name__
+    if estimator.unit == "sequence":
+        reason = "clips token by token; on one ELBO a sequence that is known to collapse (ESPO, arXiv 2512.03759)"
+        cure = "loss=espo, loss=gspo or loss=reinforce, or allow_unsound_pair=true"
+    else:
+        reason = f"takes {' or '.join(sorted(loss.units))} likelihoods, which are not {estimator.unit} ones"
+        cure = "an estimator of that unit, or allow_unsound_pair=true"
+    raise ValueError(f"loss: {loss_name} with {estimator_name} is refused: {loss_name} {reason}. Try: {cure}")

@@ -1,0 +1,243 @@
+"""The forward process: how the time t is drawn, and which tokens are hidden at that time.
+
+Times and masks are separate choices, and both draw through `Draws` alone. A sampler of times is called with
+
+    draws, row_ids [n], places [n], num_places
+
+where `row_ids` identify the rows for their own random numbers, and `places` are their places 0 .. num_places - 1 in the
+GLOBAL batch, which stratified samplers need; so one process and eight see the same times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from d1lit.types import Draws
+
+Rows = Int[Tensor, " n"]
+Times = Float[Tensor, " n"]
+
+# ---------------------------------------------------------------------------------------------------------------- times
+
+
+@dataclass(frozen=True)
+class UniformTimes:
+    """t ~ U(low, high), independently for each row; d1 and LLaDA: low = 1e-3, high = 1."""
+
+    low: float
+    high: float = 1.0
+
+    def __call__(
+        self, draws: Draws, row_ids: Int[Tensor, " n"], places: Int[Tensor, " n"], num_places: int
+    ) -> Float[Tensor, " n"]:
+        """One time for each row."""
+        return self.low + (self.high - self.low) * draws.uniform("time", row_ids, ())
+
+
+@dataclass(frozen=True)
+class StratifiedTimes:
+    """One uniform for each row, each in its own stratum: t_i = (i + u_i) / n (what MDLM's code calls antithetic)."""
+
+    low: float
+    high: float = 1.0
+
+    def __call__(
+        self, draws: Draws, row_ids: Int[Tensor, " n"], places: Int[Tensor, " n"], num_places: int
+    ) -> Float[Tensor, " n"]:
+        """One time for each row; every stratum of the global batch is met once."""
+        inside = draws.uniform("time", row_ids, ())
+        return self.low + (self.high - self.low) * ((inside / num_places + places / num_places) % 1)
+
+
+@dataclass(frozen=True)
+class LowDiscrepancyTimes:
+    """One uniform for the whole batch: t_i = (u + i / n) mod 1 (the reading of MDLM's paper, arXiv 2406.07524)."""
+
+    low: float
+    high: float = 1.0
+
+    def __call__(
+        self, draws: Draws, row_ids: Int[Tensor, " n"], places: Int[Tensor, " n"], num_places: int
+    ) -> Float[Tensor, " n"]:
+        """One time for each row, evenly spaced over the global batch."""
+        start = draws.batch("time", ()).to(row_ids.device)
+        return self.low + (self.high - self.low) * ((start + places / num_places) % 1)
+
+
+@dataclass(frozen=True)
+class AntitheticTimes:
+    """Pairs of rows with times mirrored about the middle of the range: u and 1 - u."""
+
+    low: float
+    high: float = 1.0
+
+    def __call__(
+        self, draws: Draws, row_ids: Int[Tensor, " n"], places: Int[Tensor, " n"], num_places: int
+    ) -> Float[Tensor, " n"]:
+        """One time for each row; places 2 j and 2 j + 1 mirror each other."""
+        first = draws.batch("time", ((num_places + 1) // 2,)).to(row_ids.device)[places // 2]
+        return self.low + (self.high - self.low) * torch.where(places % 2 == 0, first, 1 - first)
+
+
+@dataclass(frozen=True)
+class GridTimes:
+    """The fixed grid of a validation set: linspace(0, 1, n) scaled into the range (d1: low = 1e-3). Draws nothing."""
+
+    low: float
+    high: float = 1.0
+
+    def __call__(
+        self, draws: Draws, row_ids: Int[Tensor, " n"], places: Int[Tensor, " n"], num_places: int
+    ) -> Float[Tensor, " n"]:
+        """One time for each row, by its place alone."""
+        grid = torch.linspace(0, 1, num_places, device=row_ids.device)
+        return self.low + (self.high - self.low) * grid[places]
+
+
+@dataclass(frozen=True)
+class LogUniformNoiseTimes:
+    """Another sampler's times warped so that -log(alpha) of the log-linear schedule is uniform (MDLM's code)."""
+
+    times: UniformTimes | StratifiedTimes | LowDiscrepancyTimes | AntitheticTimes
+    eps: float
+
+    def __call__(
+        self, draws: Draws, row_ids: Int[Tensor, " n"], places: Int[Tensor, " n"], num_places: int
+    ) -> Float[Tensor, " n"]:
+        """One time for each row."""
+        t = self.times(draws, row_ids, places, num_places)
+        first = torch.log1p(torch.tensor(-(1 - self.eps), dtype=t.dtype, device=t.device))  # -sigma(1)
+        return -torch.expm1(t * first) / (1 - self.eps)
+
+
+def stratified_counts(
+    start: Int[Tensor, " n"], index: Int[Tensor, " K"], num_strata: int, length: Int[Tensor, " n"]
+) -> Int[Tensor, "n K"]:
+    """Numbers of hidden tokens spread evenly over 1 .. length: ((start - 1 + round(k length / K)) mod length) + 1.
+
+    LLaDA's likelihood code (arXiv 2502.09992); `start` is a uniformly random count from 1 to `length`.
+    """
+    hop = torch.round(index[None, :] * (length[:, None].to(torch.float64) / num_strata)).to(torch.int64)
+    return (start[:, None] - 1 + hop) % length[:, None] + 1
+
+
+# ---------------------------------------------------------------------------------------------------------------- masks
+
+
+def bernoulli_mask(
+    draws: Draws, stream: str, row_ids: Int[Tensor, " n"], mask_prob: Float[Tensor, " n"], allowed: Bool[Tensor, "n T"]
+) -> Bool[Tensor, "n T"]:
+    """Hide each allowed token on its own with its row's probability: hidden where the uniform is below it."""
+    uniform = draws.uniform(stream, row_ids, (allowed.shape[1],))
+    return (uniform < mask_prob[:, None]) & allowed
+
+
+def exact_count_mask(
+    uniform: Float[Tensor, "n T"], count: Int[Tensor, " n"], allowed: Bool[Tensor, "n T"]
+) -> Bool[Tensor, "n T"]:
+    """Hide exactly `count` of the allowed tokens of each row: those with the smallest uniforms (no binomial noise)."""
+    keys = torch.where(allowed, uniform, torch.inf)
+    order = torch.argsort(keys, dim=1, stable=True)
+    rank = torch.empty_like(order)
+    rank.scatter_(1, order, torch.arange(allowed.shape[1], device=allowed.device).expand_as(order))
+    return (rank < count[:, None]) & allowed
+
+
+def complementary_mask(is_masked: Bool[Tensor, "n T"], allowed: Bool[Tensor, "n T"]) -> Bool[Tensor, "n T"]:
+    """The allowed tokens that the first mask of the pair left visible: together they hide each token once."""
+    return allowed & ~is_masked
+
+
+def block_of_position(length: int, block_length: int, device: torch.device | None = None) -> Int[Tensor, " length"]:
+    """Index of the block each position lies in."""
+    return torch.arange(length, device=device) // block_length
+
+
+@dataclass(frozen=True)
+class BernoulliMask:
+    """Each token is hidden on its own with probability mask_prob (LLaDA, d1)."""
+
+    def __call__(
+        self,
+        draws: Draws,
+        row_ids: Int[Tensor, " n"],
+        mask_prob: Float[Tensor, " n"],
+        is_maskable: Bool[Tensor, "n T"],
+    ) -> Bool[Tensor, "n T"]:
+        """Which tokens are hidden."""
+        return bernoulli_mask(draws, "mask", row_ids, mask_prob, is_maskable)
+
+
+@dataclass(frozen=True)
+class ExactCountMask:
+    """round(mask_prob * maskable tokens) tokens are hidden, at least one: no row goes without a loss."""
+
+    def __call__(
+        self,
+        draws: Draws,
+        row_ids: Int[Tensor, " n"],
+        mask_prob: Float[Tensor, " n"],
+        is_maskable: Bool[Tensor, "n T"],
+    ) -> Bool[Tensor, "n T"]:
+        """Which tokens are hidden."""
+        count = torch.round(mask_prob * is_maskable.sum(1)).to(torch.int64).clamp(min=1)
+        return exact_count_mask(draws.uniform("mask", row_ids, (is_maskable.shape[1],)), count, is_maskable)
+
+
+@dataclass(frozen=True)
+class BlockMask:
+    """One random block of the maskable tokens is noised; earlier tokens stay clean, later ones are all hidden."""
+
+    block_length: int
+
+    def __call__(
+        self,
+        draws: Draws,
+        row_ids: Int[Tensor, " n"],
+        mask_prob: Float[Tensor, " n"],
+        is_maskable: Bool[Tensor, "n T"],
+    ) -> Bool[Tensor, "n T"]:
+        """Which tokens are hidden; blocks are counted from each row's first maskable token."""
+        block = torch.where(is_maskable, (is_maskable.cumsum(1) - 1) // self.block_length, -1)
+        num_blocks = block.amax(1).clamp(min=0) + 1
+        chosen = (draws.uniform("block", row_ids, ()) * num_blocks).to(torch.int64)
+        inside = bernoulli_mask(draws, "mask", row_ids, mask_prob, block == chosen[:, None])
+        return inside | (block > chosen[:, None])
+
+
+def apply_mask(ids: Int[Tensor, "n T"], is_masked: Bool[Tensor, "n T"], mask_token_id: int) -> Int[Tensor, "n T"]:
+    """The ids with the hidden ones replaced by [MASK]."""
+    return torch.where(is_masked, mask_token_id, ids)
+
+
+# ------------------------------------------------------------------------------------------------------------- extras
+
+
+def context_adaptive_weight(is_masked: Bool[Tensor, "n T"], geometric_prob: float) -> Float[Tensor, "n T"]:
+    """Dream's CART weight (arXiv 2508.15487): half the geometric mass that clean neighbours put on a hidden token.
+
+    0.5 * sum over clean i of p (1 - p)^(|n - i| - 1) for a hidden n, 0 for a clean one; a row without clean tokens
+    weighs nothing.
+    """
+    place = torch.arange(is_masked.shape[1], device=is_masked.device)
+    distance = (place[:, None] - place[None, :]).abs()
+    kernel = geometric_prob * (1 - geometric_prob) ** (distance - 1).clamp(min=0).to(torch.float32)
+    near = (~is_masked).to(kernel.dtype) @ kernel.fill_diagonal_(0)
+    return 0.5 * near * is_masked
+
+
+def block_diffusion_attention(length: int, block_length: int) -> Bool[Tensor, "2*length 2*length"]:
+    """Who may attend to whom when [noised ; clean] go through the network together (BD3LM, arXiv 2503.09573).
+
+    Noised tokens see their own noised block and strictly earlier clean blocks; clean tokens see clean blocks up to
+    and including their own.
+    """
+    block = block_of_position(length, block_length)
+    own, earlier = block[:, None] == block[None, :], block[:, None] > block[None, :]
+    noised = torch.cat([own, earlier], dim=1)
+    clean = torch.cat([torch.zeros_like(own), own | earlier], dim=1)
+    return torch.cat([noised, clean], dim=0)
