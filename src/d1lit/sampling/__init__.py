@@ -1,0 +1,44 @@
+"""The reverse process: one block sampler put together from orthogonal parts."""
+
+from d1lit.sampling.block import BlockSampler
+from d1lit.sampling.commit import (
+    CumulativeEntropyBounded,
+    DreamSchedule,
+    EntropyBounded,
+    EvenSchedule,
+    Factor,
+    FixedQuota,
+    RandomReveal,
+    Threshold,
+)
+from d1lit.sampling.confidence import (
+    LeftToRight,
+    Margin,
+    NegativeEntropy,
+    PlackettLuce,
+    RandomOrder,
+    SampledLogProb,
+    TokenProbability,
+)
+from d1lit.sampling.proposal import Gumbel, InverseCDF
+
+__all__ = [
+    "BlockSampler",
+    "CumulativeEntropyBounded",
+    "DreamSchedule",
+    "EntropyBounded",
+    "EvenSchedule",
+    "Factor",
+    "FixedQuota",
+    "Gumbel",
+    "InverseCDF",
+    "LeftToRight",
+    "Margin",
+    "NegativeEntropy",
+    "PlackettLuce",
+    "RandomOrder",
+    "RandomReveal",
+    "SampledLogProb",
+    "Threshold",
+    "TokenProbability",
+]

@@ -1,0 +1,105 @@
+"""From a canvas to tokens and scores at chosen positions, without a tensor of all positions times the vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from d1lit.sampling.parts import Cells, Choice, Confidence, Prediction, Proposal
+from d1lit.sampling.proposal import greedy
+from d1lit.types import MaskPredictor
+
+_CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
+"""Size of one temporary of the tail (softmax, scaled logits): within the cache on a CPU, few launches on a GPU."""
+
+
+@contextmanager
+def evaluation_mode(policy: MaskPredictor) -> Iterator[None]:
+    """Dropout off while sampling; each module gets its own flag back."""
+    training = [m for m in policy.modules() if m.training] if isinstance(policy, nn.Module) else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Rows as the network sees them: prompt and completion, tokens or masks."""
+
+    ids: Int[Tensor, "n L"]
+    attention: Bool[Tensor, "n L"] | None
+    """None where no prompt is padded."""
+    prompt_length: int
+
+
+def guided(
+    conditional: Float[Tensor, "n M V"], unconditional: Float[Tensor, "n M V"], guidance: float
+) -> Float[Tensor, "n M V"]:
+    """Classifier-free guidance u + (s + 1)(c - u)."""
+    return unconditional + (guidance + 1) * (conditional - unconditional)
+
+
+def predict(policy: MaskPredictor, canvas: Canvas, keep: Int[Tensor, "n M"], guidance: float) -> Float[Tensor, "n M V"]:
+    """Logits at the kept positions; with guidance, both halves go through the network in one call.
+
+    The unconditional half sees every prompt position as a mask, left padding included (as LLaDA and d1 do).
+    """
+    if guidance == 0:
+        return policy.head(policy.hidden(canvas.ids, canvas.attention, keep=keep))
+    blind = canvas.ids.clone()
+    blind[:, : canvas.prompt_length] = policy.mask_token_id
+    attention = None if canvas.attention is None else canvas.attention.repeat(2, 1)
+    hidden = policy.hidden(torch.cat([canvas.ids, blind]), attention, keep=keep.repeat(2, 1))
+    conditional, unconditional = policy.head(hidden).chunk(2)
+    return guided(conditional, unconditional, guidance)
+
+
+def rows_per_chunk(logits: Float[Tensor, "c V"]) -> int:
+    """Rows of logits whose softmax fits the budget of the device."""
+    budget = _CHUNK_BYTES.get(logits.device.type, _CHUNK_BYTES["cuda"])
+    return max(1, budget // (logits.shape[1] * logits.element_size()))
+
+
+def choose(
+    logits: Float[Tensor, "n M V"],
+    cells: Cells,
+    mask_token_id: int,
+    temperature: float,
+    proposal: Proposal,
+    confidence: Confidence,
+) -> tuple[Choice, Float[Tensor, "n M"]]:
+    """A token and a confidence for each cell (the choice is flat, n * M).
+
+    Done in chunks of rows: next to the logits themselves no other tensor of the size of the vocabulary lives long.
+    """
+    flat = logits.flatten(0, 1)
+    noise = proposal.uniforms(cells, flat.shape[1]).flatten(0, 1) if temperature > 0 else None
+    order = confidence.uniforms(cells)
+    order = None if order is None else order.flatten()
+    positions = cells.positions.flatten()
+    size = rows_per_chunk(flat)
+    tokens, logprobs, scores = [], [], []
+    for start in range(0, len(flat), size):
+        part = slice(start, start + size)
+        prediction = Prediction(flat[part], torch.softmax(flat[part], dim=-1), mask_token_id)
+        choice = greedy(prediction) if noise is None else proposal.draw(prediction, temperature, noise[part])
+        scores.append(confidence.score(prediction, choice, positions[part], None if order is None else order[part]))
+        tokens.append(choice.tokens)
+        logprobs.append(choice.logprobs)
+    return Choice(torch.cat(tokens), torch.cat(logprobs)), torch.cat(scores).view(cells.positions.shape)
+
+
+def entropies(logits: Float[Tensor, "c V"], rows: Int[Tensor, " k"]) -> Float[Tensor, " k"]:
+    """Entropy in nats, at temperature 1, of the predictions in some rows: only committed positions pay for it."""
+    size = rows_per_chunk(logits)
+    parts = [torch.special.entr(torch.softmax(logits[chunk], dim=-1)).sum(-1) for chunk in rows.split(size)]
+    return torch.cat(parts) if parts else logits.new_zeros(0)
