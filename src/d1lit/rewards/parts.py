@@ -1,0 +1,69 @@
+"""Rewards made of weighted parts, and graders that keep two verdicts of every answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from d1lit.types import Example, Outcome, Reward, Verdict
+
+
+@dataclass(frozen=True)
+class RewardParts:
+    """Named parts of a reward and their weights; the weighted sum is taken later, where failed parts can be left out."""
+
+    parts: Mapping[str, Reward]
+    weights: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("reward.parts: empty. Name at least one part")
+        without_weight = sorted(set(self.parts) - set(self.weights))
+        without_part = sorted(set(self.weights) - set(self.parts))
+        if without_weight or without_part:
+            raise ValueError(
+                f"reward.weights: parts without a weight {without_weight}, weights without a part {without_part}. "
+                "Give every part one weight"
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parts, in their order."""
+        return tuple(self.parts)
+
+    def grade(self, completions: Sequence[str], examples: Sequence[Example]) -> dict[str, list[Verdict]]:
+        """Verdicts of every part, in the order of the completions."""
+        return {name: part(completions, examples) for name, part in self.parts.items()}
+
+
+def outcome_fraction(verdicts: Mapping[str, Sequence[Verdict]], outcome: Outcome) -> float:
+    """Share of completions where at least one part ended with `outcome`."""
+    rows = list(zip(*verdicts.values(), strict=True))
+    return sum(any(v.outcome == outcome for v in row) for row in rows) / len(rows) if rows else 0.0
+
+
+@dataclass(frozen=True)
+class Grade:
+    """Both verdicts of one completion, and what a task measures beside them."""
+
+    strict: Verdict
+    d1: Verdict
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Grader:
+    """Grades the same way in reward, validation and test: strictly, and as the d1 paper did."""
+
+    strict: Reward
+    d1: Reward
+    measures: Mapping[str, Reward] = field(default_factory=dict)
+
+    def grade(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Grade]:
+        """One grade for each completion of the matching example."""
+        strict, paper = self.strict(completions, examples), self.d1(completions, examples)
+        measured = {name: measure(completions, examples) for name, measure in self.measures.items()}
+        return [
+            Grade(strict[i], paper[i], {name: verdicts[i].value for name, verdicts in measured.items()})
+            for i in range(len(completions))
+        ]
