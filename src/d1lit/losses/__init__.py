@@ -2,6 +2,6 @@
 
 from d1lit.losses.clipped import ClippedPolicyLoss, SequenceClippedLoss
 from d1lit.losses.pairs import check_pair
-from d1lit.losses.supervised import masked_cross_entropy
+from d1lit.losses.supervised import MaskedCrossEntropy
 
-__all__ = ["ClippedPolicyLoss", "SequenceClippedLoss", "check_pair", "masked_cross_entropy"]
+__all__ = ["ClippedPolicyLoss", "MaskedCrossEntropy", "SequenceClippedLoss", "check_pair"]
