@@ -168,10 +168,8 @@ class CompletionBatch:
     row_ids: Int[Tensor, " B"]
     """Place of each row in the global batch; draws hang on it."""
     step: int
-    num_targets: int
-    """Target positions in the GLOBAL batch, over ranks and micro-batches."""
-    num_rows: int
-    """Rows in the GLOBAL batch."""
+    all_targets: Bool[Tensor, "A T"]
+    """`is_target` of the whole GLOBAL batch: what the loss is divided by hangs on it alone."""
 
 
 Layout = Callable[[Sequence[EncodedRow], int, int], tuple[Tensor, Tensor, Tensor | None]]
@@ -261,8 +259,7 @@ def completion_batch(
         None if attention is None else attention[part],
         torch.arange(len(rows))[part],
         step,
-        int(is_target.sum()),
-        len(rows),
+        is_target,
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import Any
 
 import lightning as L
@@ -15,7 +15,14 @@ from d1lit.draws import CounterDraws
 from d1lit.losses import check_pair
 from d1lit.models import Policy
 from d1lit.modules.accounting import Stopwatch, UpdateMetrics
-from d1lit.modules.optimizing import OptimizerFactory, ScheduleFactory, configure, step_unless_not_finite
+from d1lit.modules.experience import Experience, detached, restored, reward_batch
+from d1lit.modules.optimizing import (
+    OptimizerFactory,
+    ScheduleFactory,
+    configure,
+    step_unless_not_finite,
+    trainable_state,
+)
 from d1lit.rewards import RewardParts
 from d1lit.scoring import score
 from d1lit.types import (
@@ -35,24 +42,6 @@ from d1lit.types import (
 
 MAX_FAILED_FRACTION = 0.5
 """A run whose judges fail (timeout, error) on more than this share of a rollout stops: its rewards mean nothing."""
-
-
-@dataclass(frozen=True)
-class Experience:
-    """One micro-batch of a rollout, with everything that all its inner updates need and that stays fixed."""
-
-    rollout: Rollout
-    advantages: Tensor
-    rewards: Tensor
-    """[N] weighted sums."""
-    old: tuple[LogProbs | None, ...]
-    """Per inner update, under the weights that sampled; None where the loss has no use for it, or at inner update 0,
-    where the current log-probs are the old ones."""
-    ref: tuple[LogProbs | None, ...]
-    num_units: tuple[float, ...]
-    """Per inner update: unit weight of the global batch."""
-    num_rollouts: float
-    step: int
 
 
 class DiffuGRPO(L.LightningModule):
@@ -130,7 +119,8 @@ class DiffuGRPO(L.LightningModule):
             self._refuse_failed(rewards)
             advantages = self.advantage(rewards, self.group_size)
         here = slice(self.global_rank * len(rollout.row_ids), (self.global_rank + 1) * len(rollout.row_ids))
-        self.metrics.add_rollout(rollout, rewards, advantages, self.reward, self.group_size)
+        names, eos = list(self.verdicts), self.policy.eos_token_id
+        self.metrics.add_rollout(rollout, rewards, advantages, names, self.group_size, eos)
         with self.stopwatch("scoring"):
             return self._freeze(rollout, rewards.total[here], advantages[here], step, num_micro)
 
@@ -245,7 +235,7 @@ class DiffuGRPO(L.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: InnerUpdate, batch_idx: int) -> None:
         """Log once an optimizer step, over all its micro-batches."""
         if batch.micro == batch.num_micro - 1:
-            self.log_dict(self.metrics.finish(self.stopwatch, self.policy), rank_zero_only=True)
+            self.log_dict(self.metrics.finish(self.stopwatch), rank_zero_only=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the experience, so that a run stopped inside a cycle goes on inside it."""
@@ -265,53 +255,4 @@ class DiffuGRPO(L.LightningModule):
                 f"strategy: the checkpoint was written by {len(saved)} processes and this run has "
                 f"{self.trainer.world_size}. Try: the same number of devices, or a fresh run from the stage's start"
             )
-        self.experience = [_experience(tree, self.device) for tree in saved[self.global_rank]]
-
-
-def reward_batch(
-    verdicts: dict[str, list[Verdict]], weights: Any, device: torch.device
-) -> RewardBatch:
-    """Verdicts by reward part as tensors, one column a part."""
-    names = list(verdicts)
-    value = torch.tensor([[v.value for v in verdicts[name]] for name in names], dtype=torch.float32).T
-    valid = torch.tensor([[v.outcome in ("ok", "unparsed") for v in verdicts[name]] for name in names]).T
-    weight = torch.tensor([weights[name] for name in names], dtype=torch.float32)
-    return RewardBatch(value.to(device), valid.to(device), weight.to(device))
-
-
-def detached(logprobs: LogProbs) -> LogProbs:
-    """The same likelihood as a constant."""
-    parts = {name: value.detach() for name, value in logprobs.parts.items()}
-    return LogProbs(logprobs.value.detach(), logprobs.weight, parts)
-
-
-def trainable_state(module: torch.nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """A state dict without the frozen weights, which the stage's start already holds; a moved reference is kept."""
-    frozen = {name for name, p in module.named_parameters() if not p.requires_grad and ".model." in f".{name}"}
-    return {name: value for name, value in state.items() if name not in frozen}
-
-
-def _experience(tree: dict[str, Any], device: torch.device) -> Experience:
-    def placed(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    def logprobs(entries: Sequence[Any]) -> tuple[LogProbs | None, ...]:
-        return tuple(
-            None
-            if e is None
-            else LogProbs(placed(e["value"]), placed(e["weight"]), {k: placed(v) for k, v in e["parts"].items()})
-            for e in entries
-        )
-
-    rollout = {name: placed(value) for name, value in tree["rollout"].items()}
-    rollout |= {"completions": tuple(rollout["completions"]), "examples": tuple(rollout["examples"])}
-    return Experience(
-        rollout=Rollout(**rollout),
-        advantages=placed(tree["advantages"]),
-        rewards=placed(tree["rewards"]),
-        old=logprobs(tree["old"]),
-        ref=logprobs(tree["ref"]),
-        num_units=tuple(tree["num_units"]),
-        num_rollouts=tree["num_rollouts"],
-        step=tree["step"],
-    )
+        self.experience = [restored(tree, self.device) for tree in saved[self.global_rank]]

@@ -1,0 +1,219 @@
+"""Evaluation: the sampler of training, the grader of training, every row once, written as it finishes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d1lit.data import EncodedRow, prompt_batch
+from d1lit.rewards import Grade, Grader
+from d1lit.statistics import mean_interval, wilson_interval
+from d1lit.types import Draws, MaskPredictor, Sampler
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Everything a number depends on besides the weights; its hash names the evaluation."""
+
+    task: str
+    num_rows: int
+    prompt_sha256: str
+    settings: Mapping[str, Any]
+    """Sampler, lengths, dtype, device, batch size, seed, versions: plain values."""
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the canonical JSON of all fields."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class EvaluationSummary:
+    """One line of the results table."""
+
+    n: int
+    correct: int
+    accuracy: float
+    interval: tuple[float, float]
+    """Wilson 95 % interval of the accuracy."""
+    d1_correct: float
+    d1_out_of: float
+    """The paper's grader counts cells for Sudoku, rows elsewhere."""
+    effective_tokens: float
+    """Mean tokens up to and including the first end-of-sequence."""
+    truncated_fraction: float
+    unparsed_fraction: float
+    failed_fraction: float
+    """Share of answers whose judge timed out or failed."""
+    extra: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Further metrics by name (cell accuracy, ...): mean and 95 % interval over rows."""
+
+
+def evaluate(
+    policy: MaskPredictor,
+    sampler: Sampler,
+    rows: Sequence[EncodedRow],
+    decode: Callable[[Tensor], str],
+    grader: Grader,
+    draws: Draws,
+    *,
+    batch_size: int,
+    device: torch.device,
+    file: Path | None = None,
+    place: tuple[int, int] = (0, 1),
+    progress: Progress | None = None,
+    graded_prefix: str = "",
+) -> list[dict[str, Any]]:
+    """Generate and grade every row, and return one record a row in row order.
+
+    Rows of similar prompt length share a batch; a row's draws hang on its number alone, so neither batches nor ranks
+    change what it is asked to sample. With `file`, records are appended as they finish and rows already in it are not
+    generated again.
+
+    Args:
+        policy: the network.
+        sampler: the sampler, at the evaluation's temperature and length.
+        rows: all rows of the split.
+        decode: completion ids to text up to the end of the sequence.
+        grader: gives the strict and the d1 verdict.
+        draws: source of the random numbers.
+        batch_size: rows handed to the sampler at a time.
+        device: where the network is.
+        file: JSON lines file of this rank.
+        place: rank and world size.
+        progress: called with rows done and rows in all.
+        graded_prefix: text the prompt already opened the completion with, put before it for grading.
+    """
+    records = {r["index"]: r for r in read_records(file)} if file is not None else {}
+    rank, world_size = place
+    mine = [n for n in range(len(rows)) if n % world_size == rank and n not in records]
+    mine.sort(key=lambda n: (len(rows[n].prompt_ids), n))
+    done = len(records)
+    for start in range(0, len(mine), batch_size):
+        numbers = mine[start : start + batch_size]
+        new = _batch_records(policy, sampler, rows, numbers, decode, grader, draws, device, graded_prefix)
+        if file is not None:
+            append_records(file, new)
+        records |= {r["index"]: r for r in new}
+        done += len(new)
+        if progress is not None:
+            progress(done, len(mine) + done - start - len(new))
+    return [records[n] for n in sorted(records)]
+
+
+def _batch_records(
+    policy: MaskPredictor,
+    sampler: Sampler,
+    rows: Sequence[EncodedRow],
+    numbers: Sequence[int],
+    decode: Callable[[Tensor], str],
+    grader: Grader,
+    draws: Draws,
+    device: torch.device,
+    graded_prefix: str,
+) -> list[dict[str, Any]]:
+    prompts = prompt_batch([rows[n] for n in numbers], numbers, policy.pad_token_id).to(device)
+    rollout = sampler(policy, prompts, 1, draws)
+    texts = [graded_prefix + decode(ids) for ids in rollout.completion_ids.cpu()]
+    examples = [rows[n].example for n in numbers]
+    grades = grader.grade(texts, examples)
+    ended = (rollout.completion_ids == policy.eos_token_id).any(dim=1).tolist()
+    lengths = rollout.completion_mask.sum(1).tolist()
+    return [
+        _record(n, rows[n], text, grade, length, not end)
+        for n, text, grade, length, end in zip(numbers, texts, grades, lengths, ended, strict=True)
+    ]
+
+
+def _record(index: int, row: EncodedRow, text: str, grade: Grade, length: int, truncated: bool) -> dict[str, Any]:
+    return {
+        "index": index,
+        "id": row.example["id"],
+        "question": row.example["question"],
+        "answer": row.example["answer"],
+        "completion": text,
+        "strict": asdict(grade.strict),
+        "d1": asdict(grade.d1),
+        "extra": dict(grade.extra),
+        "length": length,
+        "truncated": truncated,
+        "example": dict(row.example),
+    }
+
+
+def append_records(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Append JSON lines and push them to the disk."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as handle:
+        handle.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """The records of an evaluation file; a last line that a crash cut short is dropped, from the file too."""
+    if not file.exists():
+        return []
+    text = file.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        file.write_text(whole, encoding="utf-8")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def check_coverage(records: Sequence[Mapping[str, Any]], num_rows: int) -> None:
+    """Every row once.
+
+    Raises:
+        ValueError: if a row is missing or there twice.
+    """
+    seen = sorted(r["index"] for r in records)
+    if seen != list(range(num_rows)):
+        twice = sorted({n for n in seen if seen.count(n) > 1})
+        missing = sorted(set(range(num_rows)) - set(seen))
+        raise ValueError(f"evaluation: rows {missing[:5]} are missing and rows {twice[:5]} stand twice. Try: run it again")
+
+
+def summarise(records: Sequence[Mapping[str, Any]]) -> EvaluationSummary:
+    """Counts, means and 95 % intervals of a finished evaluation."""
+    n = len(records)
+    correct = sum(r["strict"]["value"] >= 1.0 for r in records)
+    names = sorted({name for r in records for name in r["extra"]})
+    extra = {}
+    for name in names:
+        values = [float(r["extra"][name]) for r in records if name in r["extra"]]
+        extra[name] = {"mean": sum(values) / len(values), "interval": mean_interval(values)}
+    return EvaluationSummary(
+        n=n,
+        correct=correct,
+        accuracy=correct / n,
+        interval=wilson_interval(correct, n),
+        d1_correct=sum(r["d1"]["value"] for r in records),
+        d1_out_of=sum(r["d1"]["out_of"] for r in records),
+        effective_tokens=sum(r["length"] for r in records) / n,
+        truncated_fraction=sum(r["truncated"] for r in records) / n,
+        unparsed_fraction=sum(r["strict"]["outcome"] == "unparsed" for r in records) / n,
+        failed_fraction=sum(r["strict"]["outcome"] in ("timeout", "error") for r in records) / n,
+        extra=extra,
+    )
+
+
+def at_length(sampler: Any, completion_length: int, num_steps: int, block_length: int, temperature: float) -> Any:
+    """The same sampler at another length and temperature."""
+    return replace(
+        sampler,
+        completion_length=completion_length,
+        num_steps=num_steps,
+        block_length=block_length,
+        temperature=temperature,
+    )

@@ -1,0 +1,71 @@
+"""Optimizers, learning-rate schedules, and the step that refuses gradients that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Protocol
+
+import lightning as L
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+
+
+class ScheduleFactory(Protocol):
+    """Builds a learning-rate schedule for a stage of `num_updates` optimizer steps."""
+
+    def __call__(self, optimizer: Optimizer, num_updates: int) -> LRScheduler:
+        """The schedule, stepped once an optimizer step."""
+        ...
+
+
+def constant(optimizer: Optimizer, num_updates: int, warmup_updates: int) -> LRScheduler:
+    """Linear warm-up, then the full rate."""
+    return LambdaLR(optimizer, partial(_warmup, warmup_updates=warmup_updates))
+
+
+def linear_decay(optimizer: Optimizer, num_updates: int, warmup_updates: int) -> LRScheduler:
+    """Linear warm-up, then linearly to zero at the last update."""
+    return LambdaLR(optimizer, partial(_linear, num_updates=num_updates, warmup_updates=warmup_updates))
+
+
+def cosine_decay(optimizer: Optimizer, num_updates: int, warmup_updates: int, final_fraction: float) -> LRScheduler:
+    """Linear warm-up, then half a cosine down to `final_fraction` of the full rate."""
+    shape = partial(_cosine, num_updates=num_updates, warmup_updates=warmup_updates, final_fraction=final_fraction)
+    return LambdaLR(optimizer, shape)
+
+
+def _warmup(update: int, warmup_updates: int) -> float:
+    return min(1.0, (update + 1) / (warmup_updates + 1))
+
+
+def _progress(update: int, num_updates: int, warmup_updates: int) -> float:
+    return min(1.0, max(0.0, (update - warmup_updates) / max(1, num_updates - warmup_updates)))
+
+
+def _linear(update: int, num_updates: int, warmup_updates: int) -> float:
+    return min(_warmup(update, warmup_updates), 1.0 - _progress(update, num_updates, warmup_updates))
+
+
+def _cosine(update: int, num_updates: int, warmup_updates: int, final_fraction: float) -> float:
+    wave = torch.cos(torch.tensor(torch.pi * _progress(update, num_updates, warmup_updates), dtype=torch.float64))
+    decayed = final_fraction + (1 - final_fraction) * 0.5 * (1 + float(wave))
+    return min(_warmup(update, warmup_updates), decayed)
+
+
+def configure(
+    module: torch.nn.Module, optimizer: OptimizerFactory, lr_schedule: ScheduleFactory, num_updates: int
+) -> dict[str, Any]:
+    """What Lightning wants from `configure_optimizers`: trainable parameters only, the schedule stepped every update."""
+    built = optimizer([p for p in module.parameters() if p.requires_grad])
+    return {"optimizer": built, "lr_scheduler": {"scheduler": lr_schedule(built, num_updates), "interval": "step"}}
+
+
+def trainable_state(module: L.LightningModule, state: dict[str, Any]) -> dict[str, Any]:
+    """A state dict without the network's frozen weights: the stage's start already holds them, and they are large."""
+    frozen = {f"policy.{name}" for name, p in module.policy.named_parameters() if not p.requires_grad}
+    kept = {f"policy.{name}" for name in module.policy.reference_names()}
+    return {name: value for name, value in state.items() if name not in frozen - kept}

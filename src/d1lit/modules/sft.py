@@ -1,0 +1,131 @@
+"""Masked supervised fine-tuning (LLaDA, arXiv 2502.09992; d1, arXiv 2504.12216, Algorithm 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from d1lit.data import CompletionBatch, EncodedRow, Layout, completion_batch, moved
+from d1lit.draws import CounterDraws
+from d1lit.losses import masked_cross_entropy
+from d1lit.losses.supervised import Normalization
+from d1lit.masking import apply_mask
+from d1lit.models import Policy
+from d1lit.modules.accounting import Stopwatch, UpdateMetrics
+from d1lit.modules.optimizing import (
+    OptimizerFactory,
+    ScheduleFactory,
+    configure,
+    step_unless_not_finite,
+    trainable_state,
+)
+from d1lit.types import Schedule
+
+
+class MaskedSFT(L.LightningModule):
+    """Learns demonstrations by predicting the completion tokens that the forward process hid.
+
+    Schedule, times and masks are three separate choices. Validation uses a fixed grid of times and fixed masks, so that
+    its loss can be compared from step to step.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        schedule: Schedule,
+        times: Any,
+        validation_times: Any,
+        mask: Any,
+        normalize: Normalization,
+        optimizer: OptimizerFactory,
+        lr_schedule: ScheduleFactory,
+        num_updates: int,
+        seed: int,
+        validation_rows: Sequence[EncodedRow] = (),
+        layout: Layout | None = None,
+    ) -> None:
+        super().__init__()
+        self.policy = policy
+        self.schedule = schedule
+        self.times = times
+        self.validation_times = validation_times
+        self.mask = mask
+        self.normalize = normalize
+        self.optimizer_factory = optimizer
+        self.schedule_factory = lr_schedule
+        self.num_updates = num_updates
+        self.draws = CounterDraws(seed)
+        self.validation_rows = validation_rows
+        self.layout = layout
+        self.metrics = UpdateMetrics()
+        self.stopwatch = Stopwatch()
+        self.strict_loading = False  # frozen weights are not in a checkpoint: the stage starts from them
+
+    def training_step(self, batch: CompletionBatch, batch_idx: int) -> Tensor:
+        """Hide, predict, weigh."""
+        with self.stopwatch("update"):
+            loss, metrics = self.masked_loss(batch, self.draws.at(step=batch.step), self.times)
+        self.metrics.add_update(loss, metrics)
+        # The loss is this micro-batch's share of the global one; Lightning averages over micro-batches and ranks.
+        return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def masked_loss(self, batch: CompletionBatch, draws: CounterDraws, times: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted cross-entropy of the hidden tokens; the head sees hidden positions only."""
+        num_rows = len(batch.all_targets)
+        t = times(draws, batch.row_ids, batch.row_ids, num_rows)
+        is_masked = self.mask(draws, batch.row_ids, self.schedule.mask_prob(t), batch.is_target)
+        noised_ids = apply_mask(batch.ids, is_masked, self.policy.mask_token_id)
+        hidden = self.policy.hidden(noised_ids, batch.attention)
+        logprobs = self.policy.logprobs(hidden[is_masked], batch.ids[is_masked][:, None])[:, 0]
+        token_losses = torch.zeros(batch.ids.shape, device=logprobs.device).masked_scatter(is_masked, -logprobs)
+        weight = self.schedule.weight(t)[:, None].expand_as(token_losses)
+        total, _ = masked_cross_entropy(token_losses, is_masked, batch.is_target, weight, self.normalize)
+        _, count = self.normalize(torch.zeros(batch.all_targets.shape, device=total.device), batch.all_targets)
+        metrics = {
+            "nll_per_masked_token": token_losses.detach().sum() / is_masked.sum().clamp(min=1),
+            "masked_fraction": is_masked.sum() / batch.is_target.sum(),
+        }
+        return total / count, metrics
+
+    @torch.no_grad()
+    def validation_loss(self, batch_size: int) -> float:
+        """The loss on the validation demonstrations, over a fixed grid of times with fixed masks."""
+        assert self.layout is not None
+        rows = self.validation_rows
+        total = 0.0
+        for start in range(0, len(rows), batch_size):
+            part = slice(start, min(start + batch_size, len(rows)))
+            eos, pad = self.policy.eos_token_id, self.policy.pad_token_id
+            batch = moved(completion_batch(rows, part, 0, self.layout, eos, pad), self.device)
+            loss, _ = self.masked_loss(batch, CounterDraws(0, step=-1), self.validation_times)
+            total += float(loss)
+        return total
+
+    # --------------------------------------------------------------------------------------------------- Lightning hooks
+
+    def transfer_batch_to_device(
+        self, batch: CompletionBatch, device: torch.device, dataloader_idx: int
+    ) -> CompletionBatch:
+        """Move the tensors of the record."""
+        return moved(batch, device)
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer and schedule over the trainable parameters."""
+        return configure(self.policy, self.optimizer_factory, self.schedule_factory, self.num_updates)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """A step that is skipped on all ranks when a gradient is not finite."""
+        step_unless_not_finite(self, optimizer, optimizer_closure)
+
+    def on_train_batch_end(self, outputs: Any, batch: CompletionBatch, batch_idx: int) -> None:
+        """Log once an optimizer step, over all its micro-batches."""
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            self.log_dict(self.metrics.finish(self.stopwatch), rank_zero_only=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out the frozen weights."""
+        checkpoint["state_dict"] = trainable_state(self, checkpoint["state_dict"])
