@@ -1,6 +1,7 @@
 """The reverse process: one block sampler put together from orthogonal parts."""
 
 from d1lit.sampling.block import BlockSampler
+from d1lit.sampling.cache import DualCache, PrefixCache
 from d1lit.sampling.commit import (
     CumulativeEntropyBounded,
     DreamSchedule,
@@ -26,6 +27,7 @@ __all__ = [
     "BlockSampler",
     "CumulativeEntropyBounded",
     "DreamSchedule",
+    "DualCache",
     "EntropyBounded",
     "EvenSchedule",
     "Factor",
@@ -36,6 +38,7 @@ __all__ = [
     "Margin",
     "NegativeEntropy",
     "PlackettLuce",
+    "PrefixCache",
     "RandomOrder",
     "RandomReveal",
     "SampledLogProb",

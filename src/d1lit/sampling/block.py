@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from d1lit.sampling.cache import RolloutCache, SpanStorage
 from d1lit.sampling.commit import CumulativeEntropyBounded, EntropyBounded
 from d1lit.sampling.confidence import NegativeEntropy
 from d1lit.sampling.parts import Cells, CommitRule, Confidence, Proposal
-from d1lit.sampling.prediction import Canvas, choose, entropies, evaluation_mode, predict
+from d1lit.sampling.prediction import Canvas, View, choose, entropies, evaluation_mode, predict
+from d1lit.sampling.rows import Rows, lay_out
 from d1lit.types import Draws, MaskPredictor, PromptBatch, Rollout
 
 
-@dataclass
-class _Rows:
-    """All rows of a call, on the device: the canvas and what is recorded of it. Steps write into it by row index."""
+@dataclass(frozen=True)
+class _Wave:
+    """Rows that go through the steps of a block together; without a cache they may stand at different blocks."""
 
-    ids: Int[Tensor, "N L"]
-    attention: Bool[Tensor, "N L"] | None
-    row_ids: Int[Tensor, " N"]
-    prompt_length: int
-    commit_step: Tensor
-    sampled_logprobs: Tensor
-    confidence: Tensor
-    entropy: Tensor
-    steps_taken: Int[Tensor, " N"]
-    """Denoising steps of each row so far: the index its next step carries in the record."""
-    trace: Tensor | None
-    num_forwards: int = 0
-    num_tokens_forward: int = 0
+    index: Int[Tensor, " n"]
+    first: Int[Tensor, " n"]
+    """Where the active block of each starts in the completion."""
+    cache: SpanStorage | None = None
+    span: tuple[int, int] = (0, 0)
+    """What the steps after the first compute, where there is a cache."""
+
+    def select(self, places: list[int], guided: bool) -> _Wave:
+        """Some of the rows."""
+        chosen = torch.tensor(places, device=self.index.device)
+        cache = self.cache
+        if cache is not None:
+            cache = cache.select(torch.cat([chosen, chosen + len(self.index)]) if guided else chosen)
+        return replace(self, index=self.index[chosen], first=self.first[chosen], cache=cache)
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """A denoising step of a block."""
+
+    step: int
+    quota: int | None
+    fresh: bool
+    """True for the first forward of the block."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,8 @@ class BlockSampler:
     commit: CommitRule
     stop_at_eos: bool
     """A row ends once a FINISHED block holds EOS; blocks never reached are filled with EOS at commit step -1."""
+    cache: RolloutCache | None = None
+    """None: exact. A prefix or dual cache is faster and approximate."""
     record_trace: bool = False
     rows_per_forward: int | None = None
     """Most rows in one network call (a guided row counts twice); None: all of them."""
@@ -105,180 +120,105 @@ class BlockSampler:
             raise ValueError(
                 f"sampler: {len(prompts.row_ids)} prompts in groups of {group_size} make no rollout. Try: at least one."
             )
+        most_steps = self.num_blocks * max(self.steps_per_block, self.block_length) if self.record_trace else 0
         with evaluation_mode(policy), torch.inference_mode():
-            rows = self._lay_out(policy, prompts, group_size)
+            rows = lay_out(prompts, group_size, self.completion_length, policy.mask_token_id, most_steps)
             self._fill(policy, rows, draws)
-        return self._record(rows, policy.eos_token_id, prompts, group_size)
+        return rows.rollout(policy.eos_token_id)
 
-    # ------------------------------------------------------------------------------------------------- rows and blocks
-
-    def _lay_out(self, policy: MaskPredictor, prompts: PromptBatch, group_size: int) -> _Rows:
-        """Every row with its prompt and a masked completion."""
-        prompt_ids = prompts.prompt_ids.repeat_interleave(group_size, 0)
-        count, prompt_length = prompt_ids.shape
-        shape, device = (count, self.completion_length), prompt_ids.device
-        attention = None
-        if not bool(prompts.prompt_mask.all()):
-            seen = torch.ones(shape, dtype=torch.bool, device=device)
-            attention = torch.cat([prompts.prompt_mask.repeat_interleave(group_size, 0), seen], 1)
-        place = torch.arange(group_size, device=device)
-        canvas = torch.full(shape, policy.mask_token_id, dtype=prompt_ids.dtype, device=device)
-        most_steps = self.num_blocks * max(self.steps_per_block, self.block_length)
-        return _Rows(
-            ids=torch.cat([prompt_ids, canvas], 1),
-            attention=attention,
-            row_ids=(prompts.row_ids[:, None] * group_size + place).flatten(),
-            prompt_length=prompt_length,
-            commit_step=torch.full(shape, -1, dtype=torch.int64, device=device),
-            sampled_logprobs=torch.zeros(shape, device=device),
-            confidence=torch.zeros(shape, device=device),
-            entropy=torch.zeros(shape, device=device),
-            steps_taken=torch.zeros(count, dtype=torch.int64, device=device),
-            trace=canvas.expand(most_steps, *shape).clone() if self.record_trace else None,
-        )
-
-    def _fill(self, policy: MaskPredictor, rows: _Rows, draws: Draws) -> None:
+    def _fill(self, policy: MaskPredictor, rows: Rows, draws: Draws) -> None:
         """Block after block for the rows on board; a finished row makes room for one that waits."""
         waiting = list(range(len(rows.row_ids)))[::-1]
         room = self.rows_per_forward or 2 * len(waiting)
         room = room // 2 if self.guidance else room
         aboard: dict[int, int] = {}  # row -> its next block
         while waiting or aboard:
-            while waiting and len(aboard) < room:
+            # Rows under a cache share the span that a forward computes, so they board and travel together.
+            while waiting and len(aboard) < room and (self.cache is None or not any(aboard.values())):
                 aboard[waiting.pop()] = 0
-            self._fill_block(policy, rows, aboard, draws)
+            self._fill_block(policy, rows, self._wave(rows, aboard), draws)
             aboard = {row: block + 1 for row, block in aboard.items() if block + 1 < self.num_blocks}
             if self.stop_at_eos and aboard:
-                aboard = self._without_ended(rows, aboard, policy.eos_token_id)
+                ended = rows.end_at_eos(torch.tensor(list(aboard), device=rows.ids.device), policy.eos_token_id)
+                aboard = {row: aboard[row] for row, end in zip(list(aboard), ended, strict=True) if not end}
 
-    def _without_ended(self, rows: _Rows, aboard: dict[int, int], eos: int) -> dict[int, int]:
-        """The rows whose finished blocks hold no EOS; the others are filled up with it. One read from the device."""
-        index = torch.tensor(list(aboard), device=rows.ids.device)
-        completion = rows.ids[index, rows.prompt_length :]
-        ended = (completion == eos).any(1)
-        unreached = ended[:, None] & (rows.commit_step[index] < 0)
-        rows.ids[index, rows.prompt_length :] = torch.where(unreached, eos, completion)
-        return {row: aboard[row] for row, end in zip(aboard, ended.tolist(), strict=True) if not end}
-
-    def _fill_block(self, policy: MaskPredictor, rows: _Rows, aboard: dict[int, int], draws: Draws) -> None:
-        """All denoising steps of one block of each row; the rows may stand at different blocks."""
+    def _wave(self, rows: Rows, aboard: dict[int, int]) -> _Wave:
+        """The rows on board at their blocks."""
         device = rows.ids.device
         index = torch.tensor(list(aboard), device=device)
         first = torch.tensor(list(aboard.values()), device=device) * self.block_length
+        if self.cache is None:
+            return _Wave(index, first)
+        (block,) = set(aboard.values())
+        start = rows.prompt_length + block * self.block_length
+        span = self.cache.span(start, start + self.block_length, rows.ids.shape[1])
+        return _Wave(index, first, self.cache.storage(), span)
+
+    def _fill_block(self, policy: MaskPredictor, rows: Rows, wave: _Wave, draws: Draws) -> None:
+        """All denoising steps of one block of each row."""
         quotas = self.commit.quotas(self.block_length, self.steps_per_block)
+        computed = 0
         if quotas is not None:
             left = self.block_length
             for step, quota in enumerate(quotas):
                 # A step that fixes nothing changes nothing: it keeps its number and needs no forward.
                 if quota:
-                    self._step(policy, rows, index, first, left, step, quota, draws)
-                _close_step(rows, index)
+                    self._step(policy, rows, wave, left, _Moment(step, quota, computed == 0), draws)
+                    computed += 1
+                rows.close_step(wave.index)
                 left -= quota
             return
-        step = 0
         while True:
-            masked = self._block_ids(rows, index, first) == policy.mask_token_id
+            masked = rows.block_ids(wave.index, wave.first, self.block_length) == policy.mask_token_id
             counts = masked.sum(1).tolist()
             if not any(counts):
                 return
             if not all(counts):
-                alive = torch.tensor([place for place, count in enumerate(counts) if count], device=device)
-                index, first = index[alive], first[alive]
-            self._step(policy, rows, index, first, max(counts), step, None, draws)
-            _close_step(rows, index)
-            step += 1
+                wave = wave.select([place for place, count in enumerate(counts) if count], self.guidance > 0)
+            self._step(policy, rows, wave, max(counts), _Moment(computed, None, computed == 0), draws)
+            rows.close_step(wave.index)
+            computed += 1
 
-    def _block_ids(self, rows: _Rows, index: Int[Tensor, " n"], first: Int[Tensor, " n"]) -> Int[Tensor, "n block"]:
-        """Tokens of the active block of each row."""
-        places = rows.prompt_length + first[:, None] + torch.arange(self.block_length, device=first.device)
-        return rows.ids[index].gather(1, places)
-
-    # ------------------------------------------------------------------------------------------------------- one step
-
-    def _step(
-        self,
-        policy: MaskPredictor,
-        rows: _Rows,
-        index: Int[Tensor, " n"],
-        first: Int[Tensor, " n"],
-        width: int,
-        step: int,
-        quota: int | None,
-        draws: Draws,
-    ) -> None:
+    def _step(self, policy: MaskPredictor, rows: Rows, wave: _Wave, width: int, moment: _Moment, draws: Draws) -> None:
         """One forward: predictions at the `width` leftmost masked positions of the block, some of them fixed."""
-        masked = self._block_ids(rows, index, first) == policy.mask_token_id
+        masked = rows.block_ids(wave.index, wave.first, self.block_length) == policy.mask_token_id
         inside = masked.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :width]
         cells = Cells(
-            row_ids=rows.row_ids[index],
-            positions=first[:, None] + inside,
+            row_ids=rows.row_ids[wave.index],
+            positions=wave.first[:, None] + inside,
             candidates=masked.gather(1, inside),
             completion_length=self.completion_length,
-            step=step,
+            step=moment.step,
             num_steps=self.steps_per_block,
-            quota=quota,
+            quota=moment.quota,
             draws=draws,
         )
-        attention = None if rows.attention is None else rows.attention[index]
-        canvas = Canvas(rows.ids[index], attention, rows.prompt_length)
-        logits = predict(policy, canvas, rows.prompt_length + cells.positions, self.guidance)
-        rows.num_forwards += 1
-        rows.num_tokens_forward += canvas.ids.numel() * (2 if self.guidance else 1)
+        logits = self._predict(policy, rows, wave, cells, moment.fresh)
         choice, scores = choose(logits, cells, policy.mask_token_id, self.temperature, self.proposal, self.confidence)
         scores = scores.masked_fill(~cells.candidates, -torch.inf)
         selected = self.commit.select(scores, cells)
         # The flat places of the fixed cells: known in number with a quota, so no read from the device.
-        if quota is None:
+        if moment.quota is None:
             places = selected.flatten().nonzero()[:, 0]
         else:
-            columns = selected.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :quota]
-            places = (torch.arange(len(index), device=columns.device)[:, None] * width + columns).flatten()
-        who, where = index[places // width], cells.positions.flatten()[places]
+            columns = selected.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, : moment.quota]
+            places = (torch.arange(len(wave.index), device=columns.device)[:, None] * width + columns).flatten()
+        who, where = wave.index[places // width], cells.positions.flatten()[places]
         rows.ids[who, rows.prompt_length + where] = choice.tokens[places].to(rows.ids.dtype)
         rows.commit_step[who, where] = rows.steps_taken[who]
         rows.sampled_logprobs[who, where] = choice.logprobs[places].float()
         rows.confidence[who, where] = scores.flatten()[places].float()
         rows.entropy[who, where] = entropies(logits.flatten(0, 1), places).float()
 
-    # --------------------------------------------------------------------------------------------------------- record
-
-    def _record(self, rows: _Rows, eos: int, prompts: PromptBatch, group_size: int) -> Rollout:
-        """The rollout, in tensors that autograd may use (inference tensors may not be)."""
-        kept = {f.name: getattr(rows, f.name) for f in fields(rows)}
-        kept = {name: value.clone() if isinstance(value, Tensor) else value for name, value in kept.items()}
-        completion_ids = kept["ids"][:, rows.prompt_length :].contiguous()
-        ends = (completion_ids == eos).to(torch.int64)
-        return Rollout(
-            prompt_ids=kept["ids"][:, : rows.prompt_length].contiguous(),
-            prompt_mask=prompts.prompt_mask.repeat_interleave(group_size, 0),
-            completion_ids=completion_ids,
-            completion_mask=ends.cumsum(1) - ends == 0,
-            row_ids=kept["row_ids"],
-            group_size=group_size,
-            commit_step=kept["commit_step"],
-            sampled_logprobs=kept["sampled_logprobs"],
-            confidence=kept["confidence"],
-            entropy=kept["entropy"],
-            trace=None if rows.trace is None else _settled(kept["trace"], kept["steps_taken"], completion_ids),
-            examples=tuple(example for example in prompts.examples for _ in range(group_size)),
-            num_forwards=rows.num_forwards,
-            num_tokens_forward=rows.num_tokens_forward,
-        )
-
-
-def _close_step(rows: _Rows, index: Int[Tensor, " n"]) -> None:
-    """Note the canvas after the step and count it."""
-    if rows.trace is not None:
-        rows.trace[rows.steps_taken[index], index] = rows.ids[index, rows.prompt_length :]
-    rows.steps_taken[index] += 1
-
-
-def _settled(
-    trace: Int[Tensor, "S N C"], steps_taken: Int[Tensor, " N"], final: Int[Tensor, "N C"]
-) -> Int[Tensor, "s N C"]:
-    """The trace up to the longest row; shorter rows stay at their final canvas."""
-    trace = trace[: int(steps_taken.max())].clone()
-    for step in range(len(trace)):
-        done = step >= steps_taken
-        trace[step] = torch.where(done[:, None], final, trace[step])
-    return trace
+    def _predict(
+        self, policy: MaskPredictor, rows: Rows, wave: _Wave, cells: Cells, fresh: bool
+    ) -> Float[Tensor, "n M V"]:
+        """Logits at the cells, counted; the first forward of a block fills the cache where there is one."""
+        attention = None if rows.attention is None else rows.attention[wave.index]
+        canvas = Canvas(rows.ids[wave.index], attention, rows.prompt_length)
+        span, cache = (0, rows.ids.shape[1]), wave.cache
+        if cache is not None and not fresh:
+            span, cache = wave.span, cache.at(*wave.span)
+        rows.num_forwards += 1
+        rows.num_tokens_forward += len(wave.index) * (span[1] - span[0]) * (2 if self.guidance else 1)
+        return predict(policy, canvas, rows.prompt_length + cells.positions, self.guidance, View(span, cache))

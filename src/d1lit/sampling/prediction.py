@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from d1lit.sampling.cache import SpanStorage
 from d1lit.sampling.parts import Cells, Choice, Confidence, Prediction, Proposal
 from d1lit.sampling.proposal import greedy
 from d1lit.types import MaskPredictor
@@ -21,7 +22,8 @@ _CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
 @contextmanager
 def evaluation_mode(policy: MaskPredictor) -> Iterator[None]:
     """Dropout off while sampling; each module gets its own flag back."""
-    training = [m for m in policy.modules() if m.training] if isinstance(policy, nn.Module) else []
+    network: object = policy
+    training = [m for m in network.modules() if m.training] if isinstance(network, nn.Module) else []
     for module in training:
         module.training = False
     try:
@@ -48,18 +50,35 @@ def guided(
     return unconditional + (guidance + 1) * (conditional - unconditional)
 
 
-def predict(policy: MaskPredictor, canvas: Canvas, keep: Int[Tensor, "n M"], guidance: float) -> Float[Tensor, "n M V"]:
-    """Logits at the kept positions; with guidance, both halves go through the network in one call.
+@dataclass(frozen=True)
+class View:
+    """The part of the canvas that one forward computes."""
+
+    span: tuple[int, int]
+    cache: SpanStorage | None
+
+
+def predict(
+    policy: MaskPredictor, canvas: Canvas, keep: Int[Tensor, "n M"], guidance: float, view: View | None = None
+) -> Float[Tensor, "n M V"]:
+    """Logits at the kept positions of the canvas; with guidance, both halves go through the network in one call.
 
     The unconditional half sees every prompt position as a mask, left padding included (as LLaDA and d1 do).
     """
-    if guidance == 0:
-        return policy.head(policy.hidden(canvas.ids, canvas.attention, keep=keep))
-    blind = canvas.ids.clone()
-    blind[:, : canvas.prompt_length] = policy.mask_token_id
-    attention = None if canvas.attention is None else canvas.attention.repeat(2, 1)
-    hidden = policy.hidden(torch.cat([canvas.ids, blind]), attention, keep=keep.repeat(2, 1))
-    conditional, unconditional = policy.head(hidden).chunk(2)
+    ids, attention = canvas.ids, canvas.attention
+    if guidance:
+        blind = ids.clone()
+        blind[:, : canvas.prompt_length] = policy.mask_token_id
+        ids, keep = torch.cat([ids, blind]), keep.repeat(2, 1)
+        attention = None if attention is None else attention.repeat(2, 1)
+    cache = None
+    if view is not None:
+        start, stop = view.span
+        ids, keep, cache = ids[:, start:stop], keep - start, view.cache
+    logits = policy.head(policy.hidden(ids, attention, keep=keep, cache=cache))
+    if not guidance:
+        return logits
+    conditional, unconditional = logits.chunk(2)
     return guided(conditional, unconditional, guidance)
 
 

@@ -1,0 +1,123 @@
+"""All rows of one sampling call on the device: their canvases, and what is recorded while they fill."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from d1lit.types import PromptBatch, Rollout
+
+
+@dataclass
+class Rows:
+    """The steps of the sampler write into these tensors by row index; nothing here leaves the device before the end."""
+
+    prompts: PromptBatch
+    group_size: int
+    ids: Int[Tensor, "N L"]
+    attention: Bool[Tensor, "N L"] | None
+    """None where no prompt is padded."""
+    row_ids: Int[Tensor, " N"]
+    commit_step: Int[Tensor, "N C"]
+    sampled_logprobs: Float[Tensor, "N C"]
+    confidence: Float[Tensor, "N C"]
+    entropy: Float[Tensor, "N C"]
+    steps_taken: Int[Tensor, " N"]
+    """Denoising steps of each row so far: the index its next step carries in the record."""
+    trace: Int[Tensor, "S N C"] | None
+    num_forwards: int = 0
+    num_tokens_forward: int = 0
+
+    @property
+    def prompt_length(self) -> int:
+        """P; the completion starts there."""
+        return self.prompts.prompt_ids.shape[1]
+
+    def block_ids(self, index: Int[Tensor, " n"], first: Int[Tensor, " n"], length: int) -> Int[Tensor, "n block"]:
+        """Tokens of one block of each row, from its place `first` in the completion."""
+        places = self.prompt_length + first[:, None] + torch.arange(length, device=first.device)
+        return self.ids[index].gather(1, places)
+
+    def close_step(self, index: Int[Tensor, " n"]) -> None:
+        """Note the canvas after a step and count it."""
+        if self.trace is not None:
+            self.trace[self.steps_taken[index], index] = self.ids[index, self.prompt_length :]
+        self.steps_taken[index] += 1
+
+    def end_at_eos(self, index: Int[Tensor, " n"], eos: int) -> list[bool]:
+        """Which rows hold EOS; what they never reached is filled with it. The one read from the device in a block."""
+        completion = self.ids[index, self.prompt_length :]
+        ended = (completion == eos).any(1)
+        unreached = ended[:, None] & (self.commit_step[index] < 0)
+        self.ids[index, self.prompt_length :] = torch.where(unreached, eos, completion)
+        return ended.tolist()
+
+    def rollout(self, eos: int) -> Rollout:
+        """The record, in tensors that autograd may use; inference tensors, which these are, may not be."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        kept = {name: value.clone() for name, value in values.items() if isinstance(value, Tensor)}
+        completion_ids = kept["ids"][:, self.prompt_length :].contiguous()
+        ends = (completion_ids == eos).to(torch.int64)
+        return Rollout(
+            prompt_ids=kept["ids"][:, : self.prompt_length].contiguous(),
+            prompt_mask=self.prompts.prompt_mask.repeat_interleave(self.group_size, 0),
+            completion_ids=completion_ids,
+            completion_mask=ends.cumsum(1) - ends == 0,
+            row_ids=kept["row_ids"],
+            group_size=self.group_size,
+            commit_step=kept["commit_step"],
+            sampled_logprobs=kept["sampled_logprobs"],
+            confidence=kept["confidence"],
+            entropy=kept["entropy"],
+            trace=_settled(kept["trace"], kept["steps_taken"], completion_ids) if "trace" in kept else None,
+            examples=tuple(example for example in self.prompts.examples for _ in range(self.group_size)),
+            num_forwards=self.num_forwards,
+            num_tokens_forward=self.num_tokens_forward,
+        )
+
+
+def lay_out(
+    prompts: PromptBatch, group_size: int, completion_length: int, mask_token_id: int, trace_steps: int
+) -> Rows:
+    """Every row with its prompt and a masked completion.
+
+    Args:
+        prompts: the prompts; each is repeated for its group.
+        group_size: rows of one prompt, adjacent.
+        completion_length: masks after the prompt.
+        mask_token_id: what stands there.
+        trace_steps: steps that the trace holds; 0 for no trace.
+    """
+    prompt_ids = prompts.prompt_ids.repeat_interleave(group_size, 0)
+    shape, device = (len(prompt_ids), completion_length), prompt_ids.device
+    attention = None
+    if not bool(prompts.prompt_mask.all()):
+        seen = torch.ones(shape, dtype=torch.bool, device=device)
+        attention = torch.cat([prompts.prompt_mask.repeat_interleave(group_size, 0), seen], 1)
+    canvas = torch.full(shape, mask_token_id, dtype=prompt_ids.dtype, device=device)
+    place = torch.arange(group_size, device=device)
+    return Rows(
+        prompts=prompts,
+        group_size=group_size,
+        ids=torch.cat([prompt_ids, canvas], 1),
+        attention=attention,
+        row_ids=(prompts.row_ids[:, None] * group_size + place).flatten(),
+        commit_step=torch.full(shape, -1, dtype=torch.int64, device=device),
+        sampled_logprobs=torch.zeros(shape, device=device),
+        confidence=torch.zeros(shape, device=device),
+        entropy=torch.zeros(shape, device=device),
+        steps_taken=torch.zeros(len(prompt_ids), dtype=torch.int64, device=device),
+        trace=canvas.expand(trace_steps, *shape).clone() if trace_steps else None,
+    )
+
+
+def _settled(
+    trace: Int[Tensor, "S N C"], steps_taken: Int[Tensor, " N"], final: Int[Tensor, "N C"]
+) -> Int[Tensor, "s N C"]:
+    """The trace up to the longest row; shorter rows stay at their final canvas."""
+    trace = trace[: int(steps_taken.max())].clone()
+    after = torch.arange(len(trace), device=trace.device)[:, None] >= steps_taken
+    return torch.where(after[..., None], final, trace)
