@@ -1,0 +1,28 @@
+"""The network: one native transformer, its loading, adapters, head and tokenizers."""
+
+from d1lit.models.building import build_network, build_policy
+from d1lit.models.cache import KVCache
+from d1lit.models.loading import export_model, load_network
+from d1lit.models.lora import LoraSettings, add_lora, merge_lora
+from d1lit.models.policy import Policy
+from d1lit.models.tokenizers import build_tiny_tokenizer, decode_completion, encode_prompt, encode_text, load_tokenizer
+from d1lit.models.transformer import MaskedDiffusionConfig, MaskedDiffusionLM
+
+__all__ = [
+    "KVCache",
+    "LoraSettings",
+    "MaskedDiffusionConfig",
+    "MaskedDiffusionLM",
+    "Policy",
+    "add_lora",
+    "build_network",
+    "build_policy",
+    "build_tiny_tokenizer",
+    "decode_completion",
+    "encode_prompt",
+    "encode_text",
+    "export_model",
+    "load_network",
+    "load_tokenizer",
+    "merge_lora",
+]

@@ -1,0 +1,94 @@
+"""From settings to a policy and its tokenizer: the one door that the composed configuration comes through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from d1lit.models.head import DEFAULT_BUDGET
+from d1lit.models.loading import find_folder, load_network
+from d1lit.models.lora import LoraSettings, add_lora
+from d1lit.models.policy import Policy
+from d1lit.models.presets import fresh_network, tiny_config
+from d1lit.models.tokenizers import build_tiny_tokenizer, check_tokenizer, load_tokenizer
+from d1lit.models.transformer import MaskedDiffusionLM
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def build_network(
+    path: str | None,
+    tiny: Mapping[str, Any] | None,
+    dtype: str,
+    seed: int,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+) -> tuple[MaskedDiffusionLM, PreTrainedTokenizerBase]:
+    """The plain network and its tokenizer: read from `path`, or the tiny one, newly initialised.
+
+    Args:
+        path: folder or hub id; None for a fresh tiny model.
+        tiny: arguments of `tiny_config` without the vocabulary, for a fresh model.
+        dtype: of the weights: float32, bfloat16, float16 or float64.
+        seed: seed of a fresh model's init.
+        device: where the weights go.
+        revision: branch, tag or commit on the hub.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"model.dtype must be one of {sorted(_DTYPES)}, got {dtype!r}. Try float32.")
+    if path is not None:
+        folder = find_folder(path, revision)
+        network = load_network(str(folder), _DTYPES[dtype], device)
+        return network, load_tokenizer(str(folder), network.config)
+    if tiny is None:
+        raise ValueError("model.path: neither a path nor the shape of a tiny model is given. Try model=tiny.")
+    tokenizer = build_tiny_tokenizer()
+    assert isinstance(tokenizer.mask_token_id, int)
+    assert isinstance(tokenizer.eos_token_id, int)
+    assert isinstance(tokenizer.pad_token_id, int)
+    config = tiny_config(
+        len(tokenizer), tokenizer.mask_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, **tiny
+    )
+    check_tokenizer(tokenizer, config, "the tiny model")
+    return fresh_network(config, seed, _DTYPES[dtype]).to(device), tokenizer
+
+
+def build_policy(
+    path: str | None,
+    tiny: Mapping[str, Any] | None,
+    dtype: str,
+    attend_padding: bool,
+    lora: LoraSettings | None,
+    seed: int,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    trainable: bool = True,
+    gradient_checkpointing: bool = False,
+    head_budget: int = DEFAULT_BUDGET,
+) -> tuple[Policy, PreTrainedTokenizerBase]:
+    """A policy and its tokenizer.
+
+    Args:
+        path: folder or hub id; None for a fresh tiny model.
+        tiny: arguments of `tiny_config` without the vocabulary, for a fresh model.
+        dtype: of the weights.
+        attend_padding: True reproduces d1, whose left pads are attended.
+        lora: adapter to add; None trains the whole network.
+        seed: seed of a fresh model's or adapter's init.
+        device: where the weights go.
+        revision: branch, tag or commit on the hub.
+        trainable: False freezes everything (evaluation).
+        gradient_checkpointing: recompute each block in the backward pass.
+        head_budget: bytes that the logits of one chunk of positions may take.
+    """
+    network, tokenizer = build_network(path, tiny, dtype, seed, device, revision)
+    if gradient_checkpointing:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    model = network if lora is None else add_lora(network, lora, seed)[0]
+    policy = Policy(model, attend_padding, head_budget)
+    if not trainable:
+        policy.requires_grad_(False).eval()
+    return policy, tokenizer

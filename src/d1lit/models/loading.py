@@ -1,0 +1,178 @@
+"""Reading networks from a folder or the hub, shard by shard, and writing them back. No remote code, no pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from d1lit.models.layouts import from_official_name, official_config, read_config, to_official_name
+from d1lit.models.presets import build_on_meta
+from d1lit.models.transformer import MaskedDiffusionConfig, MaskedDiffusionLM
+
+Layout = Literal["d1lit", "official"]
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+
+
+def find_folder(path: str, revision: str | None = None, key: str = "model.path") -> Path:
+    """The local folder of a model: the path itself, or a snapshot of the hub id it names.
+
+    Raises:
+        ValueError: if there is no such folder and no such hub id, or the hub cannot be reached.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise ValueError(f"{key}: {path} is a file; a folder with config.json and *.safetensors is needed.")
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise ValueError(f"{key}: there is no folder {path}. Try an existing folder or a hub id such as owner/name.")
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, OSError) as error:
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{key}: {path} is neither a folder here nor reachable on the hub ({cause}). "
+            "Try the path of a folder that holds the model."
+        ) from error
+
+
+def load_config(folder: Path, key: str = "model.path") -> MaskedDiffusionConfig:
+    """Our configuration of the model in a folder, whatever its layout."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(
+            f"{key}: {folder} holds no config.json, so it is no model folder. Try the folder above or below."
+        )
+    try:
+        raw = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{key}: {file} is not valid JSON ({error}). Try copying the model again.") from error
+    return read_config(raw, str(folder))
+
+
+def shard_files(folder: Path, key: str = "model.path") -> list[Path]:
+    """The safetensors files of a folder, in the order of its index."""
+    if (folder / _INDEX).is_file():
+        names = dict.fromkeys(json.loads((folder / _INDEX).read_text())["weight_map"].values())
+        files = [folder / name for name in names]
+    else:
+        files = [folder / _SINGLE]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ValueError(
+            f"{key}: {folder} lacks {', '.join(missing)}. Try downloading the missing weights (safetensors)."
+        )
+    return files
+
+
+def load_network(
+    path: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+) -> MaskedDiffusionLM:
+    """A network from a folder or a hub id, in our layout, LLaDA's or Dream's.
+
+    The module tree is built without memory and filled tensor by tensor, so the weights never stand twice in memory.
+
+    Args:
+        path: folder or hub id.
+        dtype: of all weights; None keeps each as it was saved.
+        device: where the weights go.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        ValueError: if there is no such model, or its weights do not match its config exactly (the keys are named).
+    """
+    folder = find_folder(path, revision)
+    network = build_on_meta(load_config(folder))
+    expected = dict(network.named_parameters())
+    tied = network.config.tie_word_embeddings
+    seen: set[str] = set()
+    unexpected: list[str] = []
+    for name, tensor in _read_shards(shard_files(folder), network.config.family):
+        if name not in expected:
+            if not (tied and name == "lm_head.weight"):
+                unexpected.append(name)
+            continue
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"model.path: {name} in {folder} has shape {tuple(tensor.shape)}, "
+                f"but its config.json says {tuple(expected[name].shape)}."
+            )
+        seen.add(name)
+        # A copy, because safetensors hands out views of the mapped file, which may be rewritten under us.
+        _assign(network, name, torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=device).copy_(tensor))
+    missing = [name for name in expected if name not in seen]
+    if missing or unexpected:
+        raise ValueError(
+            f"model.path: the weights in {folder} do not match its config.json; missing: {_some(missing)}; "
+            f"unexpected: {_some(unexpected)}."
+        )
+    network.tie_weights()
+    network.config.dtype = network.lm_head.weight.dtype
+    return network.train()
+
+
+def _read_shards(files: list[Path], family: str) -> Iterator[tuple[str, Tensor]]:
+    """(our name, tensor), one shard mapped at a time."""
+    for file in files:
+        with safe_open(str(file), framework="pt", device="cpu") as shard:
+            for name in shard.keys():  # noqa: SIM118 - not a dict
+                if not name.endswith("rotary_emb.inv_freq"):
+                    yield from_official_name(name, family), shard.get_tensor(name)
+
+
+def _assign(network: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    network.get_submodule(path).register_parameter(leaf, nn.Parameter(tensor))
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:5]) or "none"
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+
+
+def export_model(
+    network: MaskedDiffusionLM, folder: str | Path, layout: Layout = "d1lit", max_shard_size: str = "5GB"
+) -> Path:
+    """Write config.json and safetensors; `official` uses the names and the config.json that the official code reads.
+
+    Args:
+        network: plain (merge an adapter first).
+        folder: is created.
+        layout: our own, or that of the model's family.
+        max_shard_size: larger models are split, with an index.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if layout == "d1lit":
+        network.save_pretrained(folder, max_shard_size=max_shard_size)
+        return folder
+    config = {**official_config(network.config), "torch_dtype": str(network.dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    tensors = {
+        to_official_name(name, network.config.family): parameter.detach().cpu().contiguous()
+        for name, parameter in network.named_parameters()
+    }
+    _write_shards(tensors, folder, max_shard_size)
+    return folder
+
+
+def _write_shards(tensors: dict[str, Tensor], folder: Path, max_shard_size: str) -> None:
+    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    for file, names in plan.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, str(folder / file), metadata={"format": "pt"})
+    if plan.is_sharded:
+        index: dict[str, Any] = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

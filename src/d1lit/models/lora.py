@@ -1,0 +1,191 @@
+"""Low-rank adapters (Hu et al., arXiv 2106.09685) through PEFT: which matrices, seeded init, exact merging."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from d1lit.draws import CounterDraws
+from d1lit.models.transformer import MaskedDiffusionLM
+
+ADAPTER = "default"
+LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# d1 lists all seven names, but LLaDA's official module tree calls four matrices so; the others go by attn_out, ff_proj
+# and ff_out there, and stayed untouched in the paper's runs.
+PAPER_NAMES = ("q_proj", "k_proj", "v_proj", "up_proj")
+Targets = Literal["paper", "all_linear"] | Sequence[str]
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Rank, scale and place of an adapter."""
+
+    targets: Targets
+    """`paper`: what d1's list matches in LLaDA (q, k, v, up); `all_linear`: every matrix of every block; or names."""
+    rank: int
+    alpha: float
+    """The update is scaled by alpha / rank."""
+    dropout: float
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora.rank must be at least 1, got {self.rank}. Try 8.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"lora.dropout must be in [0, 1), got {self.dropout}. Try 0.")
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """What an adapter touches, for the log."""
+
+    modules: tuple[str, ...]
+    trainable_parameters: int
+    all_parameters: int
+    names: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        share = 100.0 * self.trainable_parameters / self.all_parameters
+        return (
+            f"LoRA on {', '.join(self.names)}: {len(self.modules)} matrices, "
+            f"{self.trainable_parameters:,} trainable of {self.all_parameters:,} parameters ({share:.2f} %)"
+        )
+
+
+def target_names(targets: Targets, network: nn.Module) -> tuple[str, ...]:
+    """Last names of the matrices to adapt, each of which must exist in the network.
+
+    Raises:
+        ValueError: for a name that matches no linear module of the blocks.
+    """
+    if isinstance(targets, str):
+        presets = {"paper": PAPER_NAMES, "all_linear": LINEAR_NAMES}
+        if targets not in presets:
+            raise ValueError(f"lora.targets must be paper, all_linear or a list of names, got {targets!r}. Try paper.")
+        names = presets[targets]
+    else:
+        names = tuple(targets)
+    present = {
+        path.rsplit(".", 1)[-1]
+        for path, module in network.named_modules()
+        if ".layers." in f".{path}" and isinstance(module, nn.Linear)
+    }
+    unmatched = [name for name in names if name not in present]
+    if unmatched or not names:
+        raise ValueError(
+            f"lora.targets names {unmatched or 'nothing'}, which match no matrix of the model's blocks. "
+            f"Try names among {sorted(present)}, paper or all_linear."
+        )
+    return names
+
+
+def add_lora(network: MaskedDiffusionLM, settings: LoraSettings, seed: int) -> tuple[PeftModel, LoraReport]:
+    """Freeze the network and add a fresh adapter; its down-projections are drawn from a private generator.
+
+    Args:
+        network: gets LoRA layers in place.
+        settings: rank, scale, dropout, targets.
+        seed: seed of the adapter's init; the global generator is left as it was.
+    """
+    names = target_names(settings.targets, network)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(names),
+        bias="none",
+    )
+    with torch.random.fork_rng(devices=[]):
+        adapted = get_peft_model(network, config, adapter_name=ADAPTER)
+    draws = CounterDraws(seed)
+    with torch.no_grad():
+        for path, layer in lora_layers(adapted):
+            weight = layer.lora_A[ADAPTER].weight
+            bound = weight.shape[1] ** -0.5  # what PEFT's kaiming_uniform_(a=sqrt(5)) amounts to
+            generator = torch.Generator().manual_seed(draws.torch_seed(f"lora.{path}"))
+            noise = torch.rand(weight.shape, generator=generator, dtype=torch.float32)
+            weight.copy_((2.0 * noise - 1.0) * bound)
+    return adapted, report(adapted)
+
+
+def lora_layers(adapted: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """The adapted matrices with their paths."""
+    for path, module in adapted.named_modules():
+        if isinstance(module, LoraLayer):
+            yield path, module
+
+
+def report(adapted: PeftModel) -> LoraReport:
+    """Modules and parameter counts of an adapted network."""
+    modules = tuple(path.removeprefix("base_model.model.") for path, _ in lora_layers(adapted))
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in adapted.parameters())
+    names = tuple(dict.fromkeys(path.rsplit(".", 1)[-1] for path in modules))
+    return LoraReport(modules, trainable, total, names)
+
+
+def merged_weight(layer: LoraLayer, adapter: str = ADAPTER) -> Float[Tensor, "out in"]:
+    """Base weight plus scaled update, summed in fp32 and cast to the base's dtype.
+
+    Raises:
+        ValueError: where the base weight is quantised, because the sum does not fit its grid.
+    """
+    weight = layer.get_base_layer().weight
+    assert isinstance(weight, Tensor)
+    if not weight.is_floating_point():
+        raise ValueError(
+            "model.merge: an adapter cannot be merged into quantised weights. Load the model in bf16 first."
+        )
+    up, down = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
+    update = layer.scaling[adapter] * (up.float() @ down.float())
+    exact = weight if weight.dtype == torch.float64 else weight.float()
+    return (exact + update).to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class MergeShift:
+    """How far merging moved the log-probabilities of given ids, in nats."""
+
+    mean: float
+    largest: float
+
+    def __str__(self) -> str:
+        return f"merging moved log-probabilities by {self.mean:.2e} nats on average, {self.largest:.2e} at most"
+
+
+@torch.no_grad()
+def merge_lora(
+    adapted: PeftModel, ids: Int[Tensor, "R T"] | None = None
+) -> tuple[MaskedDiffusionLM, MergeShift | None]:
+    """The plain network with the adapter folded into its weights, and what that did to its predictions of `ids`.
+
+    Args:
+        adapted: is taken apart: its base network is the one returned.
+        ids: token ids on which the shift of the log-probabilities is measured; the ids themselves are scored.
+    """
+    network = adapted.get_base_model()
+    assert isinstance(network, MaskedDiffusionLM)
+    was_training = network.training
+    network.eval()
+    before = None if ids is None else _own_logprobs(network, ids)
+    for _, layer in lora_layers(adapted):
+        layer.get_base_layer().weight.data = merged_weight(layer)
+    network = adapted.unload()
+    assert isinstance(network, MaskedDiffusionLM)
+    network.requires_grad_(True)
+    shift = None
+    if ids is not None and before is not None:
+        moved = (_own_logprobs(network, ids) - before).abs()
+        shift = MergeShift(moved.mean().item(), moved.max().item())
+    return network.train(was_training), shift
+
+
+def _own_logprobs(network: MaskedDiffusionLM, ids: Int[Tensor, "R T"]) -> Float[Tensor, "R T"]:
+    logits = network.lm_head(network.hidden(ids)).float()
+    return logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]

@@ -1,0 +1,262 @@
+"""The network as the rest of d1lit sees it: hidden states, head, log-probabilities and the reference policy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from jaxtyping import Bool, Float, Int
+from peft import PeftModel
+from torch import Tensor, nn
+
+from d1lit.models.cache import KVCache
+from d1lit.models.head import DEFAULT_BUDGET, chunked_entropy, chunked_logprobs
+from d1lit.models.lora import ADAPTER, lora_layers, merged_weight
+from d1lit.models.transformer import MaskedDiffusionLM
+
+REFERENCE_ADAPTER = "reference"
+
+
+class Policy(nn.Module):
+    """A masked diffusion network, plain or with a LoRA adapter, behind the `MaskPredictor` protocol."""
+
+    def __init__(
+        self,
+        model: MaskedDiffusionLM | PeftModel,
+        attend_padding: bool = False,
+        head_budget: int = DEFAULT_BUDGET,
+    ) -> None:
+        """Wrap a network.
+
+        Args:
+            model: plain, or adapted by PEFT.
+            attend_padding: ignore key masks [R T], as d1 does: its left pads are attended like any token.
+            head_budget: bytes that the logits of one chunk of positions may take.
+        """
+        super().__init__()
+        self.model = model
+        self.attend_padding = attend_padding
+        self.head_budget = head_budget
+        self.reference_model: MaskedDiffusionLM | None = None
+        self._in_reference = False
+        self._is_merged = False
+
+    # ------------------------------------------------------------------------------------------------- what it is
+
+    @property
+    def network(self) -> MaskedDiffusionLM:
+        """The transformer itself, LoRA layers included; the frozen copy inside `reference()`."""
+        if self._in_reference and self.reference_model is not None:
+            return self.reference_model
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        assert isinstance(base, MaskedDiffusionLM)
+        return base
+
+    @property
+    def is_adapted(self) -> bool:
+        """True where a LoRA adapter is trained and the base is frozen."""
+        return isinstance(self.model, PeftModel)
+
+    @property
+    def mask_token_id(self) -> int:
+        """Id of [MASK]."""
+        return self.network.config.mask_token_id
+
+    @property
+    def eos_token_id(self) -> int:
+        """Id that ends a completion."""
+        return self.network.config.eos_token_id
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id that fills prompts on the left."""
+        return self.network.config.pad_token_id
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return self.network.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.network.lm_head.weight.dtype
+
+    # ---------------------------------------------------------------------------------------------- what it says
+
+    def hidden(
+        self,
+        ids: Int[Tensor, "R Q"],
+        attention: Bool[Tensor, "R T"] | Bool[Tensor, "R Q T"] | None = None,
+        position_ids: Int[Tensor, "R Q"] | None = None,
+        keep: Int[Tensor, "R M"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "R M D"]:
+        """Final hidden states that predict the tokens AT the kept positions; see MaskedDiffusionLM.hidden."""
+        if self.attend_padding and attention is not None and attention.dim() == 2:
+            attention = None
+        return self.network.hidden(ids, attention, position_ids, keep, cache)
+
+    def head(self, hidden: Float[Tensor, "*M D"]) -> Float[Tensor, "*M V"]:
+        """Logits, in fp32 (fp64 for a fp64 network)."""
+        logits = self.network.lm_head(hidden.to(self.dtype))
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def logprobs(
+        self, hidden: Float[Tensor, "M D"], targets: Int[Tensor, "M J"], temperature: float = 1.0
+    ) -> Float[Tensor, "M J"]:
+        """Log-probabilities of J targets at each position, chunked over positions."""
+        return chunked_logprobs(hidden, self.network.lm_head.weight, targets, temperature, self.head_budget)
+
+    def entropy(self, hidden: Float[Tensor, "M D"], temperature: float = 1.0) -> Float[Tensor, " M"]:
+        """Entropy of the prediction at each position, in nats; no gradient."""
+        return chunked_entropy(hidden, self.network.lm_head.weight, temperature, self.head_budget)
+
+    def view_bytes(self, length: int, with_gradient: bool) -> int:
+        """Estimated peak bytes of activations for one view of `length` tokens.
+
+        Counts, per token, the tensors that a block keeps for its backward pass (inputs of norms, projections, SwiGLU
+        and attention), or the widest moment of one block without gradient. Logits are not in it: they have a budget
+        of their own.
+        """
+        config = self.network.config
+        width, mlp = config.hidden_size, config.intermediate_size
+        itemsize = torch.finfo(self.dtype).bits // 8
+        per_block = 10 * width + 4 * mlp
+        if not with_gradient:
+            return length * itemsize * (4 * width + per_block)
+        if self.network.model.layers[0].gradient_checkpointing:
+            return length * itemsize * (config.num_hidden_layers * width + per_block)
+        return length * itemsize * config.num_hidden_layers * per_block
+
+    # ---------------------------------------------------------------------------------------- the reference policy
+
+    @torch.no_grad()
+    def keep_reference(self) -> None:
+        """Freeze a copy of the policy as it is now, to be the reference until `sync_reference` moves it.
+
+        Without an adapter that is a second network. With one it is a second, frozen adapter on the shared base; call it
+        before any wrapping that shards parameters, so that both are sharded alike.
+        """
+        if not isinstance(self.model, PeftModel):
+            self.reference_model = copy.deepcopy(self.model).requires_grad_(False).eval()
+            return
+        if REFERENCE_ADAPTER not in self.model.peft_config:
+            with torch.random.fork_rng(devices=[]):
+                self.model.add_adapter(REFERENCE_ADAPTER, self.model.peft_config[ADAPTER])
+        self._reference_weights_track(1.0)
+
+    @torch.no_grad()
+    def sync_reference(self, weight: float = 1.0) -> None:
+        """Move the kept reference towards the policy: reference = (1 - weight) * reference + weight * policy.
+
+        With an adapter the mixture is of the adapter's factors.
+
+        Raises:
+            ValueError: if no reference was kept, because then there is nothing that could move.
+        """
+        if not 0.0 <= weight <= 1.0:
+            raise ValueError(f"reference.weight must be in [0, 1], got {weight}. 1 copies the policy.")
+        if not self.has_kept_reference:
+            raise ValueError(
+                "reference.sync_every: the reference is the base with its adapter off, which cannot move. "
+                "Keep a reference first (keep_reference())."
+            )
+        if self.reference_model is not None:
+            for kept, current in zip(self.reference_model.parameters(), self.model.parameters(), strict=True):
+                kept.lerp_(current.to(kept.dtype), weight)
+            return
+        self._reference_weights_track(weight)
+
+    @property
+    def has_kept_reference(self) -> bool:
+        """True once `keep_reference` was called."""
+        in_adapter = isinstance(self.model, PeftModel) and REFERENCE_ADAPTER in self.model.peft_config
+        return self.reference_model is not None or in_adapter
+
+    def _reference_weights_track(self, weight: float) -> None:
+        for _, layer in lora_layers(self.model):
+            for factors in (layer.lora_A, layer.lora_B):
+                kept, current = factors[REFERENCE_ADAPTER].weight, factors[ADAPTER].weight
+                kept.lerp_(current.to(kept.dtype), weight)
+                kept.requires_grad_(False)
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Within the context the network is the reference: the kept one, or else the base with its adapter off.
+
+        Raises:
+            ValueError: for a network without an adapter of which no copy was kept.
+        """
+        if not isinstance(self.model, PeftModel) and self.reference_model is None:
+            raise ValueError(
+                "loss.beta: a penalty towards the reference needs one, and a fully trained network has none "
+                "until keep_reference() is called. Set loss.beta=0 or keep a reference."
+            )
+        return self._as_reference()
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        assert not self._in_reference and not self._is_merged, "reference() neither nests nor follows a merge"
+        self._in_reference = True
+        try:
+            if not isinstance(self.model, PeftModel):
+                yield
+            elif REFERENCE_ADAPTER in self.model.peft_config:
+                with self._adapters(active=REFERENCE_ADAPTER):
+                    yield
+            else:
+                with self._adapters(active=None):
+                    yield
+        finally:
+            self._in_reference = False
+
+    @contextmanager
+    def _adapters(self, active: str | None) -> Iterator[None]:
+        """Switch the LoRA layers' adapter without PEFT's side effect on requires_grad, and with dropout off."""
+        layers = [layer for _, layer in lora_layers(self.model)]
+        before = [(layer._active_adapter, layer._disable_adapters, layer.training) for layer in layers]
+        try:
+            for layer in layers:
+                layer._disable_adapters = active is None
+                layer._active_adapter = active or layer._active_adapter
+                layer.lora_dropout.eval()
+            yield
+        finally:
+            for layer, (adapter, disabled, training) in zip(layers, before, strict=True):
+                layer._active_adapter, layer._disable_adapters = adapter, disabled
+                layer.lora_dropout.train(training)
+
+    # ---------------------------------------------------------------------------------------------------- merging
+
+    @property
+    def merges_exactly(self) -> bool:
+        """True where folding the adapter into the base loses no more than fp32 rounding."""
+        kinds = {layer.get_base_layer().weight.dtype for _, layer in lora_layers(self.model)}
+        return kinds <= {torch.float32, torch.float64}
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Within the context the adapter is folded into the base weights, which makes rollouts faster.
+
+        The original matrices are kept aside (memory: one copy of the adapted matrices) and put back, so that the
+        weights afterwards are the same to the last bit. A network without an adapter passes through unchanged.
+        """
+        layers = [layer for _, layer in lora_layers(self.model)]
+        if not layers or self._is_merged:
+            yield
+            return
+        assert not self._in_reference, "merged() inside reference()"
+        originals = [layer.get_base_layer().weight.data for layer in layers]
+        self._is_merged = True
+        try:
+            with torch.no_grad():
+                for layer in layers:
+                    layer.get_base_layer().weight.data = merged_weight(layer)
+            with self._adapters(active=None):
+                yield
+        finally:
+            for layer, original in zip(layers, originals, strict=True):
+                layer.get_base_layer().weight.data = original
+            self._is_merged = False
