@@ -112,7 +112,7 @@ def python_value(text: str) -> PythonNumber:
 def _python_node(node: ast.expr, depth: int) -> PythonNumber:
     if depth > 2 * DEEPEST_TREE:
         raise TooMuch("nested too deeply")
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd | ast.USub):
         operand = _python_node(node.operand, depth + 1)

@@ -52,7 +52,7 @@ def last_between(text: str, opening: str, closing: str) -> str | None:
 
 
 def boxes(text: str) -> list[str]:
-    r"""Contents of every balanced `\boxed{...}` (or `\fbox{...}`), in order of their openings; one pass with a stack."""
+    r"""Contents of every balanced `\boxed{...}` or `\fbox{...}`, in order of their openings; one pass with a stack."""
     open_braces: list[tuple[int, bool]] = []
     found: list[tuple[int, str]] = []
     for match in _BOX_OR_BRACE.finditer(text):
@@ -80,9 +80,22 @@ def answer_block(completion: str) -> str | None:
     """Text after the last `<answer>`, up to its closing tag or, in a truncated completion, to the end."""
     text = until_end_of_text(completion)
     start = text.rfind(ANSWER_OPEN)
-    if start < 0:
-        return None
-    return text[start + len(ANSWER_OPEN) :].split(ANSWER_CLOSE, 1)[0]
+    return None if start < 0 else text[start + len(ANSWER_OPEN) :].split(ANSWER_CLOSE, 1)[0]
+
+
+def _is_closed(completion: str) -> bool:
+    text = until_end_of_text(completion)
+    return text.rfind(ANSWER_CLOSE) > text.rfind(ANSWER_OPEN)
+
+
+def _without_open_box(block: str, is_closed: bool) -> str:
+    r"""The block less a leading `\boxed{` whose brace was forgotten.
+
+    Only where the closing tag shows that the answer was finished: `\boxed{20` at the end of a truncated text may have
+    been about to become 200.
+    """
+    inside = block.strip().removeprefix("\\boxed{")
+    return inside if is_closed and not set("{}\\") & set(inside) else block
 
 
 def final_answer(completion: str) -> str | None:
@@ -101,7 +114,7 @@ def final_answer(completion: str) -> str | None:
         innermost = [content for content in found if "\\boxed" not in content and "\\fbox" not in content]
         if len(innermost) > 1:
             return None
-        answer = innermost[0] if innermost else block
+        answer = innermost[0] if innermost else _without_open_box(block, _is_closed(completion))
     if answer is None or not answer.strip() or len(answer) > LONGEST_ANSWER:
         return None
     return answer.strip()

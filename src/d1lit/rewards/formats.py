@@ -68,7 +68,7 @@ class SoftFormat:
 
 @dataclass(frozen=True)
 class TagCount:
-    """A quarter for each tag that stands exactly once, less `trailing_cost` a character after the answer; at least 0."""
+    """A quarter for each tag standing exactly once, less `trailing_cost` a character after the answer; at least 0."""
 
     prefill: str
     trailing_cost: float

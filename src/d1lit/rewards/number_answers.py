@@ -1,7 +1,7 @@
 """GSM8K, strictly: the final answer must be one number, compared exactly with the gold number.
 
-Read as numbers: whole numbers, decimals, a/b, thousands commas, a sign, currency, a percent sign, a unit after and words
-before. Not read: arithmetic still to be done, two different numbers, hedged or negated answers, digits of other scripts.
+Read as numbers: whole numbers, decimals, a/b, thousands commas, a sign, currency, a percent sign, a unit after and
+words before. Not read: arithmetic still to be done, two numbers, hedged or negated answers, digits of other scripts.
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s?\{([0-9]{1,40})\}\s?\{([0-9]{1,40})
 _TEXT_MACRO = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox|operatorname)\s?\{([^{}\\]*)\}")
 _CURRENCY = re.compile(r"[€£¥₹]|\b(?:USD|US)\b|\\\$")
 _UNIT_POWER = re.compile(r"(?<=[A-Za-z])(?:\^?\{?[23]\}?|[²³])(?![0-9.,])")
+_FOREIGN_DIGIT = re.compile(r"[^\D0-9]|[⁰¹⁴-⁹₀-₉]")
 _WORD = re.compile(r"[A-Za-z']+")
 _AROUND = re.compile(r"[A-Za-z'°%\s/.!:;,()\[\]*_`~$-]*")
 _HEDGES = frozenset(
-    "not no nor or isn't wasn't never about approximately roughly around almost nearly between either maybe perhaps "
-    "than least most under over below above cannot can't unknown wrong incorrect false except but plus times dozen "
-    "thousand million billion hundred half twice and to through".split()
+    re.findall(
+        r"[\w']+",
+        "not no nor or isn't wasn't never about approximately roughly around almost nearly between either "
+        "maybe perhaps than least most under over below above cannot can't unknown wrong incorrect false "
+        "except but plus times dozen thousand million billion hundred half twice and to through ",
+    )
 )
 _NEGATIVE_WORDS = re.compile(r"\b(?:minus|negative)\s+(?=[$0-9.])", re.IGNORECASE)
 
@@ -62,7 +66,7 @@ def _plain(text: str) -> str:
 
 def read_number(answer: str) -> Fraction | None:
     """The one number an answer states, or None where it states none, or more than one, or hedges."""
-    if len(answer) > LONGEST_ANSWER or any(char.isdigit() and not char.isascii() and char not in "²³" for char in answer):
+    if len(answer) > LONGEST_ANSWER or _FOREIGN_DIGIT.search(answer):
         return None
     text = _plain(answer)
     if "=" in text:

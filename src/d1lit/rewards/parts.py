@@ -10,7 +10,7 @@ from d1lit.types import Example, Outcome, Reward, Verdict
 
 @dataclass(frozen=True)
 class RewardParts:
-    """Named parts of a reward and their weights; the weighted sum is taken later, where failed parts can be left out."""
+    """Named parts of a reward and their weights; the sum is taken later, where failed parts can be left out."""
 
     parts: Mapping[str, Reward]
     weights: Mapping[str, float]

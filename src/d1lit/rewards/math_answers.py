@@ -1,0 +1,130 @@
+r"""MATH, strictly: exact match, then one spelling, then exact numbers, and only then math-verify.
+
+A gold answer that is a number is only met by a number: `2^3` or `4+4` for 8 leaves the work undone and would let a
+policy copy the question. So symbolic equality is asked only for symbolic gold answers, after guards that keep lists and
+copies of the question out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from d1lit.rewards.extract import LONGEST_ANSWER, final_answer
+from d1lit.rewards.math_forms import Form, normalised, top_level_items
+from d1lit.rewards.rows import judge_rows
+from d1lit.types import Example, Verdict
+
+_WORDS = re.compile(r"[A-Za-z]+")
+_BASE = re.compile(r"([0-9A-Z]+)_\{?[0-9]+\}?")
+_OPERATION = re.compile(r"[+*/^]|-|\\(?:frac|sqrt|times|cdot|div|pm)|[0-9A-Za-z)}]\(")
+_LAYOUT = re.compile(r"[\s$]|\\(?:left|right|!|,)")
+_FRACTION_SIZE = re.compile(r"\\[dt]frac")
+_BRACKETS = ("()", "[]", "(]", "[)")
+_POWER_TOWER = re.compile(r"\^\{?[^{}]*\^|\^\{?-?[0-9]{4,}|[0-9]{60,}|!{2,}|[0-9]{4,}!")
+"""Beyond these math-verify may not return; the worker would be killed, so it is spared the attempt."""
+
+
+def same_form(gold: Form, answer: Form) -> bool:
+    """Whether two answers are one spelling, with units and names that do not contradict each other."""
+    return gold.text == answer.text and _compatible(gold, answer)
+
+
+def _compatible(gold: Form, answer: Form) -> bool:
+    if gold.units and answer.units and gold.units != answer.units:
+        return False
+    return not (gold.symbol and answer.symbol and gold.symbol != answer.symbol)
+
+
+def _items(text: str) -> tuple[str, list[str]]:
+    """The kind of a list (its brackets; "" for a bare one) and its items."""
+    bare = top_level_items(text)
+    if len(bare) == 1 and len(text) > 2 and text[0] + text[-1] in _BRACKETS:
+        inside = top_level_items(text[1:-1])
+        if len(inside) > 1:
+            return text[0] + text[-1], inside
+    return "", bare
+
+
+def decide(gold: Form, answer: Form) -> bool | None:
+    """What can be said without algebra: True, False, or None where algebra must decide."""
+    if not _compatible(gold, answer):
+        return False
+    if gold.text == answer.text:
+        return True
+    gold_number, number = gold.number, answer.number
+    if gold_number is not None or number is not None:
+        return gold_number is not None and gold_number == number
+    if _WORDS.fullmatch(gold.text):
+        return len(gold.text) > 1 and gold.text.lower() == answer.text.lower()
+    if _BASE.fullmatch(gold.text) or not answer.text:
+        return False
+    gold_kind, gold_items = _items(gold.text)
+    kind, items = _items(answer.text)
+    if len(gold_items) != len(items) or (len(items) > 1 and gold_kind != kind):
+        return False
+    if len(items) > 1:
+        return _decide_items(gold_items, items, ordered=bool(kind))
+    return None
+
+
+def _decide_items(gold: list[str], items: list[str], ordered: bool) -> bool | None:
+    """Lists item by item; bare lists (the roots of an equation) in any order, repeated items as often as in gold."""
+    gold_keys = [_key(item) for item in gold]
+    keys = [_key(item) for item in items]
+    if not ordered:
+        gold_keys, keys = sorted(gold_keys), sorted(keys)
+    if gold_keys == keys:
+        return True
+    all_numbers = all(key.startswith("=") for key in (*gold_keys, *keys))
+    return False if all_numbers else None
+
+
+def _key(item: str) -> str:
+    form = normalised(item)
+    number = form.number
+    return form.text if number is None else f"={number}"
+
+
+def is_copied(answer: Form, gold: Form, question: str) -> bool:
+    """Whether an answer that still holds operations stands in the question, word for word, and the gold answer not."""
+    if not _OPERATION.search(answer.text) or len(answer.text) < 3:
+        return False
+    asked = _FRACTION_SIZE.sub(r"\\frac", _LAYOUT.sub("", question))
+    return answer.text in asked and gold.text not in asked
+
+
+@dataclass(frozen=True)
+class MathAnswer:
+    """1 where the final answer equals the gold answer, else 0.
+
+    Args:
+        equivalence: judges a (gold, answer) pair of expressions where spelling and numbers do not decide.
+    """
+
+    equivalence: Callable[[str, str], Verdict]
+
+    def __call__(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Verdict]:
+        return judge_rows(self._judge, completions, examples)
+
+    def _judge(self, text: str, example: Example) -> Verdict:
+        answer = final_answer(text)
+        if answer is None:
+            return Verdict(0.0, "unparsed")
+        return self.compare(example["answer"], answer, example.get("question", ""))
+
+    def compare(self, gold: str, answer: str, question: str = "") -> Verdict:
+        """The verdict on an answer that is already extracted."""
+        if " ".join(gold.split()) == " ".join(answer.split()):
+            return Verdict(1.0, parsed=answer)
+        if len(answer) > LONGEST_ANSWER:
+            return Verdict(0.0, "unparsed", answer)
+        gold_form, form = normalised(gold), normalised(answer)
+        decided = decide(gold_form, form)
+        if decided is not None:
+            return Verdict(float(decided), parsed=answer)
+        if is_copied(form, gold_form, question) or _POWER_TOWER.search(form.text):
+            return Verdict(0.0, parsed=answer)
+        verdict = self.equivalence(gold_form.text, form.text)
+        return Verdict(verdict.value, verdict.outcome, answer)

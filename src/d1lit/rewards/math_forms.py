@@ -1,0 +1,249 @@
+r"""One spelling for answers that differ only in form, and exact numbers where an answer is one.
+
+After the rules of Hendrycks et al. (arXiv 2103.03874), made safe and extended: thousands commas, trailing zeros, units
+compared instead of cut, spacing macros, `x =` in front, words for separators. All functions expect short texts
+(`extract.LONGEST_ANSWER`).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+_SAME = (
+    ("\u2212", "-"),
+    ("\u03c0", "\\pi "),
+    ("\u221e", "\\infty "),
+    ("\u222a", "\\cup "),
+    ("\u00d7", "\\times "),
+    ("\u00b7", "\\cdot "),
+    ("\u2264", "\\leq "),
+    ("\u2265", "\\geq "),
+    ("\u2260", "\\neq "),
+    ("\u00b0", ""),
+    ("\\degree", ""),
+    ("^{\\circ}", ""),
+    ("^\\circ", ""),
+    ("\\$", ""),
+    ("\\%", ""),
+    ("%", ""),
+    ("{,}", ","),
+    ("\\!", ""),
+    ("\\displaystyle", ""),
+    ("\\textstyle", ""),
+    ("<=", "\\leq "),
+    (">=", "\\geq "),
+    ("!=", "\\neq "),
+)
+_PATTERNS = tuple(
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\(?:left|right|bigl|bigr|big|Bigl|Bigr|Big)(?![A-Za-z])\.?", ""),
+        (r"\\(?:,|;|:|quad(?![A-Za-z])|qquad(?![A-Za-z])| )|~", " "),
+        (r"\\le(?![A-Za-z])", r"\\leq"),
+        (r"\\ge(?![A-Za-z])", r"\\geq"),
+        (r"\\ne(?![A-Za-z])", r"\\neq"),
+        (r"\\lt(?![A-Za-z])", "<"),
+        (r"\\gt(?![A-Za-z])", ">"),
+        (r"\+\\infty", r"\\infty"),
+    )
+)
+_TEXT_MACRO = re.compile(
+    r"\\(?:text|mbox|mathrm|textbf|textit|textnormal|textrm|mathbf|operatorname)\s?\{([^{}\\]*)\}(\^\{?[0-9]\}?)?"
+)
+_CONNECTIVE = re.compile(r"(?<![A-Za-z\\])(?:,\s*)?(?:and|or)(?![A-Za-z])")
+_WRAPPINGS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("\\boxed{", "}"))
+_SYMBOL = r"(?:\\?[A-Za-z]+(?:_\{?[A-Za-z0-9]+\}?)?)"
+_ASSIGNMENT = re.compile(
+    rf"({_SYMBOL}(?:\({_SYMBOL}\))?|\({_SYMBOL}(?:,{_SYMBOL})+\))(?:=|\\in(?![A-Za-z]))(?=[^=])(.+)"
+)
+_TRAILING_WORDS = re.compile(r"([0-9.,}/)]|\\pi)\s*([A-Za-z]{2,}(?:[.\s]+[A-Za-z]{2,})*[.\s]*(?:\^\{?[23]\}?)?)$")
+_FUNCTION_WORDS = frozenset(
+    re.findall(r"\w+", "pi sin cos tan sec csc cot log ln exp sqrt frac mod gcd lcm cup cap infty arcsin arccos arctan")
+)
+_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
+_DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]+)(?![0-9.])")
+_FRACTION_ARGUMENTS = re.compile(r"\\frac(?:([0-9A-Za-z])|(\{[^{}]*\}))(?:([0-9A-Za-z])|(\{[^{}]*\}))")
+_ROOT_ARGUMENT = re.compile(r"\\sqrt([0-9A-Za-z])")
+_SLASH = re.compile(r"(-?)([0-9]+)/([0-9]+)")
+_SINGLE_BRACED = re.compile(r"([_^])\{([0-9A-Za-z])\}")
+_CHOICE = re.compile(r"\(([A-Z])\)")
+
+_UNITS = {
+    name: canonical
+    for canonical, names in {
+        "inch": "inch inches in",
+        "foot": "foot feet ft",
+        "yard": "yard yards yd",
+        "mile": "mile miles mi",
+        "mm": "mm millimeter millimeters",
+        "cm": "cm centimeter centimeters centimetre centimetres",
+        "m": "m meter meters metre metres",
+        "km": "km kilometer kilometers kilometre kilometres",
+        "g": "g gram grams",
+        "kg": "kg kilogram kilograms",
+        "pound": "pound pounds lb lbs",
+        "ounce": "ounce ounces oz",
+        "second": "second seconds sec s",
+        "minute": "minute minutes min",
+        "hour": "hour hours hr hrs h",
+        "day": "day days",
+        "week": "week weeks",
+        "month": "month months",
+        "year": "year years",
+        "mph": "mph",
+        "cent": "cent cents",
+        "dollar": "dollar dollars",
+        "euro": "euro euros",
+        "radian": "radian radians",
+        "degree": "degree degrees",
+        "am": "am a.m.",
+        "pm": "pm p.m.",
+    }.items()
+    for name in names.split()
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """An answer in one spelling."""
+
+    text: str
+    """Without white space, units, mark-up and `x =`."""
+    symbol: str
+    """What stood in front of an equals sign, if anything did."""
+    units: frozenset[str]
+    """Known units that were cut from the end."""
+
+    @property
+    def number(self) -> Fraction | None:
+        """The exact number the answer is, where it is one."""
+        return exact_number(self.text)
+
+
+def _unwrapped(text: str) -> str:
+    for _ in range(4):
+        text = text.strip().rstrip(".,;").strip()
+        for opening, closing in _WRAPPINGS:
+            inside = text[len(opening) : len(text) - len(closing)]
+            if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening) + len(closing):
+                if closing == "}" and not _is_balanced(inside):
+                    continue
+                if closing == "$" and "$" in inside:
+                    continue
+                text = inside
+                break
+        else:
+            return text
+    return text
+
+
+def _is_balanced(text: str) -> bool:
+    depth = 0
+    for char in text:
+        depth += (char == "{") - (char == "}")
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def _without_text_macros(text: str) -> tuple[str, list[str]]:
+    r"""The text with `\text{...}` resolved: connectives to commas, units cut and returned, other words left bare."""
+    bare = _TEXT_MACRO.sub("", text)
+    has_core = any(char.isalnum() for char in re.sub(r"\\[A-Za-z]+", "", bare)) or "\\pi" in bare
+    cut: list[str] = []
+
+    def resolve(match: re.Match[str]) -> str:
+        content = match[1].strip()
+        if content.strip(" ,.") in ("and", "or"):
+            return ","
+        is_unit = content.lower() in _UNITS or len(content) > 1
+        if has_core and is_unit:
+            cut.append(content)
+            return " "
+        return f" {content} " + (match[2] or "")
+
+    return _TEXT_MACRO.sub(resolve, text), cut
+
+
+def _without_trailing_words(text: str) -> tuple[str, str]:
+    """`12 square inches` to `12` and the words; names of functions are no units."""
+    match = _TRAILING_WORDS.search(text)
+    if not match or any(word.strip(".").lower() in _FUNCTION_WORDS for word in match[2].split("^")[0].split()):
+        return text, ""
+    return text[: match.end(1)], match[2]
+
+
+def _plain_decimal(match: re.Match[str]) -> str:
+    whole, part = match[1].lstrip("0") or "0", match[2].rstrip("0")
+    return f"{whole}.{part}" if part else whole
+
+
+def normalised(answer: str) -> Form:
+    """The one spelling of an answer."""
+    text = _unwrapped(answer)
+    for old, new in _SAME:
+        text = text.replace(old, new)
+    for pattern, new in _PATTERNS:
+        text = pattern.sub(new, text)
+    text = text.replace("$", "")
+    text, units = _without_text_macros(text)
+    if re.search(r"[0-9)}\]]", text) or "=" in text:
+        text = _CONNECTIVE.sub(",", text)
+    text, words = _without_trailing_words(text.strip().rstrip(".,;").strip())
+    text = re.sub(r"\s+", "", re.sub(r",\s*,", ",", text)).rstrip(".,;")
+    assignment = _ASSIGNMENT.fullmatch(text)
+    symbol = ""
+    if assignment and "=" not in assignment[2]:
+        symbol, text = assignment[1], assignment[2]
+    text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+    text = _DECIMAL.sub(_plain_decimal, text)
+    text = _FRACTION_ARGUMENTS.sub(
+        lambda match: f"\\frac{match[2] or '{' + match[1] + '}'}{match[4] or '{' + match[3] + '}'}", text
+    )
+    text = _ROOT_ARGUMENT.sub(r"\\sqrt{\1}", text)
+    slash = _SLASH.fullmatch(text)
+    if slash:
+        text = f"{slash[1]}\\frac{{{slash[2]}}}{{{slash[3]}}}"
+    text = _SINGLE_BRACED.sub(r"\1\2", text)
+    choice = _CHOICE.fullmatch(text)
+    found = {_UNITS[w] for cut in (*units, words) for w in re.split(r"[\s^]+", cut.lower()) if w in _UNITS}
+    return Form(choice[1] if choice else text, symbol, frozenset(found))
+
+
+_INTEGER = re.compile(r"[+-]?[0-9]{1,60}")
+_PLAIN = re.compile(r"[+-]?[0-9]{1,60}(?:\.[0-9]{1,60})?")
+_RATIO = re.compile(r"([+-]?)([0-9]{0,60})\\frac\{([+-]?[0-9.]{1,60})\}\{([+-]?[0-9.]{1,60})\}")
+_SCIENTIFIC = re.compile(r"([+-]?[0-9]{1,30}(?:\.[0-9]{1,30})?)(?:\\times|\\cdot)10\^\{?(-?[0-9]{1,2})\}?")
+
+
+def exact_number(text: str) -> Fraction | None:
+    """The number a normalised text is: whole, decimal, fraction, mixed number or scientific; None for anything else."""
+    if not text.isascii():
+        return None
+    if _PLAIN.fullmatch(text):
+        return Fraction(text)
+    scientific = _SCIENTIFIC.fullmatch(text)
+    if scientific:
+        return Fraction(scientific[1]) * Fraction(10) ** int(scientific[2])
+    ratio = _RATIO.fullmatch(text)
+    if not ratio or not (_PLAIN.fullmatch(ratio[3]) and _PLAIN.fullmatch(ratio[4])) or Fraction(ratio[4]) == 0:
+        return None
+    part = Fraction(ratio[3]) / Fraction(ratio[4])
+    if ratio[2] and not 0 < part < 1:
+        return None  # 3 7/2 is a product or a slip, not a mixed number
+    value = Fraction(ratio[2] or 0) + part
+    return -value if ratio[1] == "-" else value
+
+
+def top_level_items(text: str) -> list[str]:
+    """The parts of a text between commas (or semicolons) that stand in no bracket."""
+    items, depth, start = [], 0, 0
+    for at, char in enumerate(text):
+        depth += (char in "([{") - (char in ")]}")
+        if char in ",;" and depth == 0:
+            items.append(text[start:at])
+            start = at + 1
+    return [*items, text[start:]]
