@@ -1,0 +1,133 @@
+"""Checkpoints during training: every so many steps, every so many minutes, and at once when the run has to stop."""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
+
+_VALIDATION_PROGRESS = "epoch_loop.val_loop.batch_progress"
+
+
+class SaveCheckpoints(L.Callback):
+    """Writes `folder/step_N` at optimizer steps, so that a resumed run repeats and misses nothing.
+
+    Accumulated gradients are not in a checkpoint, so it always describes the state after a whole optimizer step. In the
+    middle of an accumulation window nothing but Lightning's counters (and the experience a rollout leaves, which is
+    drawn again) has moved since the last one; the counters of that step are kept and stored instead of the current
+    ones. So the last step can be saved at any time, in the middle of a rollout too.
+
+    A checkpoint that is due is written when the next batch begins: by then the step's scalars have been logged and a
+    validation that belongs to the step is over. Neither would be repeated after a resume.
+
+    Args:
+        folder: the stage's checkpoint folder.
+        every_n_steps: optimizer steps between checkpoints; None for none by steps.
+        every_n_minutes: minutes between checkpoints; None for none by the clock.
+    """
+
+    def __init__(self, folder: Path | str, every_n_steps: int | None, every_n_minutes: float | None) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("every_n_minutes", every_n_minutes)):
+            if value is not None and value <= 0:
+                raise ValueError(f"callbacks.{name} must be positive or null, got {value}")
+        self.folder = Path(folder)
+        self.every_n_steps = every_n_steps
+        self.every_n_minutes = every_n_minutes
+        self._step = 0
+        self._saved_step = 0
+        self._saved_at = 0.0
+        self._is_due = False
+        self._is_writing = False
+        self._loops: dict[str, Any] | None = None
+        """Lightning's counters as they were after optimizer step `_step`; None before the first of this process."""
+
+    def save_now(self, trainer: L.Trainer) -> Path | None:
+        """Write the state after the last optimizer step, unless it is on the disk; all ranks call it together.
+
+        Returns the folder, or None where there was nothing new or the disk refused (one line says so, and training may
+        go on: the earlier checkpoints are untouched).
+        """
+        if self._loops is None or self._step == self._saved_step:
+            return None
+        self._is_due = False
+        self._saved_at = time.monotonic()
+        for logger in trainer.loggers:
+            logger.save()  # what the checkpoint has behind it must not be lost in a buffer
+        path = self.folder / f"step_{self._step}"
+        self._is_writing = True
+        try:
+            trainer.save_checkpoint(path)
+        except OSError as error:
+            rank_zero_warn(f"no checkpoint at step {self._step}: {error}")
+            trainer.strategy.barrier()  # the other ranks wait at the end of their save_checkpoint
+            return None
+        finally:
+            self._is_writing = False
+        self._saved_step = self._step
+        return path
+
+    @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Store the counters of the last optimizer step in place of the current ones."""
+        if self._is_writing:
+            checkpoint["loops"]["fit_loop"] = copy.deepcopy(self._loops)
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start from what is saved: nothing, or the checkpoint the run resumed from."""
+        self._step = self._saved_step = trainer.global_step
+        self._saved_at = time.monotonic()
+        self._is_due = False
+        self._loops = None
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the counters after an optimizer step, and whether a checkpoint is due."""
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        self._loops = copy.deepcopy(trainer.fit_loop.state_dict())
+        by_steps = self.every_n_steps is not None and self._step % self.every_n_steps == 0
+        self._is_due = self._is_due or by_steps or self._minutes_are_over(trainer)
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """If the run is stopped within this validation, the resumed run begins it again."""
+        if self._loops is None or trainer.sanity_checking:
+            return
+        self._loops = copy.deepcopy(trainer.fit_loop.state_dict())
+        # Lightning repeats a validation of which a batch was started and not processed.
+        for count in (self._loops[_VALIDATION_PROGRESS]["total"], self._loops[_VALIDATION_PROGRESS]["current"]):
+            count["ready"] = count["started"] = count["completed"] + 1
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """After it, the resumed run does not repeat it."""
+        if self._loops is not None and not trainer.sanity_checking:
+            self._loops = copy.deepcopy(trainer.fit_loop.state_dict())
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Write the checkpoint that fell due with the last optimizer step."""
+        if self._is_due:
+            self.save_now(trainer)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the last step of the stage."""
+        self.save_now(trainer)
+
+    def _minutes_are_over(self, trainer: L.Trainer) -> bool:
+        if self.every_n_minutes is None:
+            return False
+        over = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
+        return bool(trainer.strategy.broadcast(over))  # clocks differ; rank 0's counts
