@@ -11,7 +11,7 @@ import hashlib
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
@@ -94,3 +94,24 @@ class CounterDraws:
     def torch_seed(self, stream: str) -> int:
         """A seed for a torch.Generator, for the few library calls that insist on one."""
         return _key(self.seed, stream, self.step, self.inner) & (2**63 - 1)
+
+
+def random_subset(
+    uniform: Float[Tensor, "n T"], count: Int[Tensor, " n"], allowed: Bool[Tensor, "n T"]
+) -> Bool[Tensor, "n T"]:
+    """Exactly `count` of the allowed entries of each row (or all, if fewer): those with the smallest uniforms."""
+    order = torch.argsort(torch.where(allowed, uniform, torch.inf), dim=1, stable=True)
+    rank = torch.empty_like(order)
+    rank.scatter_(1, order, torch.arange(allowed.shape[1], device=allowed.device).expand_as(order))
+    return (rank < count[:, None]) & allowed
+
+
+def spread_counts(
+    start: Int[Tensor, "*n"], index: Int[Tensor, "*n"], num_strata: int, period: Int[Tensor, "*n"]
+) -> Int[Tensor, "*n"]:
+    """Whole numbers spread evenly over a period from a random start: round(start + index period / strata), unreduced.
+
+    LLaDA's likelihood code (arXiv 2502.09992) draws its numbers of masked tokens so: one uniform start, one stratum for
+    each sample. The caller reduces the result modulo the period.
+    """
+    return torch.round(start + index * (period.to(torch.float64) / num_strata)).to(torch.int64)

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from d1lit.draws import random_subset
 from d1lit.types import Draws
 
 Rows = Int[Tensor, " n"]
@@ -114,17 +115,6 @@ class LogUniformNoiseTimes:
         return -torch.expm1(t * first) / (1 - self.eps)
 
 
-def stratified_counts(
-    start: Int[Tensor, " n"], index: Int[Tensor, " K"], num_strata: int, length: Int[Tensor, " n"]
-) -> Int[Tensor, "n K"]:
-    """Numbers of hidden tokens spread evenly over 1 .. length: ((start - 1 + round(k length / K)) mod length) + 1.
-
-    LLaDA's likelihood code (arXiv 2502.09992); `start` is a uniformly random count from 1 to `length`.
-    """
-    hop = torch.round(index[None, :] * (length[:, None].to(torch.float64) / num_strata)).to(torch.int64)
-    return (start[:, None] - 1 + hop) % length[:, None] + 1
-
-
 # ---------------------------------------------------------------------------------------------------------------- masks
 
 
@@ -134,17 +124,6 @@ def bernoulli_mask(
     """Hide each allowed token on its own with its row's probability: hidden where the uniform is below it."""
     uniform = draws.uniform(stream, row_ids, (allowed.shape[1],))
     return (uniform < mask_prob[:, None]) & allowed
-
-
-def exact_count_mask(
-    uniform: Float[Tensor, "n T"], count: Int[Tensor, " n"], allowed: Bool[Tensor, "n T"]
-) -> Bool[Tensor, "n T"]:
-    """Hide exactly `count` of the allowed tokens of each row: those with the smallest uniforms (no binomial noise)."""
-    keys = torch.where(allowed, uniform, torch.inf)
-    order = torch.argsort(keys, dim=1, stable=True)
-    rank = torch.empty_like(order)
-    rank.scatter_(1, order, torch.arange(allowed.shape[1], device=allowed.device).expand_as(order))
-    return (rank < count[:, None]) & allowed
 
 
 def complementary_mask(is_masked: Bool[Tensor, "n T"], allowed: Bool[Tensor, "n T"]) -> Bool[Tensor, "n T"]:
@@ -185,7 +164,7 @@ class ExactCountMask:
     ) -> Bool[Tensor, "n T"]:
         """Which tokens are hidden."""
         count = torch.round(mask_prob * is_maskable.sum(1)).to(torch.int64).clamp(min=1)
-        return exact_count_mask(draws.uniform("mask", row_ids, (is_maskable.shape[1],)), count, is_maskable)
+        return random_subset(draws.uniform("mask", row_ids, (is_maskable.shape[1],)), count, is_maskable)
 
 
 @dataclass(frozen=True)

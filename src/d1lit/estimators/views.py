@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -9,11 +11,13 @@ from torch import Tensor
 from d1lit.types import Context, Corruption, LogProbs, Rollout
 
 
-def attend_real_tokens(prompt_mask: Bool[Tensor, "R P"], completion_length: int) -> Bool[Tensor, "R T"] | None:
-    """Keys that may be attended: real prompt tokens and the whole canvas; None where no prompt is padded."""
-    if bool(prompt_mask.all()):
-        return None
-    return torch.cat([prompt_mask, prompt_mask.new_ones(len(prompt_mask), completion_length)], dim=1)
+def attend_real_tokens(
+    prompt_mask: Bool[Tensor, "R P"], completion_length: int, completion_mask: Bool[Tensor, "R C"] | None = None
+) -> Bool[Tensor, "R T"] | None:
+    """Keys that may be attended: real prompt tokens and the canvas, or its valid part; None where that is all."""
+    canvas = prompt_mask.new_ones(len(prompt_mask), completion_length) if completion_mask is None else completion_mask
+    attention = torch.cat([prompt_mask, canvas], dim=1)
+    return None if bool(attention.all()) else attention
 
 
 def prompt_uniforms(context: Context, row_ids: Int[Tensor, " n"], length: int, index: int) -> Float[Tensor, "n P"]:
@@ -55,6 +59,7 @@ def completion_views(
     noised_prompts: Int[Tensor, "N K P"] | None = None,
     temperature: float = 1.0,
     guidance: float = 0.0,
+    attend_padding: bool = True,
 ) -> Corruption:
     """A corruption with K views of each rollout's own, the completion being scored in each of them.
 
@@ -65,6 +70,7 @@ def completion_views(
         noised_prompts: what each view shows of the prompt; the prompt itself where None.
         temperature: logits are divided by it.
         guidance: classifier-free guidance scale.
+        attend_padding: whether tokens after the end of the sequence may be attended.
     """
     n, k, c = noised_completions.shape
     prompts = rollout.prompt_ids[:, None, :].expand(n, k, -1) if noised_prompts is None else noised_prompts
@@ -74,7 +80,11 @@ def completion_views(
         target_ids=rollout.completion_ids[:, None, :].expand(n, k, c),
         weight=weight,
         score_from=prompts.shape[2],
-        attention=attend_real_tokens(rollout.prompt_mask.repeat_interleave(k, dim=0), c),
+        attention=attend_real_tokens(
+            rollout.prompt_mask.repeat_interleave(k, dim=0),
+            c,
+            None if attend_padding else rollout.completion_mask.repeat_interleave(k, dim=0),
+        ),
         temperature=temperature,
         guidance=guidance,
     )
@@ -91,3 +101,61 @@ def sequence_logprobs(view_logprobs: Float[Tensor, "N K C"], corruption: Corrupt
     """One likelihood a sequence: the weighted sum over views and tokens, weighing 1."""
     value = (view_logprobs * corruption.weight).sum((1, 2))[:, None]
     return LogProbs(value=value, weight=torch.ones_like(value))
+
+
+def drop_unscored(corruption: Corruption) -> Corruption:
+    """The same corruption without the views in which nothing is scored: no forward pass is spent on them.
+
+    Views must be of one rollout each, in the order (rollout, view), as `completion_views` makes them.
+    """
+    scored = (corruption.weight > 0).any(2)  # [N, K]
+    keep = scored.flatten()
+    if bool(keep.all()):
+        return corruption
+    if not bool(keep.any()):  # a micro-batch must not be empty: one view stays, with weight 0
+        keep = torch.zeros_like(keep).index_fill(0, torch.tensor(0, device=keep.device), True)
+        scored = keep.view_as(scored)
+    number = (keep.cumsum(0) - 1).view_as(scored)
+    return replace(
+        corruption,
+        noised_ids=corruption.noised_ids[keep],
+        view_of=torch.where(scored, number, -1),
+        attention=None if corruption.attention is None else corruption.attention[keep],
+        position_ids=None if corruption.position_ids is None else corruption.position_ids[keep],
+    )
+
+
+def segment_views(
+    context: Context,
+    segment: Int[Tensor, "N C"],
+    chosen: Int[Tensor, "N K"],
+    share: Float[Tensor, "N K"] | None = None,
+    score_all_hidden: bool = False,
+    temperature: float = 1.0,
+) -> Corruption:
+    """One view for each chosen segment of the trajectory: earlier tokens shown, this and later segments hidden.
+
+    Args:
+        context: gives the rollout and the mask id.
+        segment: the segment in which each token was committed; a token never committed carries a number above all.
+        chosen: which segment each view replays; -1 for none.
+        share: weight of each view's tokens; 1 where None.
+        score_all_hidden: score all hidden tokens instead of those of the segment.
+        temperature: logits are divided by it.
+    """
+    rollout = context.rollout
+    is_hidden = segment[:, None, :] >= chosen[:, :, None]
+    noised = torch.where(is_hidden, context.mask_token_id, rollout.completion_ids[:, None, :])
+    scored = is_hidden if score_all_hidden else segment[:, None, :] == chosen[:, :, None]
+    scored = scored & rollout.completion_mask[:, None, :] & (chosen >= 0)[:, :, None]
+    weight = scored.to(torch.float32)
+    if share is not None:
+        weight = weight * share[:, :, None]
+    return drop_unscored(completion_views(rollout, noised, weight, temperature=temperature))
+
+
+def commit_segments(context: Context) -> tuple[Int[Tensor, "N C"], Int[Tensor, " N"]]:
+    """The step that committed each token (the largest integer where none did), and each rollout's number of steps."""
+    step = context.rollout.commit_step
+    num_steps = step.amax(1) + 1
+    return torch.where(step < 0, torch.iinfo(step.dtype).max, step), num_steps
