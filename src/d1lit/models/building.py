@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from peft import PeftModel
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from d1lit.models.head import DEFAULT_BUDGET
 from d1lit.models.loading import find_folder, load_network
-from d1lit.models.lora import LoraSettings, add_lora
+from d1lit.models.lora import LoraSettings, adapt, merge, report
 from d1lit.models.policy import Policy
 from d1lit.models.presets import fresh_network, tiny_config
 from d1lit.models.tokenizers import build_tiny_tokenizer, check_tokenizer, load_tokenizer
 from d1lit.models.transformer import MaskedDiffusionLM
 
+_log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -53,7 +58,9 @@ def build_network(
         len(tokenizer), tokenizer.mask_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, **tiny
     )
     check_tokenizer(tokenizer, config, "the tiny model")
-    return fresh_network(config, seed, _DTYPES[dtype]).to(device), tokenizer
+    network = fresh_network(config, seed, _DTYPES[dtype])
+    nn.Module.to(network, device)
+    return network, tokenizer
 
 
 def build_policy(
@@ -87,8 +94,37 @@ def build_policy(
     network, tokenizer = build_network(path, tiny, dtype, seed, device, revision)
     if gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
-    model = network if lora is None else add_lora(network, lora, seed)[0]
-    policy = Policy(model, attend_padding, head_budget)
+    policy = Policy(network, attend_padding, head_budget)
+    if lora is not None:
+        policy = add_lora(policy, lora, seed)
     if not trainable:
         policy.requires_grad_(False).eval()
     return policy, tokenizer
+
+
+def add_lora(policy: Policy, settings: LoraSettings, seed: int) -> Policy:
+    """A policy that trains a fresh adapter on the given one's frozen network; matched modules and counts are logged.
+
+    Raises:
+        ValueError: if the policy has an adapter already, or a target name matches nothing.
+    """
+    if isinstance(policy.model, PeftModel):
+        raise ValueError("lora: the model has an adapter already. Merge it before adding another.")
+    adapted = adapt(policy.network, settings, seed)
+    _log.info("%s", report(adapted))
+    return Policy(adapted, policy.attend_padding, policy.head_budget).train(policy.training)
+
+
+def merge_lora(policy: Policy, ids: Int[Tensor, "R T"] | None = None) -> Policy:
+    """A plain policy with the adapter folded into its weights in fp32; the log-prob shift on `ids` is logged.
+
+    Args:
+        policy: is taken apart; one without an adapter comes back as it is.
+        ids: token ids on which the shift is measured.
+    """
+    if not isinstance(policy.model, PeftModel):
+        return policy
+    network, shift = merge(policy.model, ids)
+    if shift is not None:
+        _log.info("%s", shift)
+    return Policy(network, policy.attend_padding, policy.head_budget).train(policy.training)

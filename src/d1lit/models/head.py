@@ -94,8 +94,8 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        (gradient,) = grad_outputs
         weight, targets, expectation = ctx.saved_tensors
         result = expectation.new_empty(expectation.shape, dtype=ctx.dtype)
         for start in range(0, len(targets), ctx.rows):
@@ -126,8 +126,8 @@ class _TrainableHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        (gradient,) = grad_outputs
         hidden, weight, targets = ctx.saved_tensors
         exact = _exact(weight.dtype)
         to_hidden = torch.empty_like(hidden)

@@ -96,32 +96,49 @@ def load_network(
     """
     folder = find_folder(path, revision)
     network = build_on_meta(load_config(folder))
+    for name, tensor in _checked_tensors(network, folder):
+        # A copy, because safetensors hands out views of the mapped file, which may be rewritten under us.
+        _assign(network, name, torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=device).copy_(tensor))
+    network.tie_weights()
+    network.config.dtype = str(network.head_weight.dtype).removeprefix("torch.")
+    return network.train()
+
+
+@torch.no_grad()
+def copy_weights(network: MaskedDiffusionLM, path: str) -> None:
+    """Read the weights of a folder of the same shape into an existing network, in place.
+
+    Raises:
+        ValueError: if the folder's weights are not exactly the network's.
+    """
+    own = dict(network.named_parameters())
+    for name, tensor in _checked_tensors(network, find_folder(path)):
+        own[name].copy_(tensor)
+
+
+def _checked_tensors(network: MaskedDiffusionLM, folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """(our name, tensor) of every weight of the network, once; anything else is an error."""
     expected = dict(network.named_parameters())
-    tied = network.config.tie_word_embeddings
     seen: set[str] = set()
     unexpected: list[str] = []
     for name, tensor in _read_shards(shard_files(folder), network.config.family):
         if name not in expected:
-            if not (tied and name == "lm_head.weight"):
+            if not (network.config.tie_word_embeddings and name == "lm_head.weight"):
                 unexpected.append(name)
             continue
         if tensor.shape != expected[name].shape:
             raise ValueError(
                 f"model.path: {name} in {folder} has shape {tuple(tensor.shape)}, "
-                f"but its config.json says {tuple(expected[name].shape)}."
+                f"but the model has {tuple(expected[name].shape)}."
             )
         seen.add(name)
-        # A copy, because safetensors hands out views of the mapped file, which may be rewritten under us.
-        _assign(network, name, torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=device).copy_(tensor))
+        yield name, tensor
     missing = [name for name in expected if name not in seen]
     if missing or unexpected:
         raise ValueError(
-            f"model.path: the weights in {folder} do not match its config.json; missing: {_some(missing)}; "
+            f"model.path: the weights in {folder} do not match the model; missing: {_some(missing)}; "
             f"unexpected: {_some(unexpected)}."
         )
-    network.tie_weights()
-    network.config.dtype = network.lm_head.weight.dtype
-    return network.train()
 
 
 def _read_shards(files: list[Path], family: str) -> Iterator[tuple[str, Tensor]]:

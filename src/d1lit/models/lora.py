@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from d1lit.draws import CounterDraws
+from d1lit.models.head import chunked_logprobs
 from d1lit.models.transformer import MaskedDiffusionLM
 
 ADAPTER = "default"
@@ -48,7 +49,8 @@ class LoraReport:
     modules: tuple[str, ...]
     trainable_parameters: int
     all_parameters: int
-    names: tuple[str, ...] = field(default=())
+    names: tuple[str, ...]
+    """Last names of the modules, each once."""
 
     def __str__(self) -> str:
         share = 100.0 * self.trainable_parameters / self.all_parameters
@@ -85,7 +87,7 @@ def target_names(targets: Targets, network: nn.Module) -> tuple[str, ...]:
     return names
 
 
-def add_lora(network: MaskedDiffusionLM, settings: LoraSettings, seed: int) -> tuple[PeftModel, LoraReport]:
+def adapt(network: MaskedDiffusionLM, settings: LoraSettings, seed: int) -> PeftModel:
     """Freeze the network and add a fresh adapter; its down-projections are drawn from a private generator.
 
     Args:
@@ -94,57 +96,65 @@ def add_lora(network: MaskedDiffusionLM, settings: LoraSettings, seed: int) -> t
         seed: seed of the adapter's init; the global generator is left as it was.
     """
     names = target_names(settings.targets, network)
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=list(names),
-        bias="none",
-    )
+    config = LoraConfig(r=settings.rank, lora_dropout=settings.dropout, target_modules=list(names), bias="none")
+    config.lora_alpha = settings.alpha  # type: ignore[assignment] - annotated int, but any number scales
     with torch.random.fork_rng(devices=[]):
         adapted = get_peft_model(network, config, adapter_name=ADAPTER)
+    assert isinstance(adapted, PeftModel)
     draws = CounterDraws(seed)
     with torch.no_grad():
         for path, layer in lora_layers(adapted):
-            weight = layer.lora_A[ADAPTER].weight
+            weight = factors(layer, ADAPTER)[0]
             bound = weight.shape[1] ** -0.5  # what PEFT's kaiming_uniform_(a=sqrt(5)) amounts to
             generator = torch.Generator().manual_seed(draws.torch_seed(f"lora.{path}"))
-            noise = torch.rand(weight.shape, generator=generator, dtype=torch.float32)
-            weight.copy_((2.0 * noise - 1.0) * bound)
-    return adapted, report(adapted)
+            weight.copy_((2.0 * torch.rand(weight.shape, generator=generator) - 1.0) * bound)
+    return adapted
 
 
-def lora_layers(adapted: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """The adapted matrices with their paths."""
+def lora_layers(adapted: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+    """The adapted matrices with their paths in the plain network."""
     for path, module in adapted.named_modules():
-        if isinstance(module, LoraLayer):
-            yield path, module
+        if isinstance(module, LoraLinear):
+            yield path.removeprefix("base_model.model."), module
+
+
+def factors(layer: LoraLinear, adapter: str) -> tuple[Tensor, Tensor]:
+    """Down- and up-projection, A [rank, in] and B [out, rank]."""
+    down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    assert isinstance(down, Tensor) and isinstance(up, Tensor)
+    return down, up
+
+
+def base_weight(layer: LoraLinear) -> nn.Parameter:
+    """The frozen matrix under an adapter."""
+    weight = layer.get_base_layer().weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
 
 
 def report(adapted: PeftModel) -> LoraReport:
     """Modules and parameter counts of an adapted network."""
-    modules = tuple(path.removeprefix("base_model.model.") for path, _ in lora_layers(adapted))
+    modules = tuple(path for path, _ in lora_layers(adapted))
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     total = sum(p.numel() for p in adapted.parameters())
     names = tuple(dict.fromkeys(path.rsplit(".", 1)[-1] for path in modules))
     return LoraReport(modules, trainable, total, names)
 
 
-def merged_weight(layer: LoraLayer, adapter: str = ADAPTER) -> Float[Tensor, "out in"]:
+def merged_weight(layer: LoraLinear, adapter: str = ADAPTER) -> Float[Tensor, "out_features in_features"]:
     """Base weight plus scaled update, summed in fp32 and cast to the base's dtype.
 
     Raises:
         ValueError: where the base weight is quantised, because the sum does not fit its grid.
     """
-    weight = layer.get_base_layer().weight
-    assert isinstance(weight, Tensor)
+    weight = base_weight(layer).data
     if not weight.is_floating_point():
         raise ValueError(
-            "model.merge: an adapter cannot be merged into quantised weights. Load the model in bf16 first."
+            "model.merge: an adapter cannot be merged into quantised weights. Load the model in bfloat16 first."
         )
-    up, down = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
-    update = layer.scaling[adapter] * (up.float() @ down.float())
+    down, up = factors(layer, adapter)
     exact = weight if weight.dtype == torch.float64 else weight.float()
+    update = layer.scaling[adapter] * (up.to(exact.dtype) @ down.to(exact.dtype))
     return (exact + update).to(weight.dtype)
 
 
@@ -160,9 +170,7 @@ class MergeShift:
 
 
 @torch.no_grad()
-def merge_lora(
-    adapted: PeftModel, ids: Int[Tensor, "R T"] | None = None
-) -> tuple[MaskedDiffusionLM, MergeShift | None]:
+def merge(adapted: PeftModel, ids: Int[Tensor, "R T"] | None = None) -> tuple[MaskedDiffusionLM, MergeShift | None]:
     """The plain network with the adapter folded into its weights, and what that did to its predictions of `ids`.
 
     Args:
@@ -175,7 +183,7 @@ def merge_lora(
     network.eval()
     before = None if ids is None else _own_logprobs(network, ids)
     for _, layer in lora_layers(adapted):
-        layer.get_base_layer().weight.data = merged_weight(layer)
+        base_weight(layer).data = merged_weight(layer)
     network = adapted.unload()
     assert isinstance(network, MaskedDiffusionLM)
     network.requires_grad_(True)
@@ -187,5 +195,6 @@ def merge_lora(
 
 
 def _own_logprobs(network: MaskedDiffusionLM, ids: Int[Tensor, "R T"]) -> Float[Tensor, "R T"]:
-    logits = network.lm_head(network.hidden(ids)).float()
-    return logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    hidden = network.hidden(ids)
+    logprobs = chunked_logprobs(hidden.flatten(0, 1), network.head_weight, ids.flatten()[:, None])
+    return logprobs.view(ids.shape)

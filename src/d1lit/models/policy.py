@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from d1lit.models.cache import KVCache
 from d1lit.models.head import DEFAULT_BUDGET, chunked_entropy, chunked_logprobs
-from d1lit.models.lora import ADAPTER, lora_layers, merged_weight
+from d1lit.models.lora import ADAPTER, base_weight, factors, lora_layers, merged_weight
 from d1lit.models.transformer import MaskedDiffusionLM
 
 REFERENCE_ADAPTER = "reference"
@@ -77,12 +77,12 @@ class Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights live."""
-        return self.network.lm_head.weight.device
+        return self.network.head_weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
-        return self.network.lm_head.weight.dtype
+        return self.network.head_weight.dtype
 
     # ---------------------------------------------------------------------------------------------- what it says
 
@@ -108,11 +108,11 @@ class Policy(nn.Module):
         self, hidden: Float[Tensor, "M D"], targets: Int[Tensor, "M J"], temperature: float = 1.0
     ) -> Float[Tensor, "M J"]:
         """Log-probabilities of J targets at each position, chunked over positions."""
-        return chunked_logprobs(hidden, self.network.lm_head.weight, targets, temperature, self.head_budget)
+        return chunked_logprobs(hidden, self.network.head_weight, targets, temperature, self.head_budget)
 
     def entropy(self, hidden: Float[Tensor, "M D"], temperature: float = 1.0) -> Float[Tensor, " M"]:
         """Entropy of the prediction at each position, in nats; no gradient."""
-        return chunked_entropy(hidden, self.network.lm_head.weight, temperature, self.head_budget)
+        return chunked_entropy(hidden, self.network.head_weight, temperature, self.head_budget)
 
     def view_bytes(self, length: int, with_gradient: bool) -> int:
         """Estimated peak bytes of activations for one view of `length` tokens.
@@ -166,7 +166,7 @@ class Policy(nn.Module):
             )
         if self.reference_model is not None:
             for kept, current in zip(self.reference_model.parameters(), self.model.parameters(), strict=True):
-                kept.lerp_(current.to(kept.dtype), weight)
+                kept.lerp_(current.detach(), weight)
             return
         self._reference_weights_track(weight)
 
@@ -178,8 +178,7 @@ class Policy(nn.Module):
 
     def _reference_weights_track(self, weight: float) -> None:
         for _, layer in lora_layers(self.model):
-            for factors in (layer.lora_A, layer.lora_B):
-                kept, current = factors[REFERENCE_ADAPTER].weight, factors[ADAPTER].weight
+            for kept, current in zip(factors(layer, REFERENCE_ADAPTER), factors(layer, ADAPTER), strict=True):
                 kept.lerp_(current.to(kept.dtype), weight)
                 kept.requires_grad_(False)
 
@@ -233,7 +232,7 @@ class Policy(nn.Module):
     @property
     def merges_exactly(self) -> bool:
         """True where folding the adapter into the base loses no more than fp32 rounding."""
-        kinds = {layer.get_base_layer().weight.dtype for _, layer in lora_layers(self.model)}
+        kinds = {base_weight(layer).dtype for _, layer in lora_layers(self.model)}
         return kinds <= {torch.float32, torch.float64}
 
     @contextmanager
@@ -248,15 +247,15 @@ class Policy(nn.Module):
             yield
             return
         assert not self._in_reference, "merged() inside reference()"
-        originals = [layer.get_base_layer().weight.data for layer in layers]
+        originals = [base_weight(layer).data for layer in layers]
         self._is_merged = True
         try:
             with torch.no_grad():
                 for layer in layers:
-                    layer.get_base_layer().weight.data = merged_weight(layer)
+                    base_weight(layer).data = merged_weight(layer)
             with self._adapters(active=None):
                 yield
         finally:
             for layer, original in zip(layers, originals, strict=True):
-                layer.get_base_layer().weight.data = original
+                base_weight(layer).data = original
             self._is_merged = False

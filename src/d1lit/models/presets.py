@@ -89,7 +89,9 @@ def initialise(network: MaskedDiffusionLM, seed: int) -> None:
 
 def fresh_network(config: MaskedDiffusionConfig, seed: int, dtype: torch.dtype = torch.float32) -> MaskedDiffusionLM:
     """A newly initialised network on the CPU."""
-    network = build_on_meta(config).to(dtype).to_empty(device="cpu")
+    network = build_on_meta(config)
+    nn.Module.to(network, dtype=dtype)
+    network.to_empty(device="cpu")
     network.tie_weights()
     initialise(network, seed)
     return network

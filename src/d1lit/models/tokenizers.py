@@ -56,7 +56,7 @@ def load_tokenizer(path: str, config: MaskedDiffusionConfig, revision: str | Non
     try:
         # Dream publishes its tokenizer as remote code over Qwen2's files; the native class reads them.
         loader = Qwen2Tokenizer if config.family == "dream" else AutoTokenizer
-        tokenizer = loader.from_pretrained(path, revision=revision, trust_remote_code=False)
+        tokenizer = loader.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
@@ -69,13 +69,18 @@ def load_tokenizer(path: str, config: MaskedDiffusionConfig, revision: str | Non
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: MaskedDiffusionConfig, path: str) -> None:
     """Refuse a tokenizer that does not belong to the model or cannot write a chat."""
-    for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
-        in_model, in_tokenizer = config.to_dict()[name], tokenizer.convert_tokens_to_ids(_special(tokenizer, name))
+    ids = {
+        "mask_token_id": (config.mask_token_id, tokenizer.mask_token),
+        "eos_token_id": (config.eos_token_id, tokenizer.eos_token),
+        "pad_token_id": (config.pad_token_id, None),  # padding is masked or equals the end: only its range matters
+    }
+    for name, (in_model, token) in ids.items():
+        in_tokenizer = None if token is None else tokenizer.convert_tokens_to_ids(str(token))
         if not 0 <= in_model < config.vocab_size:
             raise ValueError(
                 f"model.path: {name}={in_model} in {path} is outside the vocabulary of {config.vocab_size}."
             )
-        if in_tokenizer is not None and name != "pad_token_id" and in_tokenizer != in_model:
+        if in_tokenizer is not None and in_tokenizer != in_model:
             raise ValueError(
                 f"model.path: {name} is {in_model} in the model and {in_tokenizer} in the tokenizer of {path}. "
                 "Try the tokenizer that was saved with this model."
@@ -90,15 +95,6 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: MaskedDiffusionC
             f"model.path: the tokenizer of {path} has no chat template. Try an Instruct model, "
             "or put a chat_template.jinja into the folder."
         )
-
-
-def _special(tokenizer: PreTrainedTokenizerBase, name: str) -> str | None:
-    tokens = {
-        "mask_token_id": tokenizer.mask_token,
-        "eos_token_id": tokenizer.eos_token,
-        "pad_token_id": tokenizer.pad_token,
-    }
-    return tokens[name]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, system: str | None, user: str, prefill: str = "") -> list[int]:

@@ -203,12 +203,20 @@ class MaskedDiffusionLM(PreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's matrix [V, D]."""
+        weight = self.lm_head.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
         return self.model.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embedding."""
+        assert isinstance(value, nn.Embedding)
         self.model.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Module:
@@ -298,7 +306,7 @@ class MaskedDiffusionLM(PreTrainedModel):
         start = 0
         if cache is not None and cache.span is None:
             cache.remember(ids, position_ids)
-        elif cache is not None:
+        elif cache is not None and cache.span is not None:
             start, stop = cache.span
             cache.write_ids(start, ids)
             if position_ids is None and "position_ids" in cache.canvas:

@@ -1,0 +1,144 @@
+"""Adapters and final weights on disk: PEFT's file format, under our names or the official ones."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from d1lit.models.layouts import from_official_name, official_target, to_official_name
+from d1lit.models.loading import Layout, copy_weights, export_model, find_folder
+from d1lit.models.lora import ADAPTER, LoraSettings, adapt, factors, lora_layers
+from d1lit.models.policy import Policy
+from d1lit.models.transformer import MaskedDiffusionLM
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_FIXED: dict[str, Any] = {"bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False}
+
+
+def save_adapter(adapted: PeftModel, folder: str | Path, layout: Layout = "d1lit") -> Path:
+    """Write the adapter alone, as PEFT does; `official` uses the module names of the official code.
+
+    Args:
+        adapted: a network with our adapter.
+        folder: is created.
+        layout: our own, or that of the model's family.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    network = adapted.get_base_model()
+    assert isinstance(network, MaskedDiffusionLM)
+    family = network.config.family
+    tensors = {}
+    for path, layer in lora_layers(adapted):
+        name = to_official_name(path, family) if layout == "official" else path
+        for part, tensor in zip(("lora_A", "lora_B"), factors(layer, ADAPTER), strict=True):
+            tensors[f"{_PREFIX}{name}.{part}.weight"] = tensor.detach().cpu().contiguous()
+    config = adapted.peft_config[ADAPTER]
+    assert isinstance(config, LoraConfig)
+    config = copy.deepcopy(config)
+    config.inference_mode = True
+    if layout == "official":
+        config.target_modules = _official_targets(adapted, family)
+    save_file(tensors, str(folder / _WEIGHTS), metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+    return folder
+
+
+def _official_targets(adapted: PeftModel, family: str) -> list[str] | str:
+    """Names for PEFT to match; LLaDA calls its head ff_out as well, so there a pattern names the blocks."""
+    names = sorted({official_target(path.rsplit(".", 1)[-1], family) for path, _ in lora_layers(adapted)})
+    if "ff_out" in names:
+        return rf".*\.blocks\.\d+\.({'|'.join(map(re.escape, names))})"
+    return names
+
+
+def load_adapter(network: MaskedDiffusionLM, path: str, revision: str | None = None) -> PeftModel:
+    """Add an adapter read from a folder or hub id, in our names or the official ones, to a plain network.
+
+    Raises:
+        ValueError: if there is none, if it is of a kind we do not implement, or if it does not fit the network.
+    """
+    settings, tensors = _read_adapter(path, network.config.family, revision)
+    adapted = adapt(network, settings, seed=0)
+    _fill_adapter(adapted, tensors, path)
+    return adapted
+
+
+def _read_adapter(path: str, family: str, revision: str | None = None) -> tuple[LoraSettings, dict[str, Tensor]]:
+    folder = find_folder(path, revision, key="model.adapter")
+    for name in (_CONFIG, _WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"model.adapter: {folder} holds no {name}. Try a folder that PEFT or d1lit has written.")
+    raw = json.loads((folder / _CONFIG).read_text())
+    if raw.get("peft_type") != "LORA":
+        raise ValueError(f"model.adapter: {folder} is of kind {raw.get('peft_type')!r}; only LORA is implemented.")
+    for key, value in _FIXED.items():
+        if raw.get(key, value) != value:
+            raise ValueError(f"model.adapter: {folder} sets {key}={raw[key]!r}; only {value!r} is implemented.")
+    if raw.get("rank_pattern") or raw.get("alpha_pattern") or raw.get("modules_to_save"):
+        raise ValueError(f"model.adapter: {folder} gives matrices ranks of their own or saves whole modules; "
+                         "only one rank for all is implemented.")  # fmt: skip
+    tensors = {}
+    for name, tensor in load_file(str(folder / _WEIGHTS)).items():
+        module, part = name.removeprefix(_PREFIX).rsplit(".lora_", 1)
+        tensors[f"{from_official_name(module, family)}.lora_{part}"] = tensor
+    names = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in tensors})
+    return LoraSettings(names, raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0)), tensors
+
+
+@torch.no_grad()
+def _fill_adapter(adapted: PeftModel, tensors: dict[str, Tensor], path: str) -> None:
+    wanted = {
+        f"{name}.{part}.weight": tensor
+        for name, layer in lora_layers(adapted)
+        for part, tensor in zip(("lora_A", "lora_B"), factors(layer, ADAPTER), strict=True)
+    }
+    wrong = sorted(set(wanted) ^ set(tensors)) or [n for n, t in wanted.items() if t.shape != tensors[n].shape]
+    if wrong:
+        raise ValueError(
+            f"model.adapter: the adapter in {path} does not fit the model, first at {wrong[0]}. "
+            "Try the base model it was trained on and the same lora settings."
+        )
+    for name, tensor in wanted.items():
+        tensor.copy_(tensors[name])
+
+
+# ------------------------------------------------------------------------------------------------ a policy's weights
+
+
+def save_weights(policy: Policy, folder: str | Path, layout: Layout = "d1lit") -> Path:
+    """Write what the policy trains, adapter or whole network; the folder appears complete or not at all."""
+    folder = Path(folder)
+    staging = folder.with_name(f".{folder.name}.staging-{os.getpid()}")
+    shutil.rmtree(staging, ignore_errors=True)
+    if isinstance(policy.model, PeftModel):
+        save_adapter(policy.model, staging, layout)
+    else:
+        export_model(policy.network, staging, layout)
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.rename(folder)
+    return folder
+
+
+def load_weights(policy: Policy, folder: str | Path) -> None:
+    """Read into an existing policy what `save_weights` wrote for one like it.
+
+    Raises:
+        ValueError: if the folder holds other weights than the policy has.
+    """
+    if isinstance(policy.model, PeftModel):
+        _, tensors = _read_adapter(str(folder), policy.network.config.family)
+        _fill_adapter(policy.model, tensors, str(folder))
+    else:
+        copy_weights(policy.network, str(folder))
