@@ -22,8 +22,9 @@ from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.estimators.paired import CoupledEstimator, ESPOEstimator, PairScoreEstimator
 from d1lit.estimators.sampled_steps import SurprisalStepsEstimator
 from d1lit.estimators.step_merge import StepMergeEstimator, TraceEstimator
-from d1lit.estimators.views import segment_views
-from d1lit.types import LogProbs
+from d1lit.estimators.views import completion_views, segment_views, token_logprobs
+from d1lit.losses import ClippedPolicyLoss, terms
+from d1lit.types import LogProbs, LossInputs
 from tests.golden.reading import method_cases, method_tensors, needs_golden
 from tests.golden.replay import (
     ReplayDraws,
@@ -269,32 +270,56 @@ def step_merge(case: Case, t: Tensors) -> None:
 
 
 def tracerl(case: Case, t: Tensors) -> None:
-    settings = case["settings"]
-    if settings["method"] != "TraceRL":
-        pytest.skip(
-            "dLLM-RL's random and complementary rows are its own baselines, not TraceRL: masks over the whole row"
-        )
-    mask_id, pad_id, shrink = settings["mask_id"], 8, settings["shrink"]
-    ids = t["in.completion_ids"]
-    # post_num = k scores the completion and its first k pads; without it, all of them
-    pads = (ids == pad_id).long().cumsum(1)
-    keep = torch.ones_like(ids, dtype=torch.bool) if settings["post_num"] is None else pads <= settings["post_num"]
-    rollout = make_rollout(t["in.prompt_ids"], ids, keep, commit_step=t["in.step_map"])
-    estimator, network = TraceEstimator(shrink, temperature=1.0), StoredCalls(t)
-    corruption = estimator.corrupt(make_context(rollout, ReplayDraws({}), mask_id))
-    ours = {tuple(row) for row in corruption.noised_ids.tolist()}
-    theirs = {
-        tuple(row) for row, scored in zip(t["rand.noisy"].tolist(), t["rand.score_mask"], strict=True) if scored.any()
-    }
-    assert ours == theirs
-    got = longhand_scores(network, corruption)
-    c = ids.shape[1]
-    for row, scored in zip(t["rand.noisy"].tolist(), t["rand.score_mask"], strict=True):
-        if scored.any():
-            views = [i for i, noised in enumerate(corruption.noised_ids.tolist()) if noised == row]
-            marks = [corruption.weight.flatten(0, 1)[corruption.view_of.flatten() == view] > 0 for view in views]
-            assert any(torch.equal(mark[0], scored[-c:]) for mark in marks)
-    assert bool(torch.isfinite(got).all())
+    settings, c = case["settings"], t["in.completion_ids"].shape[1]
+    network, ids = StoredCalls(t), t["in.completion_ids"]
+    noised, scored = t["rand.noisy"], t["rand.score_mask"][:, -c:]
+    if settings["method"] == "TraceRL":
+        # post_num = k scores the completion and its first k pads; without it, all of them
+        pads = (ids == 8).long().cumsum(1)
+        keep = torch.ones_like(ids, dtype=torch.bool) if settings["post_num"] is None else pads <= settings["post_num"]
+        rollout = make_rollout(t["in.prompt_ids"], ids, keep, commit_step=t["in.step_map"])
+        context = make_context(rollout, ReplayDraws({}), settings["mask_id"])
+        ours = TraceEstimator(settings["shrink"], temperature=1.0).corrupt(context)
+        per_view = ours.weight.flatten(0, 1)[ours.view_of.flatten() >= 0] > 0
+        kept = scored.any(1)
+        assert torch.equal(ours.noised_ids, noised[kept]) and torch.equal(per_view, scored[kept])
+    # the loss over the stored rows, each a rollout of its own: mean of a row's tokens, KL to the OLD policy summed
+    clean = ids.repeat_interleave(len(noised) // len(ids), dim=0)
+    if settings["method"] != "TraceRL":  # rows of random masks need not be sorted by rollout
+        clean = torch.stack([_clean(row, ids, t["in.prompt_ids"], settings["mask_id"]) for row in noised])
+    corruption = completion_views(
+        make_rollout(noised[:, :-c], clean, scored), noised[:, None, -c:], scored[:, None].float(), noised[:, None, :-c]
+    )
+    got = token_logprobs(longhand_scores(network, corruption), corruption)
+    old = LogProbs(t["in.old_logp"][:, -c:], got.weight)
+    inputs = LossInputs(
+        got,
+        old,
+        None,
+        t["out.row_advantage"],
+        t["out.row_advantage"],
+        1,
+        scored,
+        None,
+        float(scored.sum()),
+        len(noised),
+    )
+    kl = {"k1": terms.k1, "k2": terms.k2, "k3": terms.k3}[settings["kl"]]
+    loss, _ = ClippedPolicyLoss(settings["eps"], settings["eps"], 0.0, kl, terms.sequence_mean)(inputs)
+    loss = loss + settings["beta"] * terms.sequence_sum(kl(terms.log_ratio(got, old)), got.weight, inputs)
+    assert_near(case["name"], loss, t["out.loss"])
+    loss.backward()
+    assert network.logits.grad is not None
+    assert_near(f"{case['name']} gradient", network.logits.grad, network.expected_grad)
+
+
+def _clean(noised: Tensor, ids: Tensor, prompts: Tensor, mask_id: int) -> Tensor:
+    """The completion a noised row was made from: same prompt, and equal wherever it shows a token."""
+    shown = noised != mask_id
+    for whole in torch.cat([prompts, ids], dim=1):
+        if bool((whole == noised)[shown].all()):
+            return whole[-ids.shape[1] :]
+    raise AssertionError("no completion fits this row")
 
 
 def drift(case: Case, t: Tensors) -> None:
@@ -399,10 +424,12 @@ def quadrature(case: Case, t: Tensors) -> None:
         masks = torch.stack([t[f"rand.N{num_nodes}_mask{k}"] for k in range(num_nodes)])
         nodes, _ = gauss_legendre(num_nodes)
         draws = {("mask", k): uniform_below(masks[k], float(nodes[k])) for k in range(num_nodes)}
-        estimator, network = QuadratureEstimator(num_nodes, score_padding=False), StoredCalls(t, f"N{num_nodes}_call")
-        got, _ = likelihood(
-            estimator, make_context(_rollout(t), ReplayDraws(draws), case["settings"]["mask_id"]), network
-        )
+        # the stored masks reach past the end, where nothing is scored
+        estimator, network = QuadratureEstimator(num_nodes, score_padding=True), StoredCalls(t, f"N{num_nodes}_call")
+        context = make_context(_rollout(t), ReplayDraws(draws), case["settings"]["mask_id"])
+        corruption = estimator.corrupt(context)
+        corruption = replace(corruption, weight=corruption.weight * context.rollout.completion_mask[:, None])
+        got = estimator.combine(longhand_scores(network, corruption), corruption, context)
         assert_near(f"ELBO with {num_nodes} nodes", got.value[:, 0], t[f"out.elbo_N{num_nodes}"])
         got.value.sum().backward()
         assert network.logits.grad is not None

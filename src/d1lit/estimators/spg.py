@@ -41,7 +41,7 @@ def hide_random(context: Context, num_masks: int) -> tuple[Masks, Masks]:
 
 
 def _chosen_blocks(context: Context, num_masks: int, block_length: int) -> tuple[Int[Tensor, " C"], Int[Tensor, "N K"]]:
-    """The block of each position, and K blocks of each rollout, drawn without replacement (in rounds if K is larger)."""
+    """The block of each position, and K blocks of each rollout, drawn without replacement (in rounds for large K)."""
     valid = context.rollout.completion_mask
     block = torch.arange(valid.shape[1], device=valid.device) // block_length
     num_blocks = (valid.sum(1) - 1).clamp(min=0) // block_length + 1

@@ -52,6 +52,8 @@ class StepMergeEstimator:
 class TraceEstimator:
     """TraceRL (arXiv 2509.06949): every `shrink` successive steps are one view; the tokens of those steps are scored.
 
+    Steps that committed nothing do not count.
+
     With shrink 1 it is CJ-GRPO (arXiv 2509.23924): every recorded step replayed, each token scored at its own step.
     """
 
@@ -69,9 +71,13 @@ class TraceEstimator:
     def corrupt(self, context: Context) -> Corruption:
         """Views in the order (rollout, merged step); rollouts of fewer steps have fewer views."""
         step, num_steps = commit_segments(context)
-        num_views = -(-int(num_steps.max()) // self.shrink)
-        chosen = torch.arange(max(num_views, 1), device=step.device).expand(len(step), -1)
-        return segment_views(context, step // self.shrink, chosen, temperature=self.temperature)
+        total = max(int(num_steps.max()), 1)
+        happened = torch.zeros(len(step), total + 1, dtype=torch.int64, device=step.device)
+        happened.scatter_(1, step.clamp(max=total), 1)  # column `total` collects the tokens never committed
+        rank = (happened.cumsum(1) - 1).gather(1, step.clamp(max=total))
+        segment = torch.where(step < total, rank // self.shrink, total)
+        chosen = torch.arange(-(-total // self.shrink), device=step.device).expand(len(step), -1)
+        return segment_views(context, segment, chosen, temperature=self.temperature)
 
     def combine(self, view_logprobs: Float[Tensor, "N K C"], corruption: Corruption, context: Context) -> LogProbs:
         """Each token from the view of its step."""

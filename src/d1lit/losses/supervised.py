@@ -14,11 +14,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 TokenLosses = Float[Tensor, "n T"]
-Normalization = Callable[[TokenLosses, Bool[Tensor, "n T"], float, float], Float[Tensor, ""]]
+Normalization = Callable[[TokenLosses, Bool[Tensor, "n T"], float | int, float | int], Float[Tensor, ""]]
 
 
 def token_mean(
-    losses: TokenLosses, is_target: Bool[Tensor, "n T"], num_targets: float, num_rows: float
+    losses: TokenLosses, is_target: Bool[Tensor, "n T"], num_targets: float | int, num_rows: float | int
 ) -> Float[Tensor, ""]:
     """Over all tokens that could have been hidden, end-of-sequence padding included (d1, arXiv 2504.12216).
 
@@ -28,14 +28,14 @@ def token_mean(
 
 
 def sequence_mean(
-    losses: TokenLosses, is_target: Bool[Tensor, "n T"], num_targets: float, num_rows: float
+    losses: TokenLosses, is_target: Bool[Tensor, "n T"], num_targets: float | int, num_rows: float | int
 ) -> Float[Tensor, ""]:
     """Each row over its own answer length, then the mean of the rows (LLaDA's guide, arXiv 2502.09992)."""
     return (losses.sum(1) / is_target.sum(1).clamp(min=1)).sum() / num_rows
 
 
 def batch_mean(
-    losses: TokenLosses, is_target: Bool[Tensor, "n T"], num_targets: float, num_rows: float
+    losses: TokenLosses, is_target: Bool[Tensor, "n T"], num_targets: float | int, num_rows: float | int
 ) -> Float[Tensor, ""]:
     """The sum of each row, then the mean of the rows: a bound on nats a sequence."""
     return losses.sum() / num_rows
@@ -54,8 +54,8 @@ class MaskedCrossEntropy:
         weight: Float[Tensor, " n"] | Float[Tensor, "n T"],
         is_masked: Bool[Tensor, "n T"],
         is_target: Bool[Tensor, "n T"],
-        num_targets: float,
-        num_rows: float,
+        num_targets: float | int,
+        num_rows: float | int,
     ) -> Float[Tensor, ""]:
         """This micro-batch's share of the loss.
 
