@@ -41,7 +41,9 @@ class ScalarLines(Logger):
         self.lines: list[str] = []
         if path.exists():
             kept = [line for line in path.read_text().splitlines(True) if json.loads(line)["step"] < next_step]
-            path.write_text("".join(kept))
+            cut = path.with_suffix(".cut")  # a kill may come between truncating a file and filling it
+            cut.write_text("".join(kept))
+            cut.replace(path)
 
     name = version = property(lambda self: None)  # type: ignore[assignment]
 
@@ -173,7 +175,6 @@ def run(folder: Path, sleep: float = 0.0, every_n_steps: int | None = 2) -> None
             callbacks=[SaveCheckpoints(checkpoint_folder(folder, "only"), every_n_steps, None), StopOnSignal()],
             plugins=[FolderCheckpointIO()],
             accelerator="cpu",
-            enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 _VALIDATION_PROGRESS = "epoch_loop.val_loop.batch_progress"
 
 
-class SaveCheckpoints(L.Callback):
+class SaveCheckpoints(Checkpoint):
     """Writes `folder/step_N` at optimizer steps, so that a resumed run repeats and misses nothing.
 
     Accumulated gradients are not in a checkpoint, so it always describes the state after a whole optimizer step. In the
@@ -24,6 +25,9 @@ class SaveCheckpoints(L.Callback):
 
     A checkpoint that is due is written when the next batch begins: by then the step's scalars have been logged and a
     validation that belongs to the step is over. Neither would be repeated after a resume.
+
+    As a `Checkpoint` of Lightning's it takes the place of the default one and runs after all other callbacks, so that
+    it saves what they have made of the step.
 
     Args:
         folder: the stage's checkpoint folder.
