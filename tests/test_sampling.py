@@ -30,7 +30,9 @@ from d1lit.sampling import (
     SampledLogProb,
     Threshold,
     TokenProbability,
+    approximation_nats,
 )
+from d1lit.sampling.parts import Cells, Choice, Prediction
 from d1lit.types import MaskPredictor, PromptBatch, Rollout, Sampler
 
 
@@ -191,3 +193,297 @@ def test_only_masked_positions_of_the_active_block_reach_the_head() -> None:
 def test_protocols() -> None:
     assert isinstance(sampler(), Sampler)
     assert isinstance(SmallNetwork(0), MaskPredictor)
+
+
+# ------------------------------------------------------------------------------------------------- law and invariance
+
+COMMITS = {
+    "quota": {},
+    "random": {"confidence": RandomOrder()},
+    "margin": {"confidence": Margin()},
+    "sampled_logprob": {"confidence": SampledLogProb()},
+    "left_to_right": {"confidence": LeftToRight()},
+    "plackett_luce": {"confidence": PlackettLuce(TokenProbability(), 0.3)},
+    "threshold": {"commit": Threshold(0.4)},
+    "factor": {"commit": Factor(1.0)},
+    "entropy_bounded": {"commit": EntropyBounded(3.0), "confidence": NegativeEntropy()},
+    "cumulative": {"commit": CumulativeEntropyBounded(6.0), "confidence": NegativeEntropy()},
+    "origin": {"commit": RandomReveal(1e-3), "num_steps": 6},
+    "dream": {"commit": FixedQuota(DreamSchedule(1e-3)), "block_length": 16, "num_steps": 6},
+    "guided": {"guidance": 0.7},
+    "gumbel": {"proposal": Gumbel(double=True)},
+}
+
+
+def same_rows(one: Rollout, other: Rollout, rows: Tensor, others: Tensor) -> None:
+    """Everything recorded of some rows of one rollout equals that of rows of another."""
+    for name in ("row_ids", "prompt_ids", "completion_ids", "completion_mask", "commit_step"):
+        assert torch.equal(getattr(one, name)[rows], getattr(other, name)[others]), name
+    for name in ("sampled_logprobs", "confidence", "entropy"):
+        torch.testing.assert_close(getattr(one, name)[rows], getattr(other, name)[others], rtol=1e-4, atol=1e-5)
+
+
+def pick(batch: PromptBatch, rows: list[int]) -> PromptBatch:
+    """Some prompts of a batch in a new order."""
+    index = torch.tensor(rows)
+    return PromptBatch(
+        batch.prompt_ids[index],
+        batch.prompt_mask[index],
+        batch.row_ids[index],
+        tuple(batch.examples[n] for n in rows),
+    )
+
+
+@pytest.mark.parametrize("changes", COMMITS.values(), ids=COMMITS.keys())
+def test_a_row_depends_on_nothing_but_itself(changes: dict[str, Any]) -> None:
+    """Order, company, rows per call, EOS stop and the slice of a rank move no token at temperature 0.9."""
+    policy = SmallNetwork(3)
+    batch = prompts(6, seed=4, padded=True)
+    draws = CounterDraws(11, step=5)
+    settings: dict[str, Any] = {"temperature": 0.9} | changes
+    whole = sampler(**settings)(policy, batch, 2, draws)
+    assert (whole.completion_ids != policy.mask_token_id).all()
+    assert (whole.commit_step >= 0).all()
+
+    everything = torch.arange(12)
+    same_rows(whole, sampler(**settings)(policy, batch, 2, draws), everything, everything)
+    order = [4, 0, 5, 2]
+    shuffled = sampler(**settings)(policy, pick(batch, order), 2, draws)
+    same_rows(whole, shuffled, torch.tensor([[2 * n, 2 * n + 1] for n in order]).flatten(), torch.arange(8))
+    few = sampler(**settings, rows_per_forward=5)(policy, batch, 2, draws)
+    same_rows(whole, few, everything, everything)
+    second_rank = sampler(**settings)(policy, batch.rows(3, 6), 2, draws)
+    same_rows(whole, second_rank, everything[6:], torch.arange(6))
+    assert not torch.equal(whole.completion_ids, sampler(**settings)(policy, batch, 2, draws.at(step=6)).completion_ids)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("commit", [FixedQuota(EvenSchedule()), Threshold(0.5)])
+def test_eos_stop_and_refill_keep_every_token_up_to_eos(temperature: float, commit: Any) -> None:
+    stopped_early = 0
+    for seed in range(6):
+        policy = SmallNetwork(seed, vocabulary=11)
+        batch = prompts(9, seed=seed, padded=True, vocabulary=11)
+        settings: dict[str, Any] = {"completion_length": 24, "num_steps": 12, "block_length": 4} | {
+            "temperature": temperature,
+            "commit": commit,
+        }
+        full = sampler(**settings)(policy, batch, 1, CounterDraws(seed))
+        for rows_per_forward in (None, 4):
+            stopped = sampler(**settings, stop_at_eos=True, rows_per_forward=rows_per_forward)(
+                policy, batch, 1, CounterDraws(seed)
+            )
+            mask = full.completion_mask
+            assert torch.equal(stopped.completion_mask, mask)
+            assert torch.equal(stopped.completion_ids[mask], full.completion_ids[mask])
+            assert torch.equal(stopped.commit_step[mask], full.commit_step[mask])
+            unreached = stopped.commit_step < 0
+            assert (stopped.completion_ids[unreached] == policy.eos_token_id).all()
+            assert not (unreached & mask).any()
+            # What was reached is the true canvas, tokens after EOS in its block included: trajectories replay.
+            assert torch.equal(stopped.completion_ids[~unreached], full.completion_ids[~unreached])
+            assert stopped.num_tokens_forward <= full.num_tokens_forward
+            stopped_early += int(unreached.any(1).sum())
+    assert stopped_early > 10
+    print(f"{stopped_early} rows left early")
+
+
+def test_refill_fills_the_places_of_finished_rows() -> None:
+    """With room for 4 of 12 rows, fewer calls are made than in batches of 4 that wait for their slowest row."""
+    policy = SmallNetwork(1, vocabulary=11)
+    policy.output.data *= 0.3  # a flat law: rows end in different blocks
+    batch = prompts(12, seed=1, vocabulary=11)
+    changes: dict[str, Any] = {"completion_length": 24, "num_steps": 12, "block_length": 4, "temperature": 0.9}
+    together = sampler(**changes, stop_at_eos=True, rows_per_forward=4)(policy, batch, 1, CounterDraws(0))
+    apart = [
+        sampler(**changes, stop_at_eos=True)(policy, batch.rows(start, start + 4), 1, CounterDraws(0)).num_forwards
+        for start in (0, 4, 8)
+    ]
+    assert all(rows <= 4 for rows, _ in policy.calls)
+    assert together.num_forwards < sum(apart)
+
+
+def test_the_sampling_law() -> None:
+    """Chi-square of first tokens at temperature 0.9 against softmax(logits / 0.9) without the mask token."""
+    rows, vocabulary = 20000, 12
+    policy = SmallNetwork(5, vocabulary=vocabulary)
+    policy.output.data *= 0.3  # a flat law: every token is counted often enough
+    one = prompts(1, seed=2, vocabulary=vocabulary)
+    ids = torch.cat([one.prompt_ids, torch.full((1, 2), policy.mask_token_id)], 1)
+    with torch.no_grad():
+        logits = policy.eval().head(policy.hidden(ids))[0, -2:] / 0.9
+    logits[:, policy.mask_token_id] = -torch.inf
+    law = logits.softmax(-1)
+    worst = 0.0
+    for proposal in (InverseCDF(), Gumbel(double=False)):
+        for seed in range(3):
+            rollout = sampler(completion_length=2, block_length=2, num_steps=1, temperature=0.9, proposal=proposal)(
+                policy, one, rows, CounterDraws(seed)
+            )
+            exact = law.log().expand(rows, -1, -1).gather(2, rollout.completion_ids[..., None])[..., 0]
+            torch.testing.assert_close(rollout.sampled_logprobs, exact, rtol=1e-5, atol=1e-5)
+            for place in range(2):
+                seen = rollout.completion_ids[:, place].bincount(minlength=vocabulary)
+                allowed = law[place] > 0
+                expected = rows * law[place][allowed]
+                assert seen[~allowed].sum() == 0
+                worst = max(worst, float(((seen[allowed] - expected) ** 2 / expected).sum()))
+            both = rollout.completion_ids[:, 0] * vocabulary + rollout.completion_ids[:, 1]
+            pairs = rows * (law[0][:, None] * law[1]).flatten()
+            often = pairs > 20
+            chi = float(((both.bincount(minlength=vocabulary**2)[often] - pairs[often]) ** 2 / pairs[often]).sum())
+            assert chi < int(often.sum()) + 4 * (2 * int(often.sum())) ** 0.5
+    print(f"largest chi-square {worst:.1f} at {vocabulary - 2} degrees of freedom")
+    assert worst < 31.4  # one in 2000 at 10 degrees of freedom
+
+
+@pytest.mark.parametrize("vocabulary", [3, 511, 512, 513, 1500])
+def test_inverse_cdf_is_the_inverse_of_the_cumulative_sum(vocabulary: int) -> None:
+    g = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(400, vocabulary, generator=g, dtype=torch.float64) * 3
+    logits[:, ::3] = -torch.inf
+    prediction = Prediction(logits, logits.softmax(-1), vocabulary - 1)
+    u = torch.rand(400, generator=g, dtype=torch.float64)
+    u[0], u[1] = 1 - 2.0**-53, 2.0**-60
+    choice = InverseCDF().draw(prediction, 0.8, u)
+    law = logits / 0.8
+    law[:, -1] = -torch.inf
+    law = law.softmax(-1)
+    for row in range(400):
+        total, token = 0.0, None
+        for candidate, probability in enumerate(law[row].tolist()):
+            total += probability
+            token = candidate if probability > 0 else token
+            if probability > 0 and total > float(u[row]):
+                break
+        assert int(choice.tokens[row]) == token
+
+
+def test_plackett_luce_order() -> None:
+    """Frequencies of ordered pairs agree with sequential draws from softmax(score / temperature)."""
+    rows, weights = 40000, torch.tensor([0.1, 0.7, 0.4, 0.6])
+    cells = Cells(
+        torch.arange(rows), torch.arange(4).expand(rows, 4), torch.ones(rows, 4).bool(), 4, 0, 1, 2, CounterDraws(0)
+    )
+    rule = PlackettLuce(TokenProbability(), 0.5)
+    probs = weights.repeat(rows)[:, None].expand(-1, 2)
+    keys = rule.score(
+        Prediction(probs.log(), probs, 1),
+        Choice(torch.zeros(rows * 4, dtype=torch.int64), torch.zeros(rows * 4)),
+        torch.zeros(rows * 4, dtype=torch.int64),
+        rule.uniforms(cells).flatten(),
+    ).view(rows, 4)
+    order = keys.argsort(descending=True)
+    selected = FixedQuota(EvenSchedule()).select(keys, cells)
+    assert torch.equal(selected, torch.zeros(rows, 4).scatter(1, order[:, :2], 1.0).bool())
+    p = (weights / 0.5).softmax(-1)
+    for first in range(4):
+        for second in range(4):
+            if first != second:
+                expected = float(p[first] * p[second] / (1 - p[first]))
+                seen = float(((order[:, 0] == first) & (order[:, 1] == second)).float().mean())
+                assert abs(seen - expected) < 4.5 * (expected * (1 - expected) / rows) ** 0.5
+
+
+# ------------------------------------------------------------------------------------------------------------ record
+
+
+@pytest.mark.parametrize("changes", COMMITS.values(), ids=COMMITS.keys())
+@pytest.mark.parametrize("temperature", [0.0, 0.6])
+def test_the_record_replays(changes: dict[str, Any], temperature: float) -> None:
+    """Log-probabilities follow from tokens and commit steps alone; the trace shows the same canvases."""
+    policy = SmallNetwork(2)
+    made = sampler(**({"temperature": temperature} | changes), record_trace=True, rows_per_forward=4)(
+        policy, prompts(5, padded=True), 2, CounterDraws(0)
+    )
+    guidance = changes.get("guidance", 0.0)
+    assert float(approximation_nats(policy, made, temperature, guidance, 7)) < 1e-5
+    assert made.trace is not None and len(made.trace) == int(made.commit_step.max()) + 1
+    for step, canvas in enumerate(made.trace):
+        expected = torch.where(made.commit_step <= step, made.completion_ids, policy.mask_token_id)
+        assert torch.equal(canvas, expected)
+
+
+def test_confidence_and_entropy_are_those_of_the_moment() -> None:
+    policy = SmallNetwork(6).eval()
+    batch = prompts(3)
+    made = sampler(temperature=0.7)(policy, batch, 1, CounterDraws(0))
+    for row in range(3):
+        for step in range(8):
+            fixed = (made.commit_step[row] >= 0) & (made.commit_step[row] < step)
+            completion = torch.where(fixed, made.completion_ids[row], policy.mask_token_id)
+            with torch.no_grad():
+                probs = policy.head(policy.hidden(torch.cat([batch.prompt_ids[row], completion])[None]))[0].softmax(-1)
+            for place in (made.commit_step[row] == step).nonzero()[:, 0].tolist():
+                p = probs[5 + place]
+                torch.testing.assert_close(made.confidence[row, place], p[made.completion_ids[row, place]])
+                torch.testing.assert_close(made.entropy[row, place], -(p * p.log()).sum())
+
+
+def test_the_network_is_in_evaluation_mode_and_gets_its_flags_back() -> None:
+    policy = SmallNetwork(0).train()
+    policy.query.eval()
+    made = sampler()(policy, prompts(2), 1, CounterDraws(0))
+    assert not any(policy.modes)
+    assert policy.training and policy.dropout.training and not policy.query.training
+    # Tensors of the record take part in autograd.
+    weight = torch.ones(1, requires_grad=True)
+    (made.sampled_logprobs * weight).sum().backward()
+    assert weight.grad is not None
+    assert not made.completion_ids.is_inference()
+
+
+def test_groups_examples_and_masks() -> None:
+    policy = SmallNetwork(1)
+    made = sampler(temperature=1.0)(policy, prompts(3, padded=True), 4, CounterDraws(0))
+    assert made.row_ids.tolist() == list(range(12))
+    assert [e["n"] for e in made.examples] == [0] * 4 + [1] * 4 + [2] * 4
+    assert len({tuple(row) for row in made.completion_ids[:4].tolist()}) > 1
+    for ids, mask in zip(made.completion_ids.tolist(), made.completion_mask.tolist(), strict=True):
+        end = ids.index(policy.eos_token_id) if policy.eos_token_id in ids else len(ids)
+        assert mask == [place <= end for place in range(len(ids))]
+
+
+def test_one_number_a_position() -> None:
+    """The inverse CDF asks for one uniform a masked position and step, whatever the vocabulary."""
+
+    class Counted(CounterDraws):
+        asked = 0
+
+        def uniform(self, stream: str, rows: Tensor, shape: tuple[int, ...], *args: Any, **kwargs: Any) -> Tensor:
+            Counted.asked += len(rows) * max(1, len(shape))
+            assert shape == ()
+            return super().uniform(stream, rows, shape, *args, **kwargs)
+
+    sampler(temperature=0.5)(SmallNetwork(0), prompts(3), 1, Counted(0))
+    assert Counted.asked == 3 * 2 * (8 + 6 + 4 + 2)
+    Counted.asked = 0
+    sampler(temperature=0.0)(SmallNetwork(0), prompts(3), 1, Counted(0))
+    assert Counted.asked == 0
+
+
+def test_the_mask_token_is_never_proposed() -> None:
+    policy = SmallNetwork(0)
+    policy.output.data[:, policy.mask_token_id] += policy.output.data.abs().max() * 30
+    for temperature in (0.0, 1.0):
+        made = sampler(temperature=temperature)(policy, prompts(4), 1, CounterDraws(0))
+        assert (made.completion_ids != policy.mask_token_id).all()
+        assert made.sampled_logprobs.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"block_length": 5}, "block_length: 5 does not divide completion_length 16"),
+        ({"temperature": -0.1}, "temperature: -0.1"),
+        ({"guidance": -1.0}, "guidance: -1.0"),
+        ({"num_steps": 0}, "num_steps: 0"),
+        ({"rows_per_forward": 0}, "rows_per_forward: 0"),
+        ({"rows_per_forward": 1, "guidance": 1.0}, "rows_per_forward: 1"),
+        ({"commit": EntropyBounded(1.0)}, "TokenProbability is no entropy"),
+    ],
+)
+def test_impossible_settings_name_key_value_and_cure(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words) as error:
+        sampler(**changes)
+    assert "Try:" in str(error.value) and "\n" not in str(error.value)

@@ -22,6 +22,7 @@ from d1lit.sampling.confidence import (
     TokenProbability,
 )
 from d1lit.sampling.proposal import Gumbel, InverseCDF
+from d1lit.sampling.replay import approximation_nats, replayed_logprobs
 
 __all__ = [
     "BlockSampler",
@@ -44,4 +45,6 @@ __all__ = [
     "SampledLogProb",
     "Threshold",
     "TokenProbability",
+    "approximation_nats",
+    "replayed_logprobs",
 ]

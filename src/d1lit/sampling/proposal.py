@@ -41,10 +41,10 @@ def _mask_probability(prediction: Prediction) -> Float[Tensor, " c"]:
     return prediction.probs[:, prediction.mask_token_id].clamp(max=1 - torch.finfo(prediction.probs.dtype).eps)
 
 
-def _tempered_logits(prediction: Prediction, temperature: float) -> Float[Tensor, "c V"]:
+def tempered_logits(logits: Float[Tensor, "c V"], temperature: float, mask_token_id: int) -> Float[Tensor, "c V"]:
     """A fresh tensor of logits / temperature that never proposes the mask token."""
-    scaled = prediction.logits / temperature
-    scaled[:, prediction.mask_token_id] = -torch.inf
+    scaled = logits / temperature
+    scaled[:, mask_token_id] = -torch.inf
     return scaled
 
 
@@ -83,7 +83,7 @@ class InverseCDF:
 
     def draw(self, prediction: Prediction, temperature: float, uniforms: Float[Tensor, "c ..."]) -> Choice:
         """A token a position from softmax(logits / temperature) without the mask token."""
-        probs = torch.softmax(_tempered_logits(prediction, temperature), dim=-1)
+        probs = torch.softmax(tempered_logits(prediction.logits, temperature, prediction.mask_token_id), dim=-1)
         tokens = _invert_cdf(probs, uniforms)
         return Choice(tokens, probs.gather(1, tokens[:, None])[:, 0].log())
 
@@ -118,5 +118,5 @@ class Gumbel:
         # In logarithms: the same arg-max, and exp of a large logit cannot overflow.
         keys = prediction.logits.to(self.dtype) - temperature * (-uniforms.log()).log()
         tokens = most_probable(keys, prediction.mask_token_id)
-        logprobs = torch.log_softmax(_tempered_logits(prediction, temperature), dim=-1)
+        logprobs = torch.log_softmax(tempered_logits(prediction.logits, temperature, prediction.mask_token_id), dim=-1)
         return Choice(tokens, logprobs.gather(1, tokens[:, None])[:, 0])
