@@ -302,7 +302,7 @@ def tracerl(case: Case, t: Tensors) -> None:
         scored,
         None,
         float(scored.sum()),
-        len(noised),
+        float(len(noised)),
     )
     kl = {"k1": terms.k1, "k2": terms.k2, "k3": terms.k3}[settings["kl"]]
     loss, _ = ClippedPolicyLoss(settings["eps"], settings["eps"], 0.0, kl, terms.sequence_mean)(inputs)

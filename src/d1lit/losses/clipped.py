@@ -53,6 +53,8 @@ class ClippedPolicyLoss:
     """Where A < 0 the loss is at most this times -A (dual-clip PPO; 3 in verl)."""
     ratio_cap: float | None = None
     """The ratio itself is at most this, whatever the sign of A (TRL's `delta`)."""
+    weigh_kl: bool = False
+    """Multiply the KL by the ratio, so that its expectation is under the current policy (DeepSeek-V3.2)."""
     units: ClassVar[frozenset[str]] = frozenset({"token", "view", "step"})
     needs_old: ClassVar[bool] = True
     needs_entropy: ClassVar[bool] = False
@@ -78,6 +80,7 @@ class ClippedPolicyLoss:
         metrics = clip_metrics(ratio, advantages, low, high, weight)
         if self.needs_reference:
             kl = self.kl(log_ratio(inputs.logprobs, inputs.ref))
+            kl = kl * ratio if self.weigh_kl else kl
             terms = terms + self.beta * kl
             metrics["kl"] = weighted_mean(kl, weight)
         return self.aggregate(terms, weight, inputs), metrics

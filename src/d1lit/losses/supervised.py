@@ -1,7 +1,7 @@
 """Masked cross-entropy for supervised training, and the ways its sum is normalised.
 
-Like the aggregations of policy losses, a normalisation divides by GLOBAL counts, so that the shares of all micro-batches
-and ranks add up to the loss of the whole batch.
+Like the aggregations of policy losses, a normalisation divides by GLOBAL counts, so that the shares of all
+micro-batches and ranks add up to the loss of the whole batch.
 """
 
 from __future__ import annotations

@@ -1,0 +1,156 @@
+"""Losses whose gradient is a weight times grad log p: no minimum of two branches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from d1lit.losses.terms import Aggregation, KLEstimator, Scalar, log_ratio, per_unit, weighted_mean
+from d1lit.types import LossInputs, Metrics
+
+
+def _plain(inputs: LossInputs) -> Tensor:
+    """log p where the unit counts, 0 elsewhere."""
+    return torch.where(inputs.logprobs.weight > 0, inputs.logprobs.value, 0.0)
+
+
+@dataclass(frozen=True)
+class ReinforceLoss:
+    """-A log p (REINFORCE; SPG's loss, arXiv 2510.09541, on its bounds; RLOO with leave-one-out advantages).
+
+    No old policy is asked for, so it is on-policy at the first inner update only.
+    """
+
+    aggregate: Aggregation
+    units: ClassVar[frozenset[str]] = frozenset({"token", "sequence", "view", "step"})
+    needs_old: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = False
+    needs_entropy: ClassVar[bool] = False
+
+    def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
+        """This micro-batch's share of the loss, and detached metrics."""
+        value = _plain(inputs)
+        loss = self.aggregate(-per_unit(inputs.advantages) * value, inputs.logprobs.weight, inputs)
+        return loss, {"logprob": weighted_mean(value, inputs.logprobs.weight)}
+
+
+@dataclass(frozen=True)
+class CISPOLoss:
+    """-sg(min(r, cap)) A log p (CISPO, arXiv 2506.13585): the ratio is clipped, but every token keeps its gradient."""
+
+    ratio_cap: float
+    """The largest ratio itself, not 1 + epsilon."""
+    beta: float
+    kl: KLEstimator
+    aggregate: Aggregation
+    units: ClassVar[frozenset[str]] = frozenset({"token", "view", "step"})
+    needs_old: ClassVar[bool] = True
+    needs_entropy: ClassVar[bool] = False
+
+    @property
+    def needs_reference(self) -> bool:
+        """Only a KL penalty reads the reference."""
+        return self.beta > 0
+
+    def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
+        """This micro-batch's share of the loss, and detached metrics."""
+        weight, advantages = inputs.logprobs.weight, per_unit(inputs.advantages)
+        ratio = torch.exp(log_ratio(inputs.logprobs, inputs.old)).detach()
+        terms = -ratio.clamp(max=self.ratio_cap) * advantages * _plain(inputs)
+        stopped = (ratio > self.ratio_cap) & (advantages > 0)
+        metrics = {
+            "clip_fraction": weighted_mean(stopped.to(ratio.dtype), weight),
+            "ratio_mean": weighted_mean(ratio, weight),
+        }
+        if self.needs_reference:
+            kl = self.kl(log_ratio(inputs.logprobs, inputs.ref))
+            terms = terms + self.beta * kl
+            metrics["kl"] = weighted_mean(kl, weight)
+        return self.aggregate(terms, weight, inputs), metrics
+
+
+@dataclass(frozen=True)
+class SoftGateLoss:
+    """-A (4 / tau) sigmoid(tau (r - 1)) (Soft Adaptive PO, as in TRL's `sapo`): a smooth gate instead of a clip.
+
+    Not the step-aware method also called SAPO (arXiv 2510.01544).
+    """
+
+    positive_temperature: float
+    negative_temperature: float
+    aggregate: Aggregation
+    units: ClassVar[frozenset[str]] = frozenset({"token", "view", "step"})
+    needs_old: ClassVar[bool] = True
+    needs_reference: ClassVar[bool] = False
+    needs_entropy: ClassVar[bool] = False
+
+    def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
+        """This micro-batch's share of the loss, and detached metrics."""
+        weight, advantages = inputs.logprobs.weight, per_unit(inputs.advantages)
+        ratio = torch.exp(log_ratio(inputs.logprobs, inputs.old))
+        tau = torch.where(advantages > 0, self.positive_temperature, self.negative_temperature)
+        terms = -advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
+        return self.aggregate(terms, weight, inputs), {"ratio_mean": weighted_mean(ratio, weight)}
+
+
+def _in_groups(values: Float[Tensor, " N"], group_size: int) -> Float[Tensor, "B G"]:
+    return values.view(-1, group_size)
+
+
+@dataclass(frozen=True)
+class StableDRLLoss:
+    """Self-normalised, capped importance weights on SPG's bound (StableDRL, arXiv 2603.06743).
+
+        loss = -mean over groups of sum_i w_i A_i bound_i,   w = softmax over the group of min(ELBO - ELBO_old, log cap)
+
+    Wants an estimator whose likelihood has an "elbo" part (SPG). Differs from the authors' code: it normalises over the
+    micro-batch, whatever the groups; the two agree where a micro-batch is one group.
+    """
+
+    ratio_cap: float
+    units: ClassVar[frozenset[str]] = frozenset({"sequence"})
+    needs_old: ClassVar[bool] = True
+    needs_reference: ClassVar[bool] = False
+    needs_entropy: ClassVar[bool] = False
+
+    def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
+        """This micro-batch's share of the loss, and detached metrics."""
+        old = inputs.logprobs if inputs.old is None else inputs.old
+        difference = (inputs.logprobs.parts["elbo"] - old.parts["elbo"]).detach()
+        capped = difference.clamp(max=float(torch.log(torch.tensor(self.ratio_cap))))
+        weight = torch.softmax(_in_groups(capped, inputs.group_size), dim=1).flatten()
+        loss = -(weight * inputs.advantages * inputs.logprobs.value[:, 0]).sum()
+        return loss * inputs.group_size / inputs.num_rollouts, {"weight_max": weight.max().detach()}
+
+
+@dataclass(frozen=True)
+class MaskwiseBoundLoss:
+    """BGPO (arXiv 2510.11683): one term a mask, each a bound, so each mask can be backpropagated by itself.
+
+    A > 0 takes the linear lower bound 1 + d of the ratio, A < 0 the exponential; both are clipped as in PPO.
+    Differs from the published code: that goes through log(1 + d), which is undefined for d <= -1.
+    """
+
+    epsilon_low: float
+    epsilon_high: float
+    aggregate: Aggregation
+    dual_clip: float | None = None
+    units: ClassVar[frozenset[str]] = frozenset({"token", "view", "step"})
+    needs_old: ClassVar[bool] = True
+    needs_reference: ClassVar[bool] = False
+    needs_entropy: ClassVar[bool] = False
+
+    def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
+        """This micro-batch's share of the loss, and detached metrics."""
+        weight, advantages = inputs.logprobs.weight, per_unit(inputs.advantages)
+        difference = log_ratio(inputs.logprobs, inputs.old)
+        ratio = torch.where(advantages > 0, 1 + difference, torch.exp(difference))
+        clipped = ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
+        terms = -torch.minimum(ratio * advantages, clipped * advantages)
+        if self.dual_clip is not None:
+            terms = torch.where(advantages < 0, torch.minimum(terms, -self.dual_clip * advantages), terms)
+        return self.aggregate(terms, weight, inputs), {"ratio_mean": weighted_mean(ratio, weight)}

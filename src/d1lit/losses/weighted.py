@@ -1,0 +1,188 @@
+"""Losses that weigh whole sequences within a group, or fit them to a target, instead of using a ratio of policies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from d1lit.losses.terms import KLEstimator, Scalar, log_ratio
+from d1lit.types import LogProbs, LossInputs, Metrics
+
+Rows = Float[Tensor, " N"]
+
+
+def sequence_value(logprobs: LogProbs) -> Rows:
+    """The units of a rollout summed with their weights: the log-likelihood of the whole sequence."""
+    return (torch.where(logprobs.weight > 0, logprobs.value, 0.0) * logprobs.weight).sum(1)
+
+
+def softmax_in_group(values: Rows, group_size: int) -> Rows:
+    """Softmax over each group of adjacent rollouts."""
+    return torch.softmax(values.view(-1, group_size), dim=1).flatten()
+
+
+@dataclass(frozen=True)
+class WD1Loss:
+    """Weighted likelihoods without old or reference policy (wd1, arXiv 2507.08838).
+
+        loss = sum_i (-w+_i + w-_i) log p_i,   w+- = softmax over the group of +-psi A_i
+
+    Differs from the authors' code: it takes the softmax over the local micro-batch, which is right only where that is
+    one group. Groups are averaged.
+    """
+
+    psi: float
+    positive_only: bool
+    """Drop w-."""
+    units: ClassVar[frozenset[str]] = frozenset({"token", "sequence"})
+    needs_old: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = False
+    needs_entropy: ClassVar[bool] = False
+
+    def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
+        """This micro-batch's share of the loss, and detached metrics."""
+        weight = -softmax_in_group(self.psi * inputs.advantages, inputs.group_size)
+        if not self.positive_only:
+            weight = weight + softmax_in_group(-self.psi * inputs.advantages, inputs.group_size)
+        value = sequence_value(inputs.logprobs)
+        loss = (weight * value).sum() * inputs.group_size / inputs.num_rollouts
+        return loss, {"logprob": value.mean().detach(), "weight_abs": weight.abs().mean().detach()}
+
+
+def dmpo_weights(inputs: LossInputs, alpha: float, coefficient: float, sign: float = 1.0) -> Rows:
+    """softmax over the group of coefficient (log p_ref - log p_old + sign R / alpha); sign R alone where alpha is 0."""
+    target = sign * inputs.rewards
+    if alpha > 0:
+        assert inputs.ref is not None
+        at_rollout = inputs.logprobs if inputs.old is None else inputs.old
+        target = sequence_value(inputs.ref) - sequence_value(at_rollout).detach() + target / alpha
+    return softmax_in_group(coefficient * target, inputs.group_size)
+
+
+def no_centering(weight: Rows, negative: Rows, group_size: int) -> Rows:
+    """The weights as they are."""
+    return weight
+
+
+def mean_centering(weight: Rows, negative: Rows, group_size: int, strength: float = 1.0) -> Rows:
+    """Weights minus their mean, 1 / group size."""
+    return weight - strength / group_size
+
+
+def negative_centering(weight: Rows, negative: Rows, group_size: int, strength: float = 1.0) -> Rows:
+    """Weights minus those with the reward's sign flipped."""
+    return weight - strength * negative
+
+
+@dataclass(frozen=True)
+class DMPOLoss:
+    """Distribution matching by weighted denoising cross-entropy (DMPO, arXiv 2510.08233).
+
+        loss = sum_i (w_i - baseline_i) * mean cross-entropy of the hidden tokens
+
+    A likelihood that weighs each mask by length / (its tokens), such as `ReplicateEstimator`'s, divided by the length
+    is that mean. Groups are averaged.
+    """
+
+    alpha: float
+    """Temperature of the target distribution p_ref exp(R / alpha)."""
+    coefficient: float
+    center: Callable[[Rows, Rows, int], Rows]
+    length: Callable[[LossInputs], Rows]
+    units: ClassVar[frozenset[str]] = frozenset({"sequence"})
+    needs_old: ClassVar[bool] = True
+    needs_entropy: ClassVar[bool] = False
+
+    @property
+    def needs_reference(self) -> bool:
+        """The target distribution tilts the reference, unless alpha is 0."""
+        return self.alpha > 0
+
+    def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
+        """This micro-batch's share of the loss, and detached metrics."""
+        weight = dmpo_weights(inputs, self.alpha, self.coefficient)
+        negative = dmpo_weights(inputs, self.alpha, self.coefficient, sign=-1.0)
+        centred = self.center(weight, negative, inputs.group_size).detach()
+        cross_entropy = -sequence_value(inputs.logprobs) / self.length(inputs)
+        loss = (centred * cross_entropy).sum() * inputs.group_size / inputs.num_rollouts
+        return loss, {"weight_max": weight.max().detach()}
+
+
+@dataclass(frozen=True)
+class GDSDLoss:
+    """Regress the clamped log-ratio onto the advantage (GDSD, arXiv 2605.29398).
+
+        loss = mean_i sum_j ( clamp(s_ij - s_ij^old, log(1 - epsilon), log(1 + epsilon)) / L - psi A_i )^2 + beta KL
+
+    Outside the clamp the gradient vanishes. As in the authors' code the squares are summed over masks j and the KL is
+    averaged over them.
+    """
+
+    epsilon: float
+    psi: float
+    beta: float
+    kl: KLEstimator
+    length: Callable[[LossInputs], Rows]
+    units: ClassVar[frozenset[str]] = frozenset({"sequence", "view"})
+    needs_old: ClassVar[bool] = True
+    needs_entropy: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        if not 0 < self.epsilon < 1:
+            raise ValueError(f"loss.epsilon: must be in (0, 1), got {self.epsilon}. Try: 4e-4, the paper's")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Only a KL penalty reads the reference."""
+        return self.beta > 0
+
+    def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
+        """This micro-batch's share of the loss, and detached metrics."""
+        difference = log_ratio(inputs.logprobs, inputs.old)
+        low, high = math.log(1 - self.epsilon), math.log(1 + self.epsilon)
+        scaled = difference.clamp(low, high) / self.length(inputs)[:, None]
+        rows = ((scaled - self.psi * inputs.advantages[:, None]) ** 2).sum(1)
+        metrics = {"clip_fraction": ((difference < low) | (difference > high)).to(rows.dtype).mean().detach()}
+        if self.needs_reference:
+            kl = self.kl(log_ratio(inputs.logprobs, inputs.ref)).mean(1)
+            rows = rows + self.beta * kl
+            metrics["kl"] = kl.mean().detach()
+        return rows.sum() / inputs.num_rollouts, metrics
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """DPO on likelihood bounds (VRPO of LLaDA 1.5, arXiv 2505.19223): rows 2 j and 2 j + 1 are a pair.
+
+        loss = -log sigmoid( beta [ (E_w - E_w^ref) - (E_l - E_l^ref) ] / L ),   w the row of higher reward
+
+    A pair of equal rewards says nothing and counts 0.
+    """
+
+    beta: float
+    length: Callable[[LossInputs], Rows]
+    """`unit_length` for the method as published, `canvas_length` for DARE's port."""
+    units: ClassVar[frozenset[str]] = frozenset({"token", "sequence"})
+    needs_old: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = True
+    needs_entropy: ClassVar[bool] = False
+
+    def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
+        """This micro-batch's share of the loss, and detached metrics."""
+        if inputs.group_size != 2:
+            raise ValueError(f"group_size: preference pairs need 2, got {inputs.group_size}. Try: group_size=2")
+        assert inputs.ref is not None
+        gain = (sequence_value(inputs.logprobs) - sequence_value(inputs.ref).detach()) / self.length(inputs)
+        first, second = gain.view(-1, 2).unbind(1)
+        preferred = torch.sign(inputs.rewards.view(-1, 2)[:, 0] - inputs.rewards.view(-1, 2)[:, 1])
+        margin = preferred * (first - second)
+        loss = -torch.nn.functional.logsigmoid(self.beta * margin) * preferred.abs()
+        wins = ((margin > 0) & (preferred != 0)).sum() / (preferred != 0).sum().clamp(min=1)
+        return loss.sum() * 2 / inputs.num_rollouts, {"margin": margin.mean().detach(), "preference_accuracy": wins}
