@@ -168,8 +168,10 @@ class CompletionBatch:
     row_ids: Int[Tensor, " B"]
     """Place of each row in the global batch; draws hang on it."""
     step: int
-    all_targets: Bool[Tensor, "A T"]
-    """`is_target` of the whole GLOBAL batch: what the loss is divided by hangs on it alone."""
+    num_targets: int
+    """Target positions in the GLOBAL batch, over ranks and micro-batches."""
+    num_rows: int
+    """Rows in the GLOBAL batch."""
 
 
 Layout = Callable[[Sequence[EncodedRow], int, int], tuple[Tensor, Tensor, Tensor | None]]
@@ -259,7 +261,8 @@ def completion_batch(
         None if attention is None else attention[part],
         torch.arange(len(rows))[part],
         step,
-        is_target,
+        int(is_target.sum()),
+        len(rows),
     )
 
 

@@ -1,7 +1,19 @@
-"""What watches a stage: progress, checkpoints, signals."""
+"""What watches a stage: progress, samples, checkpoints, signals, guards."""
 
+from d1lit.callbacks.guards import Alarm, CollapseAlarms, SkipNonFinite
 from d1lit.callbacks.progress import ConsoleProgress
+from d1lit.callbacks.samples import SampleTable
 from d1lit.callbacks.saving import SaveCheckpoints
 from d1lit.callbacks.signals import Interrupted, StopFlag, StopOnSignal
 
-__all__ = ["ConsoleProgress", "Interrupted", "SaveCheckpoints", "StopFlag", "StopOnSignal"]
+__all__ = [
+    "Alarm",
+    "CollapseAlarms",
+    "ConsoleProgress",
+    "Interrupted",
+    "SampleTable",
+    "SaveCheckpoints",
+    "SkipNonFinite",
+    "StopFlag",
+    "StopOnSignal",
+]

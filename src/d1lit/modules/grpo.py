@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,7 +21,6 @@ from d1lit.modules.optimizing import (
     OptimizerFactory,
     ScheduleFactory,
     configure,
-    step_unless_not_finite,
     trainable_state,
 )
 from d1lit.rewards import RewardParts
@@ -73,7 +73,6 @@ class DiffuGRPO(L.LightningModule):
         allow_unsound_pair: bool = False,
     ) -> None:
         super().__init__()
-        check_pair(estimator, loss, allow=allow_unsound_pair)
         self.policy = policy
         self.decode = decode
         self.sampler = sampler
@@ -98,6 +97,30 @@ class DiffuGRPO(L.LightningModule):
         self.stopwatch = Stopwatch()
         self.strict_loading = False  # frozen weights are not in a checkpoint: the stage starts from them
 
+    @staticmethod
+    def check(
+        estimator: LogProbEstimator,
+        loss: PolicyLoss,
+        advantage: Advantage,
+        group_size: int,
+        num_inner_updates: int,
+        allow_unsound_pair: bool = False,
+        **others: Any,
+    ) -> None:
+        """Refuse what cannot learn, before there is a network.
+
+        Raises:
+            ValueError: naming the key, the value and the cure.
+        """
+        check_pair(estimator, loss, allow=allow_unsound_pair)
+        if num_inner_updates < 1:
+            raise ValueError(f"module.num_inner_updates: {num_inner_updates} is below 1. Try: 1 or more")
+        if group_size < 2:
+            raise ValueError(
+                f"module.group_size: {group_size} leaves nothing to compare a rollout with: every advantage would be 0. "
+                "Try: 2 or more"
+            )
+
     # ------------------------------------------------------------------------------------------------------ the method
 
     def training_step(self, batch: InnerUpdate, batch_idx: int) -> Tensor:
@@ -110,7 +133,7 @@ class DiffuGRPO(L.LightningModule):
     def collect(self, prompts: PromptBatch, step: int, num_micro: int) -> list[Experience]:
         """Sample, judge and freeze: everything that does not change over the inner updates of this rollout."""
         self._sync_reference(step)
-        with self.stopwatch("rollout"), self.policy.merged(self.merge_for_rollouts):
+        with self.stopwatch("rollout"), self._rollout_weights():
             rollout = self.sampler(self.policy, prompts, self.group_size, self.draws.at(step=step))
             rollout = replace(rollout, completions=tuple(self.decode(ids) for ids in rollout.completion_ids))
         with self.stopwatch("reward"):
@@ -211,6 +234,11 @@ class DiffuGRPO(L.LightningModule):
                 "Try: `d1lit doctor`, a longer reward deadline, or another reward"
             )
 
+    def _rollout_weights(self) -> AbstractContextManager[None]:
+        """The adapter folded into the base where that is exact enough, or asked for."""
+        folds = self.merge_for_rollouts or self.policy.merges_exactly
+        return self.policy.merged() if folds else nullcontext()
+
     def _sync_reference(self, step: int) -> None:
         """Move the reference policy to the current one every so many optimizer steps (d1's yaml says 64; never acted)."""
         every = self.reference_sync_every
@@ -227,10 +255,6 @@ class DiffuGRPO(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule over the trainable parameters."""
         return configure(self.policy, self.optimizer_factory, self.schedule_factory, self.num_updates)
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """A step that is skipped on all ranks when a gradient is not finite."""
-        step_unless_not_finite(self, optimizer, optimizer_closure)
 
     def on_train_batch_end(self, outputs: Any, batch: InnerUpdate, batch_idx: int) -> None:
         """Log once an optimizer step, over all its micro-batches."""

@@ -65,7 +65,6 @@ def configure(
 
 
 def trainable_state(module: L.LightningModule, state: dict[str, Any]) -> dict[str, Any]:
-    """A state dict without the network's frozen weights: the stage's start already holds them, and they are large."""
-    frozen = {f"policy.{name}" for name, p in module.policy.named_parameters() if not p.requires_grad}
-    kept = {f"policy.{name}" for name in module.policy.reference_names()}
-    return {name: value for name, value in state.items() if name not in frozen - kept}
+    """A state dict without the frozen base: the stage's start already holds it. A kept reference stays in."""
+    base = {f"policy.{name}" for name, p in module.policy.named_parameters() if not p.requires_grad}
+    return {name: value for name, value in state.items() if name not in base or "reference" in name}

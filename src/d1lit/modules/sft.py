@@ -11,8 +11,7 @@ from torch import Tensor
 
 from d1lit.data import CompletionBatch, EncodedRow, Layout, completion_batch, moved
 from d1lit.draws import CounterDraws
-from d1lit.losses import masked_cross_entropy
-from d1lit.losses.supervised import Normalization
+from d1lit.losses import MaskedCrossEntropy
 from d1lit.masking import apply_mask
 from d1lit.models import Policy
 from d1lit.modules.accounting import Stopwatch, UpdateMetrics
@@ -20,7 +19,6 @@ from d1lit.modules.optimizing import (
     OptimizerFactory,
     ScheduleFactory,
     configure,
-    step_unless_not_finite,
     trainable_state,
 )
 from d1lit.types import Schedule
@@ -40,7 +38,7 @@ class MaskedSFT(L.LightningModule):
         times: Any,
         validation_times: Any,
         mask: Any,
-        normalize: Normalization,
+        loss: MaskedCrossEntropy,
         optimizer: OptimizerFactory,
         lr_schedule: ScheduleFactory,
         num_updates: int,
@@ -54,7 +52,7 @@ class MaskedSFT(L.LightningModule):
         self.times = times
         self.validation_times = validation_times
         self.mask = mask
-        self.normalize = normalize
+        self.loss = loss
         self.optimizer_factory = optimizer
         self.schedule_factory = lr_schedule
         self.num_updates = num_updates
@@ -75,21 +73,18 @@ class MaskedSFT(L.LightningModule):
 
     def masked_loss(self, batch: CompletionBatch, draws: CounterDraws, times: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted cross-entropy of the hidden tokens; the head sees hidden positions only."""
-        num_rows = len(batch.all_targets)
-        t = times(draws, batch.row_ids, batch.row_ids, num_rows)
+        t = times(draws, batch.row_ids, batch.row_ids, batch.num_rows)
         is_masked = self.mask(draws, batch.row_ids, self.schedule.mask_prob(t), batch.is_target)
         noised_ids = apply_mask(batch.ids, is_masked, self.policy.mask_token_id)
         hidden = self.policy.hidden(noised_ids, batch.attention)
         logprobs = self.policy.logprobs(hidden[is_masked], batch.ids[is_masked][:, None])[:, 0]
-        token_losses = torch.zeros(batch.ids.shape, device=logprobs.device).masked_scatter(is_masked, -logprobs)
-        weight = self.schedule.weight(t)[:, None].expand_as(token_losses)
-        total, _ = masked_cross_entropy(token_losses, is_masked, batch.is_target, weight, self.normalize)
-        _, count = self.normalize(torch.zeros(batch.all_targets.shape, device=total.device), batch.all_targets)
-        metrics = {
-            "nll_per_masked_token": token_losses.detach().sum() / is_masked.sum().clamp(min=1),
+        nll = torch.zeros(batch.ids.shape, device=logprobs.device).masked_scatter(is_masked, -logprobs)
+        weight = self.schedule.weight(t)
+        loss = self.loss(nll, weight, is_masked, batch.is_target, batch.num_targets, batch.num_rows)
+        return loss, {
+            "nll_per_masked_token": nll.detach().sum() / is_masked.sum().clamp(min=1),
             "masked_fraction": is_masked.sum() / batch.is_target.sum(),
         }
-        return total / count, metrics
 
     @torch.no_grad()
     def validation_loss(self, batch_size: int) -> float:
@@ -116,10 +111,6 @@ class MaskedSFT(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule over the trainable parameters."""
         return configure(self.policy, self.optimizer_factory, self.schedule_factory, self.num_updates)
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """A step that is skipped on all ranks when a gradient is not finite."""
-        step_unless_not_finite(self, optimizer, optimizer_closure)
 
     def on_train_batch_end(self, outputs: Any, batch: CompletionBatch, batch_idx: int) -> None:
         """Log once an optimizer step, over all its micro-batches."""

@@ -1,14 +1,96 @@
-"""The batches of a stage as Lightning wants them, resumable at any batch."""
+"""What a stage trains on, and its batches as Lightning wants them, resumable at any batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import lightning as L
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from d1lit.data import BatchPlan, batch_loader
+from d1lit.data import BatchPlan, CompletionRows, EncodedRow, Layout, PromptCycles, batch_loader
+from d1lit.models import encode_text
+from d1lit.tasks import Task, Template, encode_prompts
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """The task's worked examples, for SFT."""
+
+    count: int | None
+    """How many; None for all."""
+    layout: Layout
+    overlong: Literal["error", "drop"]
+    """What becomes of a demonstration longer than the layout's canvas."""
+
+    def rows(self, task: Task, tokenizer: Any, seed: int) -> list[EncodedRow]:
+        """Prompt and completion as ids."""
+        found = task.demonstrations(self.count, seed)
+        return encoded_demonstrations(found, task, task.demonstration_template, tokenizer, self.layout, self.overlong)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Generated text of many authors, good and bad, to make the tiny base model from."""
+
+    count: int
+    layout: Layout
+    overlong: Literal["error", "drop"]
+
+    def rows(self, task: Task, tokenizer: Any, seed: int) -> list[EncodedRow]:
+        """Prompt and completion as ids."""
+        found = task.corpus(self.count, seed)
+        return encoded_demonstrations(found, task, task.template, tokenizer, self.layout, self.overlong)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The task's training questions, for RL."""
+
+    def rows(self, task: Task, tokenizer: Any, seed: int) -> list[EncodedRow]:
+        """Prompts as ids."""
+        return prompt_rows(task, "train", tokenizer)
+
+
+def prompt_rows(task: Task, split: Literal["train", "val", "test"], tokenizer: Any) -> list[EncodedRow]:
+    """A split's prompts as ids; too long ones are dropped or refused as the task says."""
+    encoded, kept, _ = task.encode(split, tokenizer)
+    return [EncodedRow(ids, example) for ids, example in zip(encoded, kept, strict=True)]
+
+
+def encoded_demonstrations(
+    rows: Sequence[dict[str, Any]],
+    task: Task,
+    template: Template,
+    tokenizer: Any,
+    layout: Layout,
+    overlong: Literal["error", "drop"],
+) -> list[EncodedRow]:
+    """Prompt and completion of each row as ids; a prefill of the template is taken off the completion's front.
+
+    Raises:
+        ValueError: if no row fits.
+    """
+    encoded, kept, _ = encode_prompts(rows, template, tokenizer, task.max_prompt_length, task.overlong)
+    result = []
+    for prompt_ids, row in zip(encoded, kept, strict=True):
+        completion = str(row["completion"]).removeprefix(template.prefill)
+        result.append(EncodedRow(prompt_ids, row, encode_text(tokenizer, completion)))
+    fitting = [row for row in result if overlong == "error" or layout_holds(layout, row)]
+    if not fitting:
+        longest = min(len(row.completion_ids) for row in result) + 1
+        raise ValueError(f"sampler.completion_length: no demonstration of {task.name} fits. Try: {longest} or more")
+    return fitting
+
+
+def layout_holds(layout: Layout, row: EncodedRow) -> bool:
+    """Whether a layout takes the row."""
+    try:
+        layout([row], 0, 0)
+    except ValueError:
+        return False
+    return True
 
 
 class StageData(L.LightningDataModule):
@@ -16,7 +98,7 @@ class StageData(L.LightningDataModule):
 
     def __init__(
         self,
-        make_dataset: Callable[[BatchPlan], Dataset],
+        make_dataset: Callable[[BatchPlan], CompletionRows | PromptCycles],
         batch_size: int,
         micro_batch_size: int,
     ) -> None:
@@ -34,7 +116,7 @@ class StageData(L.LightningDataModule):
         """All batches of the stage, from the first one not yet done."""
         assert self.trainer is not None
         dataset = self.make_dataset(self.plan(self.trainer.world_size, self.trainer.global_rank))
-        return batch_loader(dataset, len(dataset), self.batches_done)  # type: ignore[arg-type]
+        return batch_loader(dataset, len(dataset), self.batches_done)
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer steps done, so that another world size can count its own batches."""

@@ -1,0 +1,267 @@
+"""From a composed configuration to objects: everything cheap is built, and so checked, before any model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from d1lit.data import BatchPlan, CompletionRows, EncodedRow, PromptCycles
+from d1lit.models import LoraSettings, Policy, build_policy, decode_completion
+from d1lit.modules import Corpus, Demonstrations, DiffuGRPO, MaskedSFT, Prompts, StageData
+from d1lit.modules.stage_data import prompt_rows
+from d1lit.recipes import Stage
+from d1lit.sampling import BlockSampler
+from d1lit.tasks import Task
+from d1lit.validation import ConfigError, as_config_error
+
+
+@dataclass(frozen=True)
+class StageParts:
+    """A stage's objects, before there is a network."""
+
+    name: str
+    module: Callable[..., L.LightningModule]
+    data: Demonstrations | Corpus | Prompts
+    optimizer: Callable[..., Any]
+    lr_schedule: Callable[..., Any]
+    lora: LoraSettings | None
+    max_updates: int
+    batch_size: int
+    micro_batch_size: int
+    gradient_clip: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, built as far as possible without a network."""
+
+    config: DictConfig
+    task: Task
+    sampler: BlockSampler
+    stages: Sequence[StageParts]
+    base: StageParts | None
+    """The stage that makes the built-in model; None where the model is read from somewhere."""
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.config.seed
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the network of this process lives."""
+        accelerator = self.config.trainer.accelerator
+        if accelerator == "cpu" or not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def make_policy(self, path: Path | str | None = None) -> tuple[Policy, Any]:
+        """A policy with all weights trainable and its tokenizer, from `path` or from the configured place."""
+        model = self.config.model
+        return build_policy(
+            path=str(path) if path is not None else model.path,
+            tiny=None if model.tiny is None else OmegaConf.to_container(model.tiny),  # type: ignore[arg-type]
+            dtype=model.dtype,
+            attend_padding=model.attend_padding,
+            lora=None,
+            seed=self.seed,
+            device=self.device,
+            revision=model.revision if path is None else None,
+            gradient_checkpointing=model.gradient_checkpointing,
+        )
+
+
+def plan_run(config: DictConfig) -> Plan:
+    """Build every part of a run that needs no network.
+
+    Raises:
+        ConfigError: for the first part that refuses its values.
+    """
+    task = build(config, "task", Task)
+    sampler = build(config, "sampler", BlockSampler)
+    stages = [_stage(config, f"stages.{name}", name) for name in config.recipe.stages]
+    base = None
+    if config.model.path is None:
+        base = _stage(config, "model.base", "base")
+    for key, stage in [(f"stages.{s.name}", s) for s in stages] + ([("model.base", base)] if base else []):
+        _check_stage(key, stage, config)
+    _check_rows(task)
+    return Plan(config, task, sampler, stages, base)
+
+
+def build(config: DictConfig, key: str, kind: type | None = None) -> Any:
+    """Instantiate the node at `key`.
+
+    Raises:
+        ConfigError: naming the key and what it refused.
+    """
+    node = OmegaConf.select(config, key)
+    try:
+        built = instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        raise _from_instantiation(error, key) from error
+    if kind is not None and not isinstance(built, kind):
+        raise ConfigError(key, f"{type(built).__name__} is not a {kind.__name__}", f"a _target_ that makes a {kind.__name__}")
+    return built
+
+
+def _from_instantiation(error: InstantiationException, key: str) -> ConfigError:
+    cause: BaseException | None = error.__cause__
+    while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    place = str(error).rpartition("full_key: ")[2].strip() if "full_key: " in str(error) else key
+    if isinstance(cause, ValueError):
+        return as_config_error(cause, place)
+    text = " ".join(str(cause or error).split())
+    return ConfigError(place, text.removesuffix("."), f"--cfg job shows what stands at {place}")
+
+
+def _stage(config: DictConfig, key: str, name: str) -> StageParts:
+    node = OmegaConf.select(config, key)
+    if node is None:
+        raise ConfigError("recipe.stages", f"no stage {name!r}", f"a defaults entry /stage@stages.{name}")
+    lora = node.lora
+    try:
+        settings = None if lora is None else LoraSettings(**OmegaConf.to_container(lora, resolve=True))  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise as_config_error(ValueError(str(error)), f"{key}.lora") from None
+    return StageParts(
+        name=name,
+        module=build(config, f"{key}.module"),
+        data=build(config, f"{key}.data"),
+        optimizer=build(config, f"{key}.optimizer"),
+        lr_schedule=build(config, f"{key}.lr_schedule"),
+        lora=settings,
+        max_updates=node.max_updates,
+        batch_size=node.batch_size,
+        micro_batch_size=node.micro_batch_size,
+        gradient_clip=node.gradient_clip,
+    )
+
+
+def _check_stage(key: str, stage: StageParts, config: DictConfig) -> None:
+    for name, value in (
+        ("max_updates", stage.max_updates),
+        ("batch_size", stage.batch_size),
+        ("micro_batch_size", stage.micro_batch_size),
+    ):
+        if value < 1:
+            raise ConfigError(f"{key}.{name}", f"{value} is below 1", "1 or more")
+    if stage.gradient_clip is not None and stage.gradient_clip <= 0:
+        raise ConfigError(f"{key}.gradient_clip", f"{stage.gradient_clip} is not above 0", "null for no clipping")
+    try:
+        world_size = _world_size(config)
+        BatchPlan(stage.batch_size, stage.micro_batch_size, world_size)
+        check = getattr(stage.module.func, "check", None) if isinstance(stage.module, partial) else None
+        if check is not None:
+            check(**stage.module.keywords)  # type: ignore[union-attr]
+    except ValueError as error:
+        wrong = as_config_error(error, key)
+        full = wrong.key if "." in wrong.key else f"{key}.{wrong.key}"
+        raise ConfigError(full, wrong.cause, wrong.cure) from None
+
+
+def _world_size(config: DictConfig) -> int:
+    devices = config.trainer.devices
+    return (devices if isinstance(devices, int) and devices > 0 else 1) * config.trainer.num_nodes
+
+
+def _check_rows(task: Task) -> None:
+    try:
+        task.template  # noqa: B018  (reads and parses the file)
+        task.rows("train")
+    except ValueError as error:
+        raise as_config_error(error, "task") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------- stages
+
+
+def make_stage(plan: Plan, parts: StageParts, tokenizer: Any, make_trainer: Callable[[StageParts, Path], L.Trainer]) -> Stage:
+    """The stage as recipes run it."""
+    seed = plan.seed
+    rows = parts.data.rows(plan.task, tokenizer, seed)
+
+    def make_module(policy: Policy) -> L.LightningModule:
+        module = parts.module(
+            policy=policy,
+            optimizer=parts.optimizer,
+            lr_schedule=parts.lr_schedule,
+            num_updates=parts.max_updates,
+            seed=seed,
+            **_module_extras(parts, policy, tokenizer),
+        )
+        assert isinstance(module, DiffuGRPO | MaskedSFT)
+        return module
+
+    def make_data() -> StageData:
+        return StageData(
+            partial(_dataset, parts, rows, tokenizer, seed),
+            batch_size=parts.batch_size,
+            micro_batch_size=parts.micro_batch_size,
+        )
+
+    loss = parts.module.keywords.get("loss") if isinstance(parts.module, partial) else None
+    return Stage(
+        name=parts.name,
+        lora=parts.lora,
+        keeps_reference=bool(getattr(loss, "needs_reference", False)),
+        make_module=make_module,
+        make_data=make_data,
+        make_trainer=partial(make_trainer, parts),
+    )
+
+
+def _module_extras(parts: StageParts, policy: Policy, tokenizer: Any) -> dict[str, Any]:
+    if isinstance(parts.data, Prompts):
+        return {"decode": partial(decode, tokenizer, policy.eos_token_id)}
+    return {"layout": parts.data.layout}
+
+
+def decode(tokenizer: Any, eos_token_id: int, ids: torch.Tensor) -> str:
+    """Text of a completion up to its end."""
+    return decode_completion(tokenizer, ids.tolist(), eos_token_id)
+
+
+def _dataset(
+    parts: StageParts, rows: Sequence[EncodedRow], tokenizer: Any, seed: int, batch_plan: BatchPlan
+) -> CompletionRows | PromptCycles:
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if isinstance(parts.data, Prompts):
+        inner = parts.module.keywords["num_inner_updates"]  # type: ignore[attr-defined]
+        return PromptCycles(rows, batch_plan, inner, parts.max_updates, pad, seed)
+    return CompletionRows(rows, batch_plan, parts.max_updates, parts.data.layout, eos, pad, seed)
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluation
+
+
+def evaluation_sampler(plan: Plan, completion_length: int | None) -> BlockSampler:
+    """The training sampler at the evaluation's temperature, scaled to another length at equal tokens a step."""
+    sampler = replace(plan.sampler, temperature=plan.config.evaluation.temperature, record_trace=False)
+    if completion_length is None or completion_length == sampler.completion_length:
+        return sampler
+    block = min(sampler.block_length, completion_length)
+    if completion_length % block:
+        raise ConfigError(
+            "evaluation.lengths",
+            f"{completion_length} is not a multiple of the block length {block}",
+            f"evaluation.lengths=[{completion_length // block * block or block}]",
+        )
+    steps = max(1, round(completion_length * sampler.num_steps / sampler.completion_length))
+    return replace(sampler, completion_length=completion_length, num_steps=steps, block_length=block)
+
+
+def evaluation_rows(plan: Plan, tokenizer: Any) -> list[EncodedRow]:
+    """The rows the configuration asks for, as prompts."""
+    rows = prompt_rows(plan.task, plan.config.evaluation.split, tokenizer)
+    return rows[: plan.config.evaluation.rows]

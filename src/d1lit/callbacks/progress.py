@@ -1,0 +1,86 @@
+"""The progress of a stage on the console: a bar on a terminal, now and then a line elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typing_extensions import override
+
+SHOWN = {
+    "rollout/reward": "reward",
+    "rollout/length": "length",
+    "train/loss": "loss",
+    "train/kl": "kl",
+    "guard/skipped": "skipped",
+}
+"""Metrics that stand beside the bar, by their short names; those a stage does not have are left out."""
+
+
+class ConsoleProgress(L.Callback):
+    """Counts optimizer steps, with reward, loss and the time that is left."""
+
+    def __init__(self, stage: str, num_updates: int, console: Console, seconds_between_lines: float = 10.0) -> None:
+        self.stage = stage
+        self.num_updates = num_updates
+        self.console = console
+        self.seconds_between_lines = seconds_between_lines
+        self._bar: Progress | None = None
+        self._last_line = 0.0
+        self._first_step = 0
+        self._started = 0.0
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the bar."""
+        self._started = self._last_line = time.monotonic()
+        self._first_step = trainer.global_step
+        if trainer.is_global_zero and self.console.is_terminal:
+            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+            self._bar = Progress(
+                *columns, TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"), console=self.console
+            )
+            self._bar.add_task(self.stage, total=self.num_updates, completed=self._first_step, metrics="")
+            self._bar.start()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move it."""
+        if not trainer.is_global_zero:
+            return
+        metrics = trainer.callback_metrics
+        text = " ".join(f"{short} {float(metrics[name]):.3g}" for name, short in SHOWN.items() if name in metrics)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, metrics=text)
+        elif time.monotonic() - self._last_line >= self.seconds_between_lines:
+            self._last_line = time.monotonic()
+            self.console.print(
+                f"{self.stage}: {trainer.global_step}/{self.num_updates} {text}{self._remaining(trainer)}"
+            )
+
+    def _remaining(self, trainer: L.Trainer) -> str:
+        done = trainer.global_step - self._first_step
+        if done == 0:
+            return ""
+        left = (time.monotonic() - self._started) / done * (self.num_updates - trainer.global_step)
+        return f" ({left:.0f} s left)"
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close it."""
+        self._close()
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the terminal as it was."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

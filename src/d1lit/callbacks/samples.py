@@ -1,0 +1,107 @@
+"""What the policy writes, while it learns to: a few completions of the latest rollout with every reward part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typing_extensions import override
+
+from d1lit.evaluation import append_records
+from d1lit.modules import DiffuGRPO
+
+
+class SampleTable(L.Callback):
+    """Writes some completions of a rollout to the console, to the logger as text, and to a JSON lines file.
+
+    Args:
+        stage: name of the stage, for the records.
+        file: where the records go.
+        console: where the table goes; None for no table.
+        every_n_steps: optimizer steps between two tables.
+        rows: completions in a table.
+    """
+
+    def __init__(self, stage: str, file: Path, console: Console | None, every_n_steps: int, rows: int) -> None:
+        self.stage = stage
+        self.file = file
+        self.console = console
+        self.every_n_steps = every_n_steps
+        self.rows = rows
+        self._next = 0
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go on after what earlier attempts have written."""
+        self._next = -(-trainer.global_step // self.every_n_steps) * self.every_n_steps
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show the rollout that was just collected, if it is time."""
+        is_due = isinstance(pl_module, DiffuGRPO) and batch.prompts is not None and trainer.global_step >= self._next
+        if not is_due or not trainer.is_global_zero:
+            return
+        self._next = (trainer.global_step // self.every_n_steps + 1) * self.every_n_steps
+        records = self._records(pl_module, batch.step)
+        append_records(self.file, records)
+        table = _markdown(records)
+        for logger in trainer.loggers:
+            if isinstance(logger, L.pytorch.loggers.TensorBoardLogger):
+                logger.experiment.add_text(f"samples/{self.stage}", table, trainer.global_step)
+        if self.console is not None:
+            self.console.print(_table(records, f"{self.stage}, update {trainer.global_step}"))
+
+    def _records(self, module: DiffuGRPO, step: int) -> list[dict[str, Any]]:
+        rollout = module.experience[0].rollout
+        spread = range(0, len(rollout.completions), max(1, len(rollout.completions) // self.rows))
+        return [
+            {
+                "kind": "rollout",
+                "stage": self.stage,
+                "rollout": step,
+                "id": rollout.examples[i].get("id"),
+                "question": rollout.examples[i].get("question"),
+                "answer": rollout.examples[i].get("answer"),
+                "completion": rollout.completions[i],
+                "reward": float(module.experience[0].rewards[i]),
+                "advantage": float(module.experience[0].advantages[i].flatten()[0]),
+                "parts": {
+                    name: {"value": verdicts[i].value, "outcome": verdicts[i].outcome, "parsed": verdicts[i].parsed}
+                    for name, verdicts in module.verdicts.items()
+                },
+                "example": dict(rollout.examples[i]),
+            }
+            for i in list(spread)[: self.rows]
+        ]
+
+
+def _cells(record: dict[str, Any]) -> list[str]:
+    parts = " ".join(f"{name} {part['value']:g}" for name, part in record["parts"].items())
+    parsed = next((part["parsed"] for part in record["parts"].values() if part["parsed"]), "")
+    return [record["question"], record["completion"], parsed, str(record["answer"]), f"{record['reward']:.3g}", parts]
+
+
+_HEADINGS = ("prompt", "completion", "parsed", "gold", "reward", "parts")
+
+
+def _table(records: list[dict[str, Any]], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for heading in _HEADINGS:
+        table.add_column(heading, overflow="fold", max_width=48)
+    for record in records:
+        table.add_row(*(escape(str(cell)) for cell in _cells(record)))
+    return table
+
+
+def _markdown(records: list[dict[str, Any]]) -> str:
+    lines = ["| " + " | ".join(_HEADINGS) + " |", "|" + "---|" * len(_HEADINGS)]
+    for record in records:
+        cells = (str(cell).replace("|", "\\|").replace("\n", " ⏎ ").replace("<", "&lt;") for cell in _cells(record))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

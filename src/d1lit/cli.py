@@ -1,0 +1,142 @@
+"""The command line: compose, check everything that can be checked without a model, then run.
+
+Nothing heavy is imported at the top: `--help` has to answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TRAIN_HELP = """\
+Train a masked diffusion language model: SFT, diffu-GRPO, or both.
+
+  python train.py                                         the tiny built-in model on synthetic MATH problems
+  python train.py recipe=d1 task=sudoku seed=1            another task, another seed
+  python train.py recipe=d1 task=gsm8k model=llada_8b     the paper's run (GPUs)
+  python train.py -m recipe=sft,grpo,d1 seed=1,2,3        a sweep: every combination
+  python train.py run_dir=outputs/mine                    a folder of your own; run again to go on where it stopped
+
+Any value of conf/ can be given as KEY=VALUE (stages.grpo.max_updates=20, loss.beta=0.04, sampler.temperature=0.9).
+
+Choices of each group (GROUP=CHOICE):
+{groups}
+
+  --cfg job            print the composed configuration          --resolve            ... with interpolations resolved
+  -m, --multirun       sweep over comma-separated values         --config-dir DIR     add a folder of your own YAMLs
+  dry_run=true         print what would be done
+"""
+
+EVALUATE_HELP = """\
+Evaluate a run, a model folder or a hub id with the sampler and graders of training.
+
+  python evaluate.py run=outputs/RUN                          the final model of a run on its own task
+  python evaluate.py run=outputs/RUN task=sudoku              ... on another task
+  python evaluate.py model=llada_8b model.path=FOLDER task=gsm8k lengths=[128,256,512]
+  python evaluate.py rescore=FILE task=gsm8k task.grader=d1   grade stored generations again
+
+Choices of each group (GROUP=CHOICE):
+{groups}
+"""
+
+_HYDRA_FLAGS = ("--cfg", "-c", "--info", "-i", "--resolve", "--package", "-p", "--shell-completion", "-sc")
+_MULTIRUN = ("-m", "--multirun")
+
+
+def main() -> None:
+    """The console script `d1lit`."""
+    commands: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "evaluate": evaluate}
+    words = sys.argv[1:]
+    if not words or words[0] not in commands:
+        print(f"usage: d1lit {{{','.join(commands)}}} ...", file=sys.stderr)
+        sys.exit(0 if words in (["--help"], ["-h"]) else 2)
+    sys.exit(commands[words[0]](words[1:]))
+
+
+def train(words: Sequence[str]) -> int:
+    """`train.py`: exit status 0, 2 for a configuration that cannot run."""
+    if _asks_help(words):
+        print(TRAIN_HELP.format(groups=_groups()))
+        return 0
+    from d1lit.validation import ConfigError, compose_jobs
+
+    _see_user_code(words)
+    try:
+        if any(word.split("=")[0] in _HYDRA_FLAGS for word in words):
+            return _hydra(words)
+        jobs = compose_jobs("train", words)
+        from d1lit.build import plan_run
+        from d1lit.running import run_training
+
+        for job in jobs.configs:
+            plan_run(job)
+        if jobs.is_multirun:
+            return _hydra(words)
+        (config,) = jobs.configs
+        return run_training(config)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def evaluate(words: Sequence[str]) -> int:
+    """`evaluate.py`: exit status 0, 2 for a configuration that cannot run."""
+    if _asks_help(words):
+        print(EVALUATE_HELP.format(groups=_groups()))
+        return 0
+    from d1lit.validation import ConfigError, compose_jobs
+
+    _see_user_code(words)
+    try:
+        jobs = compose_jobs("evaluate", words)
+        from d1lit.running import run_evaluation
+
+        for config in jobs.configs:
+            run_evaluation(config)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _hydra(words: Sequence[str]) -> int:
+    """Hand over to Hydra itself, for sweeps and for printing configurations."""
+    import hydra
+
+    sys.argv = [sys.argv[0], *words]
+
+    @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")
+    def job(config) -> None:  # noqa: ANN001
+        from d1lit.running import run_training
+
+        run_training(config)
+
+    job()
+    return 0
+
+
+def _asks_help(words: Sequence[str]) -> bool:
+    return any(word in ("--help", "-h") for word in words)
+
+
+def _groups() -> str:
+    lines = []
+    for group in sorted(p for p in (ROOT / "conf").iterdir() if p.is_dir() and p.name != "scale"):
+        choices = ", ".join(sorted(file.stem for file in group.glob("*.yaml")))
+        if choices:
+            lines.append(f"  {group.name:<14} {choices}")
+    return "\n".join(lines)
+
+
+def _see_user_code(words: Sequence[str]) -> None:
+    """Let YAMLs in a folder of the user's name classes that stand beside them."""
+    sys.path.insert(0, os.getcwd())
+    for word in words:
+        if word.startswith("hydra.searchpath="):
+            for entry in word.split("=", 1)[1].strip("[]'\"").split(","):
+                folder = Path(entry.strip().removeprefix("file://"))
+                sys.path[1:1] = [str(folder.resolve()), str(folder.resolve().parent)]

@@ -1,0 +1,39 @@
+"""What a run says on the console."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(line: str) -> None:
+    """One line of what the run is doing."""
+    console.print(line, markup=False)
+
+
+def show_table(results: Mapping[str, Any]) -> None:
+    """The closing table: accuracy with its 95 % interval, the paper's grader beside it."""
+    extra = sorted({name for e in results["evaluations"] for name in e["extra"]})
+    table = Table(title=f"{results['recipe']} on {results['task']} ({results['model']}, seed {results['seed']})")
+    for column in ("stage", "length", "n", "accuracy", "95 % interval", "d1 grader", *extra, "tokens", "truncated"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for e in results["evaluations"]:
+        low, high = e["interval"]
+        more = [f"{100 * e['extra'][name]['mean']:.1f}" if name in e["extra"] else "" for name in extra]
+        table.add_row(
+            e["stage"],
+            str(e["completion_length"]),
+            str(e["n"]),
+            f"{100 * e['accuracy']:.1f}",
+            f"{100 * low:.1f} to {100 * high:.1f}",
+            f"{100 * e['d1_correct'] / max(1.0, e['d1_out_of']):.1f}",
+            *more,
+            f"{e['effective_tokens']:.1f}",
+            f"{100 * e['truncated_fraction']:.1f}",
+        )
+    console.print(table)

@@ -1,0 +1,316 @@
+"""One run from a composed configuration: its folder, its base model, its stages, its table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from d1lit.build import (
+    Plan,
+    StageParts,
+    build,
+    decode,
+    evaluation_rows,
+    evaluation_sampler,
+    make_stage,
+    plan_run,
+)
+from d1lit.callbacks import ConsoleProgress, StopFlag, StopOnSignal
+from d1lit.checkpoint import FolderCheckpointIO, lock_run
+from d1lit.draws import CounterDraws
+from d1lit.evaluation import Protocol, check_coverage, evaluate, summarise
+from d1lit.models import Policy, save_weights
+from d1lit.recipes import StageFolder, is_first_process, run_recipe, run_stage
+from d1lit.report.console import console, say, show_table
+from d1lit.tasks import graded_text, prompt_protocol
+from d1lit.validation import ConfigError
+
+PACKAGES = ("d1lit", "torch", "lightning", "transformers", "peft", "datasets", "torchmetrics")
+
+
+def run_training(config: DictConfig) -> int:
+    """`train.py`: run the recipe and print where its results are."""
+    plan = plan_run(config)
+    tell_rows(plan)
+    if config.dry_run:
+        print(OmegaConf.to_yaml(config, resolve=True))
+        return 0
+    folder = run_folder(config)
+    flag = StopFlag()
+    with lock_run(folder), flag.installed():
+        write_once(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        write_once(folder / "environment.json", json.dumps(environment(), indent=2))
+        started = time.time()
+        policy, tokenizer = base_policy(plan, folder, flag)
+        evaluator = TaskEvaluator(plan, tokenizer, folder, flag)
+        stages = [make_stage(plan, parts, tokenizer, partial(make_trainer, plan, flag)) for parts in plan.stages]
+        policy, evaluations = run_recipe(folder, policy, stages, evaluator, plan.seed, say)
+        if is_first_process():
+            finish(plan, folder, policy, tokenizer, evaluations, time.time() - started)
+    return 0
+
+
+def run_folder(config: DictConfig) -> Path:
+    """The run's folder: the one named, or a new one under outputs/.
+
+    Raises:
+        ConfigError: if it holds a run already and `resume=never`.
+    """
+    if config.run_dir is not None:
+        folder = Path(config.run_dir)
+        if config.resume == "never" and (folder / "config.yaml").exists():
+            raise ConfigError("run_dir", f"{folder} holds a run already", "resume=auto, or another run_dir")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    words = (config.recipe.name, config.task.name, config.model.name, f"seed{config.seed}")
+    stem = Path("outputs") / "-".join([time.strftime("%Y%m%d-%H%M%S"), *words])
+    folder, number = stem, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = stem.with_name(f"{stem.name}-{number}")
+
+
+def write_once(file: Path, text: str) -> None:
+    """Write a file unless it is there."""
+    if is_first_process() and not file.exists():
+        file.write_text(text, encoding="utf-8")
+
+
+def environment() -> dict[str, Any]:
+    """What a difference between two machines could be explained by."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return {
+        "packages": {name: version(name) for name in PACKAGES},
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "commit": commit.stdout.strip() or None,
+        "command": sys.argv,
+    }
+
+
+def tell_rows(plan: Plan) -> None:
+    """Print what the data is and what was left out."""
+    say(f"{plan.task.display_name}: " + "; ".join(plan.task.overlap.lines()))
+
+
+# ------------------------------------------------------------------------------------------------------------------ base
+
+
+def cache_folder() -> Path:
+    """Where the built-in base models are kept: $D1LIT_CACHE, or the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "d1lit"
+    return Path(os.environ.get("D1LIT_CACHE", default))
+
+
+def base_policy(plan: Plan, folder: Path, flag: StopFlag) -> tuple[Policy, Any]:
+    """The model the stages start from: read from its place, or the tiny one, pretrained once and kept."""
+    if plan.base is None:
+        return plan.make_policy()
+    home = cache_folder() / "base" / base_hash(plan)
+    if not home.exists():
+        say(f"base: pretraining the tiny model on {plan.task.name}; it will be kept in {home}")
+        policy, tokenizer = plan.make_policy()
+        stage = make_stage(plan, plan.base, tokenizer, partial(make_trainer, plan, flag))
+        work = StageFolder(folder / "stages" / "base")
+        run_stage(work, policy, stage, plan.seed, say)
+        if is_first_process():
+            keep_base(work.weights, tokenizer, home)
+    else:
+        say(f"base: the tiny model, taken from {home}")
+    return plan.make_policy(home)
+
+
+def base_hash(plan: Plan) -> str:
+    """Hash of all that makes the base model: its settings, the task's text, the seed, and the code that runs."""
+    config = OmegaConf.to_container(plan.config, resolve=True)
+    assert isinstance(config, dict)
+    parts = {"model": config["model"], "task": config["task"], "seed": config["seed"], "torch": torch.__version__}
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    package = Path(__file__).parent
+    for name in ("tasks", "models", "modules", "data.py", "draws.py", "masking.py", "schedules.py", "losses"):
+        for file in sorted([package / name] if name.endswith(".py") else (package / name).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def keep_base(weights: Path, tokenizer: Any, home: Path) -> None:
+    """Copy a finished base into the cache; another process may have been faster."""
+    home.parent.mkdir(parents=True, exist_ok=True)
+    staging = home.with_name(f"{home.name}.{os.getpid()}")
+    shutil.copytree(weights, staging)
+    tokenizer.save_pretrained(staging)
+    try:
+        os.replace(staging, home)
+    except OSError:
+        shutil.rmtree(staging)
+
+
+# ----------------------------------------------------------------------------------------------------------------- fitting
+
+
+def make_trainer(plan: Plan, flag: StopFlag, parts: StageParts, folder: Path) -> L.Trainer:
+    """A Trainer for one stage; accumulation follows from the global batch and the devices."""
+    flags: dict[str, Any] = OmegaConf.to_container(plan.config.trainer, resolve=True)  # type: ignore[assignment]
+    precision = flags.pop("precision") or ("bf16-true" if plan.config.model.dtype == "bfloat16" else "32-true")
+    world_size = flags["num_nodes"] * (flags["devices"] if isinstance(flags["devices"], int) else 1)
+    callbacks: list[L.Callback] = [StopOnSignal(flag), ConsoleProgress(parts.name, parts.max_updates, console)]
+    watch = plan.config.callbacks
+    if watch.save is not None:
+        callbacks.append(build(plan.config, "callbacks.save")(folder=folder / "checkpoints"))
+    if watch.samples is not None:
+        file = folder.parent.parent / "samples.jsonl"
+        callbacks.append(build(plan.config, "callbacks.samples")(stage=parts.name, file=file, console=console))
+    own = [name for name in watch if name not in ("save", "samples") and watch[name] is not None]
+    callbacks += [build(plan.config, f"callbacks.{name}") for name in own]
+    return L.Trainer(
+        **flags,
+        precision=precision,
+        max_steps=parts.max_updates,
+        max_epochs=1,
+        accumulate_grad_batches=parts.batch_size // (parts.micro_batch_size * world_size),
+        gradient_clip_val=parts.gradient_clip,
+        logger=make_logger(plan, folder.parent.parent, parts.name),
+        callbacks=callbacks,
+        plugins=[FolderCheckpointIO(keep=2)],
+        enable_checkpointing=watch.save is not None,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+    )
+
+
+def make_logger(plan: Plan, folder: Path, stage: str) -> Any:
+    """The configured logger, one sub-folder a stage; False for none."""
+    if plan.config.logger is None or plan.config.logger.get("_target_") is None:
+        return False
+    return build(plan.config, "logger")(save_dir=folder, name="logs", version=stage)
+
+
+# -------------------------------------------------------------------------------------------------------------- evaluation
+
+
+@dataclass(frozen=True)
+class TaskEvaluator:
+    """Evaluates a policy on the task's rows at every length asked for."""
+
+    plan: Plan
+    tokenizer: Any
+    folder: Path
+    flag: StopFlag
+
+    def __call__(self, policy: Policy, stage: str) -> list[dict[str, Any]]:
+        """Entries of `evaluations`, one a length."""
+        config = self.plan.config.evaluation
+        if stage == "base" and not config.base:
+            return []
+        lengths = config.lengths or [self.plan.sampler.completion_length]
+        return [self._at_length(policy, stage, length) for length in lengths]
+
+    def _at_length(self, policy: Policy, stage: str, length: int) -> dict[str, Any]:
+        plan, task, config = self.plan, self.plan.task, self.plan.config.evaluation
+        sampler = evaluation_sampler(plan, length)
+        rows = evaluation_rows(plan, self.tokenizer)
+        protocol = self._protocol(sampler, len(rows))
+        file = self.folder / "evaluations" / f"{stage}-{task.display_name}-{length}-{protocol.sha256[:8]}.jsonl"
+        records = evaluate(
+            policy,
+            sampler,
+            rows,
+            partial(decode, self.tokenizer, policy.eos_token_id),
+            task.grader,
+            CounterDraws(config.seed),
+            batch_size=config.batch_size,
+            device=plan.device,
+            file=file,
+            progress=self._progress,
+            graded_prefix=graded_text(task.template, ""),
+        )
+        check_coverage(records, len(rows))
+        summary = summarise(records)
+        return {
+            "stage": stage,
+            "task": task.display_name,
+            "split": config.split,
+            "completion_length": length,
+            **asdict(summary),
+            "rows_file": str(file.relative_to(self.folder)),
+            **asdict(protocol),
+            "protocol_sha256": protocol.sha256,
+        }
+
+    def _progress(self, done: int, total: int) -> None:
+        self.flag.raise_if_stopped()
+
+    def _protocol(self, sampler: Any, num_rows: int) -> Protocol:
+        config = self.plan.config
+        settings = {
+            "sampler": _plain(asdict(sampler)),
+            "sampler_parts": {k: type(getattr(sampler, k)).__name__ for k in ("proposal", "confidence", "commit")},
+            "seed": config.evaluation.seed,
+            "batch_size": config.evaluation.batch_size,
+            "dtype": config.model.dtype,
+            "device": str(self.plan.device.type),
+            "attend_padding": config.model.attend_padding,
+            "packages": {name: version(name) for name in PACKAGES},
+            **prompt_protocol(self.plan.task.template),
+        }
+        task = self.plan.task
+        return Protocol(task.display_name, num_rows, task.template.sha256, settings)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, str | int | float | bool | None) else repr(value)
+
+
+def finish(
+    plan: Plan, folder: Path, policy: Policy, tokenizer: Any, evaluations: list[dict[str, Any]], seconds: float
+) -> None:
+    """Write the final model and results.json, and print the table."""
+    if not (folder / "model").exists():
+        save_weights(policy, folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+    results = {
+        "recipe": plan.config.recipe.name,
+        "task": plan.task.display_name,
+        "model": plan.config.model.name,
+        "seed": plan.seed,
+        "data": plan.task.overlap.record(),
+        "evaluations": evaluations,
+        "cost": {"seconds": round(seconds, 1)},
+    }
+    file = folder / "results.json"
+    staging = file.with_suffix(".tmp")
+    staging.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    os.replace(staging, file)
+    show_table(results)
+    print(file)

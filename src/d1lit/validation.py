@@ -1,0 +1,299 @@
+"""Composing configurations, and one clear line for each way in which that can fail."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+KNOWN_ELSEWHERE = {
+    # What other projects call it -> where it stands here.
+    "num_generations": "stages.grpo.module.group_size",
+    "num_iterations": "stages.grpo.module.num_inner_updates",
+    "max_completion_length": "sampler.completion_length",
+    "gen_length": "sampler.completion_length",
+    "max_new_tokens": "sampler.completion_length",
+    "diffusion_steps": "sampler.num_steps",
+    "steps": "sampler.num_steps",
+    "cfg_scale": "sampler.guidance",
+    "remasking": "sampler",
+    "p_mask_prompt": "estimator.prompt_mask_prob",
+    "epsilon": "loss.epsilon_low and loss.epsilon_high",
+    "loss.epsilon": "loss.epsilon_low and loss.epsilon_high",
+    "beta": "loss.beta",
+    "scale_rewards": "advantage (group_mean or group_zscore)",
+    "loss_type": "loss",
+    "sync_ref_model": "stages.grpo.module.reference_sync_every",
+    "ref_model_sync_steps": "stages.grpo.module.reference_sync_every",
+    "learning_rate": "stages.grpo.optimizer.lr",
+    "lr": "stages.grpo.optimizer.lr",
+    "max_steps": "stages.grpo.max_updates",
+    "per_device_train_batch_size": "stages.grpo.batch_size (global)",
+    "gradient_accumulation_steps": "stages.grpo.micro_batch_size",
+    "max_grad_norm": "stages.grpo.gradient_clip",
+    "lora_r": "stages.grpo.lora.rank",
+    "lora_alpha": "stages.grpo.lora.alpha",
+    "dataset": "task",
+    "model_path": "model.path",
+    "model_name_or_path": "model.path",
+    "output_dir": "run_dir",
+    "resume_from_checkpoint": "resume",
+    "mu": "stages.grpo.module.num_inner_updates",
+    "group_size": "stages.grpo.module.group_size",
+    "num_inner_updates": "stages.grpo.module.num_inner_updates",
+    "temperature": "sampler.temperature",
+    "completion_length": "sampler.completion_length",
+    "block_length": "sampler.block_length",
+}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run: `<key>: <cause>. Try: <cure>`, on one line."""
+
+    def __init__(self, key: str, cause: str, cure: str) -> None:
+        self.key, self.cause, self.cure = key, cause, cure
+        super().__init__(f"{key}: {cause}. Try: {cure}")
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """The configurations that a command line asks for: one, or all jobs of a sweep."""
+
+    configs: Sequence[DictConfig]
+    is_multirun: bool
+
+
+def compose_jobs(name: str, words: Sequence[str]) -> Jobs:
+    """Compose the command line's configuration, or each job's of a sweep.
+
+    Raises:
+        ConfigError: for the first thing that is wrong.
+    """
+    overrides, is_multirun = _split(words)
+    with _composer():
+        config, sweeps = _compose_with_mode(name, overrides) if not is_multirun else (None, [])
+        if config is not None and sweeps is None:
+            return Jobs([config], False)
+        return Jobs([_compose(name, job) for job in _sweep([*(sweeps or []), *overrides])], True)
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], bool]:
+    """Overrides, and whether a sweep is asked for; `--config-dir DIR` is a search path by another name."""
+    overrides, is_multirun = [], False
+    rest = iter(words)
+    for word in rest:
+        if word in ("-m", "--multirun"):
+            is_multirun = True
+        elif word in ("--config-dir", "-cd") or word.startswith("--config-dir="):
+            folder = word.split("=", 1)[1] if "=" in word else next(rest, "")
+            if not Path(folder).is_dir():
+                raise ConfigError("--config-dir", f"no folder {folder!r}", "the folder that holds your group folders")
+            overrides.append(f"hydra.searchpath=[file://{Path(folder).resolve()}]")
+        elif word.startswith("-"):
+            known = ["--help", "--multirun", "--cfg", "--resolve", "--config-dir"]
+            raise ConfigError(word, "no such option", _nearest(word, known) or "--help")
+        elif "=" not in word and not word.startswith("~"):
+            raise ConfigError(word, "is not KEY=VALUE", f"{word}=VALUE, or --help")
+        else:
+            overrides.append(word)
+    return overrides, is_multirun
+
+
+# -------------------------------------------------------------------------------------------------------------- composing
+
+
+@contextmanager
+def _composer() -> Iterator[None]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3", job_name="d1lit"):
+        yield
+
+
+def _sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """The override lists of all jobs of a sweep."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        return [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+    except HydraException as error:
+        raise _syntax_error(error, overrides) from None
+
+
+def _compose_with_mode(name: str, overrides: Sequence[str]) -> tuple[DictConfig, list[str] | None]:
+    """The composed configuration, and the sweep its experiment asks for, if any."""
+    config = _compose(name, overrides, with_hydra=True)
+    hydra_config = config.hydra
+    sweeps = None
+    if str(hydra_config.mode) == "RunMode.MULTIRUN":
+        params = OmegaConf.to_container(hydra_config.sweeper.params, resolve=True) or {}
+        assert isinstance(params, dict)
+        sweeps = [f"{key}={value}" for key, value in params.items()]
+    with open_dict(config):
+        del config["hydra"]
+    return config, sweeps
+
+
+def _compose(name: str, overrides: Sequence[str], with_hydra: bool = False) -> DictConfig:
+    try:
+        config = compose(name, list(overrides), return_hydra_config=with_hydra)
+    except HydraException as error:
+        raise _translated(error, name, overrides) from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error.full_key or "configuration"), _one_line(error), "another value") from None
+    check_leaves(config, name, overrides)
+    return config
+
+
+def check_leaves(config: DictConfig, name: str, overrides: Sequence[str]) -> None:
+    """No missing value, no interpolation into nothing, no value of another type than the one it replaces.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    plain = [o for o in overrides if re.match(r"[\w.@/-]+=", o)]
+    keys = [o.split("=", 1)[0] for o in plain if "." in o.split("=", 1)[0]]
+    groups = [o for o in overrides if o.split("=", 1)[0].split(".")[0].lstrip("+~") not in keys and o not in plain]
+    choices = [o for o in plain if "." not in o.split("=", 1)[0]]
+    for key in keys:
+        value = OmegaConf.select(config, key)
+        default = _default_of(key, name, [*groups, *choices])
+        if default is not None and not _same_kind(value, default):
+            raise ConfigError(key, f"{value!r} is not {_kind(default)}", f"{key}={default}")
+    for key, node in _leaves(config):
+        if key.startswith("hydra"):
+            continue
+        try:
+            if OmegaConf.is_missing(config if "." not in key else OmegaConf.select(config, key.rpartition(".")[0]),
+                                    key.rpartition(".")[2]):  # fmt: skip
+                raise ConfigError(key, "has no value", f"{key}=VALUE")
+            OmegaConf.select(config, key, throw_on_resolution_failure=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError(key, f"refers to a value that is not there ({node})", _one_line(error)) from None
+
+
+def _default_of(key: str, name: str, choices: Sequence[str]) -> Any:
+    try:
+        return OmegaConf.select(compose(name, list(choices)), key)
+    except (HydraException, OmegaConfBaseException):
+        return None
+
+
+def _same_kind(value: Any, default: Any) -> bool:
+    if value is None or default is None:
+        return True
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    if isinstance(default, int | float):
+        return isinstance(value, int | float) and not (isinstance(default, int) and isinstance(value, float))
+    if isinstance(default, str):
+        return isinstance(value, str | int | float)
+    if isinstance(default, ListConfig):
+        return isinstance(value, ListConfig | str)
+    return True
+
+
+def _kind(value: Any) -> str:
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text", ListConfig: "a list"}
+    return kinds.get(type(value), "of its kind")
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys of all leaves, interpolations unresolved."""
+    if isinstance(node, DictConfig):
+        for key in node:
+            yield from _leaves(node._get_node(key), f"{prefix}.{key}" if prefix else str(key))
+    elif not isinstance(node, ListConfig):
+        yield prefix, node._value()
+
+
+# --------------------------------------------------------------------------------------------------------- plain words
+
+
+def _translated(error: HydraException, name: str, overrides: Sequence[str]) -> ConfigError:
+    """Hydra's several paragraphs as one line with the nearest known word."""
+    text = str(error)
+    if match := re.search(r"Could not find '(?:.*?/)?([\w@.]+)/([\w.-]+)'", text):
+        group, choice = match.groups()
+        options = _choices(group)
+        nearest = _nearest(choice, options)
+        return ConfigError(group, f"no choice {choice!r}", nearest or f"one of {', '.join(options)}")
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return _unknown_key(match[1], name, overrides)
+    if match := re.search(r"[Kk]ey '([^']+)' is not in struct(?:.*full_key: ([\w.]+))?", text, re.DOTALL):
+        return _unknown_key(match[2] or match[1], name, overrides)
+    return _syntax_error(error, overrides)
+
+
+def _unknown_key(key: str, name: str, overrides: Sequence[str]) -> ConfigError:
+    key = key.lstrip("+~")
+    last = key.rpartition(".")[2]
+    elsewhere = KNOWN_ELSEWHERE.get(key) or KNOWN_ELSEWHERE.get(last)
+    choices = [o for o in overrides if "." not in o.split("=", 1)[0] and o.split("=", 1)[0].strip("+~") != key]
+    try:
+        known = [k for k, _ in _leaves(compose(name, choices))]
+    except HydraException:
+        known = [k for k, _ in _leaves(compose(name, []))]
+    known += [p.name for p in CONF.iterdir() if p.is_dir()]
+    nearest = _nearest(key, known) or _nearest_last(last, known)
+    if nearest is None and elsewhere is not None:
+        return ConfigError(key, "is called otherwise here", elsewhere)
+    if elsewhere is not None and difflib.SequenceMatcher(None, key, nearest).ratio() < 0.9:
+        return ConfigError(key, "is called otherwise here", elsewhere)
+    return ConfigError(key, "no such key", nearest or "--cfg job, which prints all keys")
+
+
+def _syntax_error(error: Exception, overrides: Sequence[str]) -> ConfigError:
+    guilty = next((o for o in overrides if o in str(error)), " ".join(overrides) or "command line")
+    return ConfigError(guilty.split("=")[0], _one_line(error), "quotes around the value: 'KEY=\"VALUE\"'")
+
+
+def _one_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip().rstrip(".")
+
+
+def _choices(group: str) -> list[str]:
+    return sorted(file.stem for file in (CONF / group.split("@")[0]).glob("*.yaml"))
+
+
+def _nearest(word: str, known: Sequence[str]) -> str | None:
+    found = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    return found[0] if found else None
+
+
+def _nearest_last(last: str, known: Sequence[str]) -> str | None:
+    """A key whose last word is, or nearly is, the one given."""
+    by_last: dict[str, str] = {}
+    for key in known:
+        by_last.setdefault(key.rpartition(".")[2], key)
+    found = difflib.get_close_matches(last, list(by_last), n=1, cutoff=0.75)
+    return by_last[found[0]] if found else None
+
+
+def as_config_error(error: ValueError, prefix: str = "") -> ConfigError:
+    """The ValueError of a component, whose message is `key: cause. Try: cure`, under its full key."""
+    text = _one_line(error)
+    head, _, cure = text.partition(" Try: ")
+    key, separator, cause = head.partition(": ")
+    if not separator or " " in key:
+        words = head.split(" ", 1)
+        key, cause = (words[0], words[1]) if "." in words[0] and len(words) == 2 else (prefix or "configuration", head)
+    return ConfigError(key, cause.rstrip("."), cure or "see the key's YAML in conf/")
+
+
+def flat(config: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
+    """Dotted keys to plain values, resolved."""
+    resolved = DictConfig(OmegaConf.to_container(config, resolve=True)) if isinstance(config, DictConfig) else config
+    return {key: value for key, value in _leaves(DictConfig(resolved))}
