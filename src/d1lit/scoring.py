@@ -168,8 +168,10 @@ def _hidden(
             return conditional
         blind = ids.clone()
         blind[:, :prompt_length] = policy.mask_token_id
-        unconditional = policy.hidden(blind, attention, position_ids, keep).float()
-        return unconditional + (corruption.guidance + 1.0) * (conditional.float() - unconditional)
+        unconditional = policy.hidden(blind, attention, position_ids, keep)
+        exact = torch.promote_types(unconditional.dtype, torch.float32)
+        unconditional = unconditional.to(exact)
+        return unconditional + (corruption.guidance + 1.0) * (conditional.to(exact) - unconditional)
 
     if not recompute:
         return run(ids)

@@ -94,7 +94,7 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = grad_outputs
         weight, targets, expectation = ctx.saved_tensors
         result = expectation.new_empty(expectation.shape, dtype=ctx.dtype)
@@ -126,7 +126,7 @@ class _TrainableHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = grad_outputs
         hidden, weight, targets = ctx.saved_tensors
         exact = _exact(weight.dtype)

@@ -8,11 +8,11 @@ official code of LLaDA (ML-GSAI/LLaDA) and Dream (DreamLM/Dream), which tests/go
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -21,6 +21,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 from d1lit.models.cache import KVCache
 
 
+@no_type_check  # transformers makes it a dataclass that takes further keywords, which jaxtyping's checker refuses
 class MaskedDiffusionConfig(PreTrainedConfig):
     """Shape and family switches of a masked diffusion language model."""
 
@@ -87,7 +88,7 @@ def rotate(
     return (exact * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
-def take_rows(x: Float[Tensor, "R T *S"], rows: Int[Tensor, "R M"] | None) -> Float[Tensor, "R M *S"]:
+def take_rows(x: Shaped[Tensor, "R T *S"], rows: Int[Tensor, "R M"] | None) -> Shaped[Tensor, "R M *S"]:
     """Rows of each view; all of them where `rows` is None."""
     if rows is None:
         return x
