@@ -151,3 +151,16 @@ def assert_near(name: str, got: Tensor, expected: Tensor, rtol: float = 1e-5, at
     got, expected = got.detach(), expected.detach()
     print(f"{name}: largest difference {largest_difference(got, expected):.2e}")
     torch.testing.assert_close(got.double(), expected.double(), rtol=rtol, atol=atol)
+
+
+def completion_corruption(noised: Tensor, completion_ids: Tensor, weight: Tensor) -> Corruption:
+    """Stored views [N, K, T] of each rollout as a corruption that scores the completion at their end."""
+    n, k, length = noised.shape
+    c = completion_ids.shape[1]
+    return Corruption(
+        noised_ids=noised.flatten(0, 1),
+        view_of=torch.arange(n * k).view(n, k),
+        target_ids=completion_ids[:, None].expand(n, k, c),
+        weight=weight,
+        score_from=length - c,
+    )

@@ -120,8 +120,8 @@ class GDSDLoss:
 
         loss = mean_i sum_j ( clamp(s_ij - s_ij^old, log(1 - epsilon), log(1 + epsilon)) / L - psi A_i )^2 + beta KL
 
-    Outside the clamp the gradient vanishes. As in the authors' code the squares are summed over masks j and the KL is
-    averaged over them.
+    Outside the clamp the gradient vanishes. As in the authors' code the squares are summed over masks j, and the KL is
+    averaged over them and divided by L.
     """
 
     epsilon: float
@@ -151,7 +151,7 @@ class GDSDLoss:
         rows = ((scaled - self.psi * inputs.advantages[:, None]) ** 2).sum(1)
         metrics = {"clip_fraction": ((difference < low) | (difference > high)).to(rows.dtype).mean().detach()}
         if self.needs_reference:
-            kl = self.kl(log_ratio(inputs.logprobs, inputs.ref)).mean(1)
+            kl = self.kl(log_ratio(inputs.logprobs, inputs.ref)).mean(1) / self.length(inputs)
             rows = rows + self.beta * kl
             metrics["kl"] = kl.mean().detach()
         return rows.sum() / inputs.num_rollouts, metrics
