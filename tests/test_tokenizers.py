@@ -34,7 +34,7 @@ def tiny_like(**changes: int) -> MaskedDiffusionConfig:
         "\x00\x01\x1f\x7f",
         "a </answer>b<answer>c",
         "1,200 $5 \\boxed{\\frac{1}{2}}",
-    ],  # fmt: skip
+    ],
 )
 def test_text_comes_back_unchanged(text: str) -> None:
     assert decode_completion(TOKENIZER, encode_text(TOKENIZER, text), EOS) == text

@@ -31,9 +31,9 @@ class LoraSettings:
     targets: Targets
     """`paper`: what d1's list matches in LLaDA (q, k, v, up); `all_linear`: every matrix of every block; or names."""
     rank: int
-    alpha: float
+    alpha: float | int
     """The update is scaled by alpha / rank."""
-    dropout: float
+    dropout: float | int
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -107,7 +107,9 @@ def adapt(network: MaskedDiffusionLM, settings: LoraSettings, seed: int) -> Peft
             weight = factors(layer, ADAPTER)[0]
             bound = weight.shape[1] ** -0.5  # what PEFT's kaiming_uniform_(a=sqrt(5)) amounts to
             generator = torch.Generator().manual_seed(draws.torch_seed(f"lora.{path}"))
-            weight.copy_((2.0 * torch.rand(weight.shape, generator=generator) - 1.0) * bound)
+            weight.copy_(
+                (2.0 * torch.rand(weight.shape, generator=generator, device="cpu", dtype=torch.float32) - 1.0) * bound
+            )
     return adapted
 
 

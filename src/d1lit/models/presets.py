@@ -18,9 +18,9 @@ def tiny_config(
     num_layers: int,
     num_heads: int,
     mlp_width: int,
-    rope_theta: float,
+    rope_theta: float | int,
     max_length: int,
-    init_std: float,
+    init_std: float | int,
 ) -> MaskedDiffusionConfig:
     """The built-in model: LLaDA's architecture at a size that a laptop trains in a minute, with an untied head.
 
@@ -81,7 +81,9 @@ def initialise(network: MaskedDiffusionLM, seed: int) -> None:
             std = network.config.initializer_range
             if path.endswith(("o_proj", "down_proj")):
                 std *= residual_scale
-            module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * std)
+            module.weight.copy_(
+                torch.randn(module.weight.shape, generator=generator, device="cpu", dtype=torch.float32) * std
+            )
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
     network.tie_weights()
