@@ -10,6 +10,7 @@ GLOBAL batch, which stratified samplers need; so one process and eight see the s
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -100,19 +101,20 @@ class GridTimes:
 
 
 @dataclass(frozen=True)
-class LogUniformNoiseTimes:
-    """Another sampler's times warped so that -log(alpha) of the log-linear schedule is uniform (MDLM's code)."""
+class LogUniformMaskTimes:
+    """Another sampler's times warped so that log(mask probability) is uniform (MDLM's importance sampling).
+
+    For the log-linear schedule with the same eps, from the probability at sigma = eps to that at t = 1.
+    """
 
     times: UniformTimes | StratifiedTimes | LowDiscrepancyTimes | AntitheticTimes
     eps: float
 
-    def __call__(
-        self, draws: Draws, row_ids: Int[Tensor, " n"], places: Int[Tensor, " n"], num_places: int
-    ) -> Float[Tensor, " n"]:
+    def __call__(self, draws: Draws, row_ids: Rows, places: Rows, num_places: int) -> Times:
         """One time for each row."""
         t = self.times(draws, row_ids, places, num_places)
-        first = torch.log1p(torch.tensor(-(1 - self.eps), dtype=t.dtype, device=t.device))  # -sigma(1)
-        return -torch.expm1(t * first) / (1 - self.eps)
+        lowest, highest = math.log(-math.expm1(-self.eps)), math.log1p(-self.eps)
+        return torch.exp(t * highest + (1 - t) * lowest) / (1 - self.eps)
 
 
 # ---------------------------------------------------------------------------------------------------------------- masks
@@ -131,7 +133,7 @@ def complementary_mask(is_masked: Bool[Tensor, "n T"], allowed: Bool[Tensor, "n 
     return allowed & ~is_masked
 
 
-def block_of_position(length: int, block_length: int, device: torch.device | None = None) -> Int[Tensor, " length"]:
+def block_of_position(length: int, block_length: int, device: torch.device | None = None) -> Int[Tensor, " T"]:
     """Index of the block each position lies in."""
     return torch.arange(length, device=device) // block_length
 
@@ -209,7 +211,7 @@ def context_adaptive_weight(is_masked: Bool[Tensor, "n T"], geometric_prob: floa
     return 0.5 * near * is_masked
 
 
-def block_diffusion_attention(length: int, block_length: int) -> Bool[Tensor, "2*length 2*length"]:
+def block_diffusion_attention(length: int, block_length: int) -> Bool[Tensor, "T T"]:
     """Who may attend to whom when [noised ; clean] go through the network together (BD3LM, arXiv 2503.09573).
 
     Noised tokens see their own noised block and strictly earlier clean blocks; clean tokens see clean blocks up to
