@@ -76,21 +76,22 @@ def exact_value(text: str) -> tuple[Fraction, list[int]]:
     if not text or len(text) > LONGEST_EXPRESSION or not _EXACT_CHARACTERS.fullmatch(text):
         raise Refused("not arithmetic")
     numbers: list[int] = []
+    return _exact_node(_parse(text), 0, numbers), numbers
 
-    def value(node: ast.expr, depth: int) -> Fraction:
-        if depth > DEEPEST_TREE:
-            raise Refused("nested too deeply")
-        if isinstance(node, ast.Constant) and type(node.value) is int and node.value < 10**MOST_DIGITS:
-            numbers.append(node.value)
-            return Fraction(node.value)
-        if isinstance(node, ast.BinOp) and type(node.op) in _EXACT:
-            left, right = value(node.left, depth + 1), value(node.right, depth + 1)
-            if isinstance(node.op, ast.Div) and right == 0:
-                raise Refused("division by zero")
-            return _EXACT[type(node.op)](left, right)
-        raise Refused(f"{type(node).__name__} is not allowed")
 
-    return value(_parse(text), 0), numbers
+def _exact_node(node: ast.expr, depth: int, numbers: list[int]) -> Fraction:
+    """The value of a node; the whole numbers met are appended to `numbers`."""
+    if depth > DEEPEST_TREE:
+        raise Refused("nested too deeply")
+    if isinstance(node, ast.Constant) and type(node.value) is int and node.value < 10**MOST_DIGITS:
+        numbers.append(node.value)
+        return Fraction(node.value)
+    if isinstance(node, ast.BinOp) and type(node.op) in _EXACT:
+        left, right = _exact_node(node.left, depth + 1, numbers), _exact_node(node.right, depth + 1, numbers)
+        if isinstance(node.op, ast.Div) and right == 0:
+            raise Refused("division by zero")
+        return _EXACT[type(node.op)](left, right)
+    raise Refused(f"{type(node).__name__} is not allowed")
 
 
 def python_value(text: str) -> PythonNumber:

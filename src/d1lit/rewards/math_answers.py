@@ -18,11 +18,13 @@ from d1lit.types import Example, Verdict
 
 _WORDS = re.compile(r"[A-Za-z]+")
 _BASE = re.compile(r"([0-9A-Z]+)_\{?[0-9]+\}?")
+_CLOCK = re.compile(r"[0-9.]+(?::[0-9.]+)+")
+_RELATION = re.compile(r"[<>]|\\[lg]eq")
 _OPERATION = re.compile(r"[+*/^]|-|\\(?:frac|sqrt|times|cdot|div|pm)|[0-9A-Za-z)}]\(")
 _LAYOUT = re.compile(r"[\s$]|\\(?:left|right|!|,)")
 _FRACTION_SIZE = re.compile(r"\\[dt]frac")
 _BRACKETS = ("()", "[]", "(]", "[)")
-_POWER_TOWER = re.compile(r"\^\{?[^{}]*\^|\^\{?-?[0-9]{4,}|[0-9]{60,}|!{2,}|[0-9]{4,}!")
+_POWER_TOWER = re.compile(r"\^\{?-?[0-9]+\^|\^\{?-?[0-9]{4,}|[0-9]{60,}|!{2,}|[0-9]{4,}!")
 """Beyond these math-verify may not return; the worker would be killed, so it is spared the attempt."""
 
 
@@ -39,6 +41,10 @@ def _compatible(gold: Form, answer: Form) -> bool:
 
 def _items(text: str) -> tuple[str, list[str]]:
     """The kind of a list (its brackets; "" for a bare one) and its items."""
+    if text.startswith("\\{") and text.endswith("\\}"):
+        return "", top_level_items(text[2:-2])
+    if text.startswith("{") and text.endswith("}"):
+        return "", top_level_items(text[1:-1])
     bare = top_level_items(text)
     if len(bare) == 1 and len(text) > 2 and text[0] + text[-1] in _BRACKETS:
         inside = top_level_items(text[1:-1])
@@ -58,8 +64,10 @@ def decide(gold: Form, answer: Form) -> bool | None:
         return gold_number is not None and gold_number == number
     if _WORDS.fullmatch(gold.text):
         return len(gold.text) > 1 and gold.text.lower() == answer.text.lower()
-    if _BASE.fullmatch(gold.text) or not answer.text:
+    if _BASE.fullmatch(gold.text) or _CLOCK.fullmatch(gold.text) or not answer.text:
         return False
+    if _RELATION.search(gold.text) and not _RELATION.search(answer.text):
+        return None  # an interval may say what a chain of inequalities says
     gold_kind, gold_items = _items(gold.text)
     kind, items = _items(answer.text)
     if len(gold_items) != len(items) or (len(items) > 1 and gold_kind != kind):
@@ -110,6 +118,8 @@ class MathAnswer:
 
     def _judge(self, text: str, example: Example) -> Verdict:
         answer = final_answer(text)
+        if not example["answer"].strip():
+            return Verdict(0.0, "error", answer)  # a row without a gold answer cannot be judged
         if answer is None:
             return Verdict(0.0, "unparsed")
         return self.compare(example["answer"], answer, example.get("question", ""))
@@ -126,5 +136,8 @@ class MathAnswer:
             return Verdict(float(decided), parsed=answer)
         if is_copied(form, gold_form, question) or _POWER_TOWER.search(form.text):
             return Verdict(0.0, parsed=answer)
-        verdict = self.equivalence(gold_form.text, form.text)
+        # Where only one side kept its equals sign, the other's `y =` is part of an equation.
+        gold_text = f"{gold_form.symbol}={gold_form.text}" if gold_form.symbol and "=" in form.text else gold_form.text
+        text = f"{form.symbol}={form.text}" if form.symbol and "=" in gold_form.text else form.text
+        verdict = self.equivalence(gold_text, text)
         return Verdict(verdict.value, verdict.outcome, answer)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 _SAME = (
     ("\u2212", "-"),
@@ -63,6 +64,10 @@ _TRAILING_WORDS = re.compile(r"([0-9.,}/)]|\\pi)\s*([A-Za-z]{2,}(?:[.\s]+[A-Za-z
 _FUNCTION_WORDS = frozenset(
     re.findall(r"\w+", "pi sin cos tan sec csc cot log ln exp sqrt frac mod gcd lcm cup cap infty arcsin arccos arctan")
 )
+_SPACED_BRACKET = re.compile(r"[(\[]|\\\{")
+_THOUSANDS = re.compile(r"(?<=[0-9]),\\[!,]\s*(?=[0-9]{3})")
+_DOUBLED_BACKSLASH = re.compile(r"\\\\(?=[A-Za-z])")
+_BRACKET = re.compile(r"[(\[]|\\\{")
 _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 _DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]+)(?![0-9.])")
 _FRACTION_ARGUMENTS = re.compile(r"\\frac(?:([0-9A-Za-z])|(\{[^{}]*\}))(?:([0-9A-Za-z])|(\{[^{}]*\}))")
@@ -120,6 +125,8 @@ class Form:
     @property
     def number(self) -> Fraction | None:
         """The exact number the answer is, where it is one."""
+        if self.text.startswith("(") and self.text.endswith(")"):
+            return exact_number(self.text[1:-1])
         return exact_number(self.text)
 
 
@@ -154,18 +161,17 @@ def _without_text_macros(text: str) -> tuple[str, list[str]]:
     bare = _TEXT_MACRO.sub("", text)
     has_core = any(char.isalnum() for char in re.sub(r"\\[A-Za-z]+", "", bare)) or "\\pi" in bare
     cut: list[str] = []
+    return _TEXT_MACRO.sub(partial(_resolve_text_macro, has_core, cut), text), cut
 
-    def resolve(match: re.Match[str]) -> str:
-        content = match[1].strip()
-        if content.strip(" ,.") in ("and", "or"):
-            return ","
-        is_unit = content.lower() in _UNITS or len(content) > 1
-        if has_core and is_unit:
-            cut.append(content)
-            return " "
-        return f" {content} " + (match[2] or "")
 
-    return _TEXT_MACRO.sub(resolve, text), cut
+def _resolve_text_macro(has_core: bool, cut: list[str], match: re.Match[str]) -> str:
+    content = match[1].strip()
+    if content.strip(" ,.") in ("and", "or"):
+        return ","
+    if has_core and (content.lower() in _UNITS or len(content) > 1):
+        cut.append(content)
+        return " "
+    return f" {content} " + (match[2] or "")
 
 
 def _without_trailing_words(text: str) -> tuple[str, str]:
@@ -183,12 +189,16 @@ def _plain_decimal(match: re.Match[str]) -> str:
 
 def normalised(answer: str) -> Form:
     """The one spelling of an answer."""
-    text = _unwrapped(answer)
+    text = _unwrapped(_SPACED_THOUSANDS.sub(",", answer))
+    if "\\begin" not in text:
+        text = _DOUBLED_BACKSLASH.sub(r"\\", text)
     for old, new in _SAME:
         text = text.replace(old, new)
     for pattern, new in _PATTERNS:
         text = pattern.sub(new, text)
     text = text.replace("$", "")
+    if not _BRACKET.search(text):  # "(12,102)" is a pair
+        text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
     text, units = _without_text_macros(text)
     if re.search(r"[0-9)}\]]", text) or "=" in text:
         text = _CONNECTIVE.sub(",", text)
@@ -198,7 +208,6 @@ def normalised(answer: str) -> Form:
     symbol = ""
     if assignment and "=" not in assignment[2]:
         symbol, text = assignment[1], assignment[2]
-    text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
     text = _DECIMAL.sub(_plain_decimal, text)
     text = _FRACTION_ARGUMENTS.sub(
         lambda match: f"\\frac{match[2] or '{' + match[1] + '}'}{match[4] or '{' + match[3] + '}'}", text

@@ -17,7 +17,7 @@ from d1lit.types import Example, Verdict
 
 MOST_DIGITS = 40
 _UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-_NUMBER = re.compile(rf"(?P<sign>[+-]?)\s?\$?\s?(?P<inner>-?)(?P<size>{_UNSIGNED})")
+_NUMBER = re.compile(rf"(?:(?P<sign>[+-])\s?)?(?:\$\s?)?(?P<inner>-?)(?P<size>{_UNSIGNED})")
 _FRACTION = re.compile(r"(?P<sign>[+-]?)\$?(?P<over>[0-9]+)\s?/\s?(?P<under>[0-9]+)")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s?\{([0-9]{1,40})\}\s?\{([0-9]{1,40})\}")
 _TEXT_MACRO = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox|operatorname)\s?\{([^{}\\]*)\}")
