@@ -48,7 +48,7 @@ def wilson_interval(successes: float, total: int, confidence: float = 0.95) -> I
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Probability that one of k samples is right, estimated without bias from n of which c are (Chen et al., 2107.03374).
+    """Probability that one of k samples is right, estimated without bias from n samples (Chen et al., 2107.03374).
 
     Raises:
         ValueError: fewer samples than k, or more correct ones than samples.

@@ -1,7 +1,7 @@
 """Answers that need no model: what a table must beat before it says anything.
 
-Each takes rows and gives one completion a row, in the trained shape, so that the same grader judges it. Randomness comes
-from a hash of the row's id: the same row always gets the same answer, in any order and on any machine.
+Each takes rows and gives one completion a row, in the trained shape, so that the same grader judges it. Randomness
+comes from a hash of the row's id: the same row always gets the same answer, in any order and on any machine.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _candidate(row: Example) -> str:
 
 
 def random_solution(examples: Sequence[Example]) -> list[str]:
-    """Sudoku: a random legal completion of the givens: the ceiling, and the spread that ambiguity alone leaves d1's metric.
+    """Sudoku: a random legal completion of the givens; what ambiguity alone costs under d1's metric.
 
     Raises:
         ValueError: a puzzle has no solution.

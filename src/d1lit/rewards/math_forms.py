@@ -64,8 +64,7 @@ _TRAILING_WORDS = re.compile(r"([0-9.,}/)]|\\pi)\s*([A-Za-z]{2,}(?:[.\s]+[A-Za-z
 _FUNCTION_WORDS = frozenset(
     re.findall(r"\w+", "pi sin cos tan sec csc cot log ln exp sqrt frac mod gcd lcm cup cap infty arcsin arccos arctan")
 )
-_SPACED_BRACKET = re.compile(r"[(\[]|\\\{")
-_THOUSANDS = re.compile(r"(?<=[0-9]),\\[!,]\s*(?=[0-9]{3})")
+_SPACED_THOUSANDS = re.compile(r"(?<=[0-9]),\\[!,]\s*(?=[0-9]{3})")
 _DOUBLED_BACKSLASH = re.compile(r"\\\\(?=[A-Za-z])")
 _BRACKET = re.compile(r"[(\[]|\\\{")
 _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
