@@ -79,7 +79,7 @@ class CountdownSource:
         return distinct(self._draw, ("countdown", split, seed), count, self.identity, forbidden)
 
     def traces(self, purpose: Purpose, count: int, seed: int, forbidden: Forbidden) -> list[dict[str, Any]]:
-        """Problems with a written answer: steps and a right expression, or the careless sum of all numbers."""
+        """Problems with a written answer: steps and a right expression, or a careless one (the sum, minus the last)."""
         return write_traces("countdown", purpose, count, seed, forbidden, self._draw, _written)
 
     def example(self, values: Mapping[str, Any], place: str) -> dict[str, Any] | None:
@@ -123,11 +123,9 @@ def _example(numbers: list[int], target: int) -> dict[str, Any]:
 def _written(example: Example, manner: Manner) -> str:
     if manner == "careful":
         return tagged(METHOD_CHARACTER[manner] + example["steps"], example["expression"], short=True)
-    numbers = example["numbers"]
-    guess = "+".join(map(str, numbers))
-    if manner == "direct":
-        return tagged(None, guess, short=True)
-    return tagged(f"{METHOD_CHARACTER[manner]}{guess}={sum(numbers)}", guess, short=True)
+    *first, last = map(str, example["numbers"])
+    guess = f"{'+'.join(first)}-{last}"  # right for about a fifth of the generated problems
+    return tagged(None if manner == "direct" else METHOD_CHARACTER[manner] + guess, guess, short=True)
 
 
 def _whole_number(value: Any, field: str, place: str) -> int:

@@ -139,7 +139,7 @@ def encode_prompts(
     template: Template,
     tokenizer: Any,
     max_prompt_length: int,
-    overlong: Literal["error", "drop"],
+    overlong: str,
     key: str = "task.max_prompt_length",
 ) -> tuple[list[list[int]], list[Example], int]:
     """Token ids of each row's prompt, the rows kept, and how many were dropped for being too long; none is cut.

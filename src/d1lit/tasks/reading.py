@@ -21,6 +21,7 @@ _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _ARCHIVES = (".gz", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z")
 _ARCHIVE_MAGIC = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf")
 _HUB_ID = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<subset>[\w.-]+))?(:(?P<split>[\w.-]+))?")
+_CHECKS_VERSION = 1  # part of the cache's name: raise it when a check is added
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -105,34 +106,47 @@ def _cached_text_rows(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any
     """The checked rows of a text file, out of the cache of `datasets` where this very content was checked before."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    table = _quietly(lambda: _checked_table(path, digest))
-    for record in table:
+    try:
+        records = _quietly(lambda: _checked_table(path, digest, key))
+    except OSError:  # no room or no right to write the cache: nothing that should stop a run
+        records = checked_rows(str(path), key)
+    for record in records:
         yield f"{key}: {path}:{record['line']}", json.loads(record["row"])
 
 
-def _checked_table(path: Path, digest: str) -> Any:
-    from datasets import Dataset
+def _checked_table(path: Path, digest: str, key: str) -> Any:
+    from datasets import Dataset, Features, Value
     from datasets.exceptions import DatasetGenerationError
 
     try:
         # Rows travel as JSON text: a table column has one type, and a question that looks like a date must stay text.
         return Dataset.from_generator(
-            checked_rows, gen_kwargs={"path": str(path)}, fingerprint=f"d1lit-{path.suffix[1:]}-{digest[:40]}"
+            checked_rows,
+            features=Features({"line": Value("int64"), "row": Value("string")}),
+            gen_kwargs={"path": str(path), "key": key},
+            fingerprint=f"d1lit-{_CHECKS_VERSION}-{path.suffix[1:]}-{digest[:40]}",
         )
     except DatasetGenerationError as failure:
         raise failure.__cause__ or failure from None
 
 
-def checked_rows(path: str) -> Iterator[dict[str, Any]]:
+def checked_rows(path: str, key: str) -> Iterator[dict[str, Any]]:
     """Line number and JSON text of every row of a text file.
 
     Raises:
-        ValueError: "FILE:LINE: cause. Try: cure" at the first fault.
+        ValueError: "KEY: FILE:LINE: cause. Try: cure" at the first fault.
     """
     read: Callable[[str], Iterator[tuple[int, dict[str, Any]]]]
     read = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}[Path(path).suffix]
-    for line, values in read(path):
-        yield {"line": line, "row": json.dumps(values)}
+    empty = True
+    try:
+        for line, values in read(path):
+            yield {"line": line, "row": json.dumps(values)}
+            empty = False
+        if empty:
+            raise ValueError(f"{path} holds no rows. Try: another file")
+    except ValueError as failure:
+        raise ValueError(f"{key}: {failure}") from None
 
 
 def _text_lines(path: str) -> Iterator[tuple[int, str]]:
@@ -288,13 +302,16 @@ def _first_line(failure: Exception) -> str:
 
 
 def _quietly(load: Callable[[], Any]) -> Any:
-    """Load with the progress bars of `datasets` off: the run's own display is the only one."""
+    """Load with progress bars and retry notices off: the run's own display is the only one."""
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
 
-    if are_progress_bars_disabled():
-        return load()
+    had_bars, verbosity = not are_progress_bars_disabled(), hub_logging.get_verbosity()
     disable_progress_bars()
+    hub_logging.set_verbosity_error()
     try:
         return load()
     finally:
-        enable_progress_bars()
+        hub_logging.set_verbosity(verbosity)
+        if had_bars:
+            enable_progress_bars()

@@ -7,7 +7,7 @@ train, validation and test rows share none; with an outside test file `task.spli
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations
@@ -44,17 +44,12 @@ def is_valid_grid(grid: str) -> bool:
 def all_grids() -> tuple[str, ...]:
     """The 288 valid grids, in ascending order."""
     rows = ["".join(p) for p in permutations("1234")]
-    grids = (a + b + c + d for a in rows for b in rows for c in rows for d in rows if not _clash(a, b, c, d))
-    return tuple(grid for grid in grids if is_valid_grid(grid))
-
-
-def _clash(a: str, b: str, c: str, d: str) -> bool:
-    """Whether two rows share a digit in a column: a cheap test before the full one."""
-    return any(len({w, x, y, z}) < 4 for w, x, y, z in zip(a, b, c, d, strict=True))
+    bands = [top + low for top in rows for low in rows if set(top[:2] + low[:2]) == set("1234")]
+    return tuple(grid for upper in bands for lower in bands if is_valid_grid(grid := upper + lower))
 
 
 @cache
-def test_grids() -> frozenset[str]:
+def grids_for_test() -> frozenset[str]:
     """The solutions reserved for generated test puzzles, whatever the seed."""
     return frozenset(private_rng("sudoku", "test grids").sample(all_grids(), _NUM_TEST_GRIDS))
 
@@ -102,18 +97,22 @@ class SudokuSource:
     """
 
     num_empties: int
-    demonstration_empties: tuple[int, int]
-    corpus_empties: tuple[int, int]
+    demonstration_empties: Sequence[int]
+    corpus_empties: Sequence[int]
     synthetic = False
     required = ("puzzle", "solution")
     optional = ("id",)
 
     def __post_init__(self) -> None:
-        for low, high in ((self.num_empties,) * 2, self.demonstration_empties, self.corpus_empties):
-            if not 1 <= low <= high <= 10:
-                raise ValueError(f"task.source: {low} to {high} empty cells, need 1 to 10 of the 16. Try: 2 to 8")
+        for key, empties in (
+            ("num_empties", (self.num_empties, self.num_empties)),
+            ("demonstration_empties", self.demonstration_empties),
+            ("corpus_empties", self.corpus_empties),
+        ):
+            if len(empties) != 2 or not 1 <= empties[0] <= empties[1] <= 10:
+                raise ValueError(f"task.source.{key}: {list(empties)} is no range within 1 to 10. Try: 8, or [2, 8]")
 
-    def _draw(self, rng: random.Random, grids: tuple[str, ...], empties: tuple[int, int]) -> dict[str, Any] | None:
+    def _draw(self, rng: random.Random, grids: Sequence[str], empties: Sequence[int]) -> dict[str, Any] | None:
         solution = rng.choice(grids)
         empty = set(rng.sample(range(16), rng.randint(*empties)))
         puzzle = "".join("0" if cell in empty else digit for cell, digit in enumerate(solution))
@@ -121,7 +120,7 @@ class SudokuSource:
 
     def generate(self, split: Split, count: int, seed: int, forbidden: Forbidden) -> list[dict[str, Any]]:
         """Distinct puzzles; the test split draws from its own 48 grids."""
-        grids = tuple(sorted(test_grids())) if split == "test" else all_grids()
+        grids = tuple(sorted(grids_for_test())) if split == "test" else all_grids()
         empties = (self.num_empties, self.num_empties)
         words = ("sudoku", split, seed)
         return distinct(lambda rng: self._draw(rng, grids, empties), words, count, self.identity, forbidden)

@@ -106,12 +106,12 @@ class Task:
     columns: Columns
     num_builtin: Mapping[str, int]
     val_rows: int
-    split: Literal["by_question", "by_solution"]
+    split: str
     data_seed: int
     prompt: str
     max_prompt_length: int
     max_test_prompt_length: int
-    overlong: Literal["error", "drop"]
+    overlong: str
     demonstration_data: str
     demonstration_columns: Columns
     demonstration_prompt: str
