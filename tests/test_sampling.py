@@ -11,10 +11,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from d1lit.draws import CounterDraws
+from d1lit.models.cache import KVCache
+from d1lit.models.policy import Policy
+from d1lit.models.transformer import MaskedDiffusionConfig, MaskedDiffusionLM
 from d1lit.sampling import (
     BlockSampler,
     CumulativeEntropyBounded,
     DreamSchedule,
+    DualCache,
     EntropyBounded,
     EvenSchedule,
     Factor,
@@ -25,6 +29,7 @@ from d1lit.sampling import (
     Margin,
     NegativeEntropy,
     PlackettLuce,
+    PrefixCache,
     RandomOrder,
     RandomReveal,
     SampledLogProb,
@@ -487,3 +492,65 @@ def test_impossible_settings_name_key_value_and_cure(changes: dict[str, Any], wo
     with pytest.raises(ValueError, match=words) as error:
         sampler(**changes)
     assert "Try:" in str(error.value) and "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------------- caches
+
+
+def transformer(seed: int, shift: bool = False) -> Policy:
+    """A tiny network of the project's own kind, which can fill a cache."""
+    config = MaskedDiffusionConfig(
+        vocab_size=23,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_theta=1e4,
+        initializer_range=0.25,
+        shift=shift,
+        mask_token_id=22,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Policy(MaskedDiffusionLM(config))
+
+
+@pytest.mark.parametrize(
+    ("cache", "shift", "changes"),
+    [
+        (PrefixCache(KVCache), True, {"stop_at_eos": True}),
+        (PrefixCache(KVCache), False, {"commit": Threshold(0.3)}),
+        (DualCache(KVCache), False, {"commit": Factor(1.0), "guidance": 0.5}),
+        (DualCache(KVCache), True, {"commit": Threshold(0.3), "stop_at_eos": True}),
+    ],
+)
+def test_a_cached_row_depends_on_nothing_but_itself(cache: Any, shift: bool, changes: dict[str, Any]) -> None:
+    """Batches under a cache, which the published dual cache cannot take, give each row what it gets alone."""
+    policy = transformer(1, shift)
+    batch = prompts(5, padded=True)
+    settings: dict[str, Any] = {"temperature": 0.9, "cache": cache, "completion_length": 24, "num_steps": 12} | changes
+    whole = sampler(**settings)(policy, batch, 2, CounterDraws(3))
+    few = sampler(**settings, rows_per_forward=4)(policy, batch, 2, CounterDraws(3))
+    same_rows(whole, few, torch.arange(10), torch.arange(10))
+    alone = sampler(**settings)(policy, pick(batch, [3]), 2, CounterDraws(3))
+    same_rows(whole, alone, torch.tensor([6, 7]), torch.arange(2))
+
+
+def test_a_cache_is_exact_where_nothing_is_reused_and_tells_its_error_elsewhere() -> None:
+    policy, batch = transformer(2), prompts(6, padded=True)
+    for cache in (PrefixCache(KVCache), DualCache(KVCache)):
+        one_step: dict[str, Any] = {"num_steps": 2, "temperature": 0.9}
+        exact = sampler(**one_step)(policy, batch, 1, CounterDraws(0))
+        cached = sampler(**one_step, cache=cache)(policy, batch, 1, CounterDraws(0))
+        same_rows(exact, cached, torch.arange(6), torch.arange(6))
+    nats = {}
+    for name, cache in (("none", None), ("prefix", PrefixCache(KVCache)), ("dual", DualCache(KVCache))):
+        made = sampler(temperature=0.9, num_steps=16, cache=cache)(policy, batch, 4, CounterDraws(0))
+        nats[name] = float(approximation_nats(policy, made, 0.9, 0.0, 24))
+        lengths = {"none": 8 * 21 * 2, "prefix": 2 * 21 + 7 * (16 + 8), "dual": 2 * 21 + 7 * (8 + 8)}
+        assert made.num_tokens_forward == 24 * lengths[name]
+    print({name: f"{value:.1e} nats" for name, value in nats.items()})
+    assert nats["none"] < 1e-5 < nats["prefix"] and nats["dual"] > 1e-5

@@ -390,6 +390,27 @@ def check_fastdllm(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     assert rollout.num_forwards == int(tensors["out.nfe"])
 
 
+def check_mdpo_plain(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    confidence = {"low_confidence": TokenProbability(), "topk_margin": Margin()}[case["settings"]["conf_alg"]]
+    made = sampler(case["settings"], confidence=confidence, record_trace=True)(
+        StoredNetwork(tensors), prompts(tensors["in.prompt_ids"]), 1, CounterDraws(0)
+    )
+    assert torch.equal(made.completion_ids, tensors["out.completion"])
+    assert made.trace is not None
+    assert torch.equal(made.trace[:-1, 0], tensors["out.step_inputs"][1:])
+
+
+def check_klass_baseline(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """The quota baselines of the repository; block length 8 (see the case's meaning)."""
+    confidence = {"default": TokenProbability(), "topk_margin": Margin()}[case["settings"]["alg"]]
+    network = StoredNetwork(tensors)
+    made = sampler(case["settings"], confidence=confidence)(
+        network, prompts(tensors["in.prompt_ids"]), 1, CounterDraws(0)
+    )
+    assert torch.equal(sequences(made), tensors["out.sequences"])
+    assert made.num_forwards == int(tensors["out.used_steps"])
+
+
 def check_entropy_bounded(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     mask = tensors["in.mask"]
     _, scores = table_scores(tensors["in.logits"], mask, tensors["in.logits"].shape[-1] - 1, NegativeEntropy())
@@ -412,6 +433,9 @@ CHECKS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], None]] = {
     "fastdllm_threshold": check_threshold_table,
     "fastdllm_generate": check_fastdllm,
     "entropy_bounded": check_entropy_bounded,
+    "mdpo_sampler_plain": check_mdpo_plain,
+    "klass_default": check_klass_baseline,
+    "klass_topk_margin": check_klass_baseline,
 }
 """By the beginning of the case's name; the first that fits."""
 
@@ -420,8 +444,9 @@ NOT_IMPLEMENTED = {
     "dinfer_selection_rules": "dInfer's hierarchical rules are not built",
     "wino_": "WINO's shadow block is not built",
     "remdm_": "ReMDM's remasking posterior is not built",
-    "mdpo_sampler": "MDPO's running-confidence remasking is not built",
-    "klass_": "KLASS's stability over steps is not built",
+    "mdpo_sampler_rcr": "MDPO's running-confidence remasking is not built",
+    "klass_klass": "KLASS's stability over steps is not built",
+    "klass_entropy": "the repository's baseline reveals the LEAST certain token first, against its own comment",
 }
 
 
