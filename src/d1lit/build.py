@@ -110,7 +110,9 @@ def build(config: DictConfig, key: str, kind: type | None = None) -> Any:
     except InstantiationException as error:
         raise _from_instantiation(error, key) from error
     if kind is not None and not isinstance(built, kind):
-        raise ConfigError(key, f"{type(built).__name__} is not a {kind.__name__}", f"a _target_ that makes a {kind.__name__}")
+        raise ConfigError(
+            key, f"{type(built).__name__} is not a {kind.__name__}", f"a _target_ that makes a {kind.__name__}"
+        )
     return built
 
 
@@ -183,10 +185,12 @@ def _check_rows(task: Task) -> None:
         raise as_config_error(error, "task") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------- stages
+# --------------------------------------------------------------------------------------------------------------- stages
 
 
-def make_stage(plan: Plan, parts: StageParts, tokenizer: Any, make_trainer: Callable[[StageParts, Path], L.Trainer]) -> Stage:
+def make_stage(
+    plan: Plan, parts: StageParts, tokenizer: Any, make_trainer: Callable[[StageParts, Path, int], L.Trainer]
+) -> Stage:
     """The stage as recipes run it."""
     seed = plan.seed
     rows = parts.data.rows(plan.task, tokenizer, seed)
@@ -242,7 +246,7 @@ def _dataset(
     return CompletionRows(rows, batch_plan, parts.max_updates, parts.data.layout, eos, pad, seed)
 
 
-# ------------------------------------------------------------------------------------------------------------ evaluation
+# ----------------------------------------------------------------------------------------------------------- evaluation
 
 
 def evaluation_sampler(plan: Plan, completion_length: int | None) -> BlockSampler:

@@ -110,7 +110,7 @@ def _hydra(words: Sequence[str]) -> int:
     sys.argv = [sys.argv[0], *words]
 
     @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")
-    def job(config) -> None:  # noqa: ANN001
+    def job(config) -> None:
         from d1lit.running import run_training
 
         run_training(config)

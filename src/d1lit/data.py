@@ -78,7 +78,7 @@ class RowOrder:
         return [self._epoch(p // self.num_rows)[p % self.num_rows] for p in positions]
 
 
-# ------------------------------------------------------------------------------------------------------------ RL prompts
+# ----------------------------------------------------------------------------------------------------------- RL prompts
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
@@ -124,8 +124,8 @@ class InnerUpdate:
 class PromptCycles(Dataset):
     """Batches of diffu-GRPO in inner-major order: inner 0 of every micro-batch, then inner 1, ...
 
-    So all micro-batches of an optimizer step share their inner index (d1 mixes them: its index advances per micro-batch),
-    and every rollout of an update is collected under the same weights.
+    So all micro-batches of an optimizer step share their inner index (d1's advances per micro-batch), and every
+    rollout of an update is collected under the same weights.
     """
 
     rows: Sequence[EncodedRow]
@@ -154,7 +154,7 @@ class PromptCycles(Dataset):
         return InnerUpdate(step, inner, micro, self.plan.num_micro, prompts)
 
 
-# ------------------------------------------------------------------------------------------------------- SFT completions
+# ------------------------------------------------------------------------------------------------------ SFT completions
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ def completion_batch(
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- loader
+# --------------------------------------------------------------------------------------------------------------- loader
 
 
 @dataclass

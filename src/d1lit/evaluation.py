@@ -181,7 +181,7 @@ def check_coverage(records: Sequence[Mapping[str, Any]], num_rows: int) -> None:
     if seen != list(range(num_rows)):
         twice = sorted({n for n in seen if seen.count(n) > 1})
         missing = sorted(set(range(num_rows)) - set(seen))
-        raise ValueError(f"evaluation: rows {missing[:5]} are missing and rows {twice[:5]} stand twice. Try: run it again")
+        raise ValueError(f"evaluation: rows {missing[:5]} are missing, rows {twice[:5]} stand twice. Try: run it again")
 
 
 def summarise(records: Sequence[Mapping[str, Any]]) -> EvaluationSummary:

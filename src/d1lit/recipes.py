@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import lightning as L
 import torch
 
-from d1lit.checkpoint import newest
+from d1lit.checkpoint import newest, read_facts
 from d1lit.models import LoraSettings, Policy, add_lora, load_weights, merge_lora, save_weights
 from d1lit.modules import StageData
 
@@ -29,7 +29,8 @@ class Stage:
     """The loss asks for the policy as it stood at the start of the stage."""
     make_module: Callable[[Policy], L.LightningModule]
     make_data: Callable[[], StageData]
-    make_trainer: Callable[[Path], L.Trainer]
+    make_trainer: Callable[[Path, int], L.Trainer]
+    """From the stage's folder and the optimizer step it starts at."""
 
 
 class Evaluator(Protocol):
@@ -100,7 +101,8 @@ def _fit(folder: StageFolder, policy: Policy, stage: Stage, say: Say) -> None:
         say(f"{stage.name}: {path.name} is not used: {reason}")
     if checkpoint is not None:
         say(f"{stage.name}: goes on from {checkpoint.name}")
-    trainer = stage.make_trainer(folder.path)
+    first_step = 0 if checkpoint is None else read_facts(checkpoint)["step"]
+    trainer = stage.make_trainer(folder.path, first_step)
     started = time.perf_counter()
     path = None if checkpoint is None else str(checkpoint)
     trainer.fit(stage.make_module(policy), datamodule=stage.make_data(), ckpt_path=path)

@@ -4,48 +4,52 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import warnings
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lightning as L
 import torch
+import transformers
 from omegaconf import DictConfig, OmegaConf
 
-from d1lit.build import (
-    Plan,
-    StageParts,
-    build,
-    decode,
-    evaluation_rows,
-    evaluation_sampler,
-    make_stage,
-    plan_run,
-)
+from d1lit.build import Plan, StageParts, build, make_stage, plan_run
 from d1lit.callbacks import ConsoleProgress, StopFlag, StopOnSignal
 from d1lit.checkpoint import FolderCheckpointIO, lock_run
-from d1lit.draws import CounterDraws
-from d1lit.evaluation import Protocol, check_coverage, evaluate, summarise
+from d1lit.evaluating import PACKAGES, TaskEvaluator
 from d1lit.models import Policy, save_weights
 from d1lit.recipes import StageFolder, is_first_process, run_recipe, run_stage
 from d1lit.report.console import console, say, show_table
-from d1lit.tasks import graded_text, prompt_protocol
+from d1lit.report.events import cut_events
 from d1lit.validation import ConfigError
 
-PACKAGES = ("d1lit", "torch", "lightning", "transformers", "peft", "datasets", "torchmetrics")
+
+def quiet_libraries() -> None:
+    """Leave the console to what the run itself has to say; warnings and errors still come through."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)`.*")
+    warnings.filterwarnings("ignore", message=".*The number of training batches.*")
+    warnings.filterwarnings("ignore", message=".*tensorboardX.*")
+    warnings.filterwarnings("ignore", message=".*_register_pytree_node.*")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def run_training(config: DictConfig) -> int:
     """`train.py`: run the recipe and print where its results are."""
+    quiet_libraries()
     plan = plan_run(config)
     tell_rows(plan)
     if config.dry_run:
@@ -118,7 +122,7 @@ def tell_rows(plan: Plan) -> None:
     say(f"{plan.task.display_name}: " + "; ".join(plan.task.overlap.lines()))
 
 
-# ------------------------------------------------------------------------------------------------------------------ base
+# ----------------------------------------------------------------------------------------------------------------- base
 
 
 def cache_folder() -> Path:
@@ -170,10 +174,10 @@ def keep_base(weights: Path, tokenizer: Any, home: Path) -> None:
         shutil.rmtree(staging)
 
 
-# ----------------------------------------------------------------------------------------------------------------- fitting
+# -------------------------------------------------------------------------------------------------------------- fitting
 
 
-def make_trainer(plan: Plan, flag: StopFlag, parts: StageParts, folder: Path) -> L.Trainer:
+def make_trainer(plan: Plan, flag: StopFlag, parts: StageParts, folder: Path, first_step: int) -> L.Trainer:
     """A Trainer for one stage; accumulation follows from the global batch and the devices."""
     flags: dict[str, Any] = OmegaConf.to_container(plan.config.trainer, resolve=True)  # type: ignore[assignment]
     precision = flags.pop("precision") or ("bf16-true" if plan.config.model.dtype == "bfloat16" else "32-true")
@@ -194,7 +198,7 @@ def make_trainer(plan: Plan, flag: StopFlag, parts: StageParts, folder: Path) ->
         max_epochs=1,
         accumulate_grad_batches=parts.batch_size // (parts.micro_batch_size * world_size),
         gradient_clip_val=parts.gradient_clip,
-        logger=make_logger(plan, folder.parent.parent, parts.name),
+        logger=make_logger(plan, folder.parent.parent, parts.name, first_step),
         callbacks=callbacks,
         plugins=[FolderCheckpointIO(keep=2)],
         enable_checkpointing=watch.save is not None,
@@ -205,91 +209,16 @@ def make_trainer(plan: Plan, flag: StopFlag, parts: StageParts, folder: Path) ->
     )
 
 
-def make_logger(plan: Plan, folder: Path, stage: str) -> Any:
-    """The configured logger, one sub-folder a stage; False for none."""
+def make_logger(plan: Plan, folder: Path, stage: str, first_step: int) -> Any:
+    """The configured logger, one sub-folder a stage; False for none. Steps that will be run again are cut off."""
+    if is_first_process():
+        cut_events(folder / "logs" / stage, first_step)
     if plan.config.logger is None or plan.config.logger.get("_target_") is None:
         return False
     return build(plan.config, "logger")(save_dir=folder, name="logs", version=stage)
 
 
-# -------------------------------------------------------------------------------------------------------------- evaluation
-
-
-@dataclass(frozen=True)
-class TaskEvaluator:
-    """Evaluates a policy on the task's rows at every length asked for."""
-
-    plan: Plan
-    tokenizer: Any
-    folder: Path
-    flag: StopFlag
-
-    def __call__(self, policy: Policy, stage: str) -> list[dict[str, Any]]:
-        """Entries of `evaluations`, one a length."""
-        config = self.plan.config.evaluation
-        if stage == "base" and not config.base:
-            return []
-        lengths = config.lengths or [self.plan.sampler.completion_length]
-        return [self._at_length(policy, stage, length) for length in lengths]
-
-    def _at_length(self, policy: Policy, stage: str, length: int) -> dict[str, Any]:
-        plan, task, config = self.plan, self.plan.task, self.plan.config.evaluation
-        sampler = evaluation_sampler(plan, length)
-        rows = evaluation_rows(plan, self.tokenizer)
-        protocol = self._protocol(sampler, len(rows))
-        file = self.folder / "evaluations" / f"{stage}-{task.display_name}-{length}-{protocol.sha256[:8]}.jsonl"
-        records = evaluate(
-            policy,
-            sampler,
-            rows,
-            partial(decode, self.tokenizer, policy.eos_token_id),
-            task.grader,
-            CounterDraws(config.seed),
-            batch_size=config.batch_size,
-            device=plan.device,
-            file=file,
-            progress=self._progress,
-            graded_prefix=graded_text(task.template, ""),
-        )
-        check_coverage(records, len(rows))
-        summary = summarise(records)
-        return {
-            "stage": stage,
-            "task": task.display_name,
-            "split": config.split,
-            "completion_length": length,
-            **asdict(summary),
-            "rows_file": str(file.relative_to(self.folder)),
-            **asdict(protocol),
-            "protocol_sha256": protocol.sha256,
-        }
-
-    def _progress(self, done: int, total: int) -> None:
-        self.flag.raise_if_stopped()
-
-    def _protocol(self, sampler: Any, num_rows: int) -> Protocol:
-        config = self.plan.config
-        settings = {
-            "sampler": _plain(asdict(sampler)),
-            "sampler_parts": {k: type(getattr(sampler, k)).__name__ for k in ("proposal", "confidence", "commit")},
-            "seed": config.evaluation.seed,
-            "batch_size": config.evaluation.batch_size,
-            "dtype": config.model.dtype,
-            "device": str(self.plan.device.type),
-            "attend_padding": config.model.attend_padding,
-            "packages": {name: version(name) for name in PACKAGES},
-            **prompt_protocol(self.plan.task.template),
-        }
-        task = self.plan.task
-        return Protocol(task.display_name, num_rows, task.template.sha256, settings)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, str | int | float | bool | None) else repr(value)
+# ------------------------------------------------------------------------------------------------------------------ end
 
 
 def finish(

@@ -56,7 +56,7 @@ class Draws(Protocol):
         ...
 
 
-# --------------------------------------------------------------------------------------------------------------- prompts
+# -------------------------------------------------------------------------------------------------------------- prompts
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class PromptBatch:
         )
 
 
-# -------------------------------------------------------------------------------------------------------------- rollouts
+# ------------------------------------------------------------------------------------------------------------- rollouts
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ _ROW_TENSORS = (
 )
 
 
-# ------------------------------------------------------------------------------------------------------------ likelihood
+# ----------------------------------------------------------------------------------------------------------- likelihood
 
 
 @dataclass(frozen=True)
@@ -300,6 +300,26 @@ class LossInputs:
 class PolicyLoss(Protocol):
     """A scalar to minimise, and what to log. Sums over its rollouts divided by GLOBAL counts: micro-batches add up."""
 
+    @property
+    def units(self) -> frozenset[str]:
+        """Units of likelihood that the loss makes sense of."""
+        ...
+
+    @property
+    def needs_old(self) -> bool:
+        """Whether it reads the log-probs of the policy that sampled."""
+        ...
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it reads those of the reference policy."""
+        ...
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether it reads the entropy of the predictions."""
+        ...
+
     def __call__(self, inputs: LossInputs) -> tuple[Float[Tensor, ""], Metrics]:
         """The loss of this micro-batch as its share of the global one, and detached metrics."""
         ...
@@ -322,7 +342,7 @@ class Schedule(Protocol):
         ...
 
 
-# --------------------------------------------------------------------------------------------------------------- network
+# -------------------------------------------------------------------------------------------------------------- network
 
 
 @runtime_checkable

@@ -113,7 +113,7 @@ def _split(words: Sequence[str]) -> tuple[list[str], bool]:
     return overrides, is_multirun
 
 
-# -------------------------------------------------------------------------------------------------------------- composing
+# ------------------------------------------------------------------------------------------------------------ composing
 
 
 @contextmanager
@@ -250,7 +250,7 @@ def _unknown_key(key: str, name: str, overrides: Sequence[str]) -> ConfigError:
     nearest = _nearest(key, known) or _nearest_last(last, known)
     if nearest is None and elsewhere is not None:
         return ConfigError(key, "is called otherwise here", elsewhere)
-    if elsewhere is not None and difflib.SequenceMatcher(None, key, nearest).ratio() < 0.9:
+    if elsewhere is not None and difflib.SequenceMatcher(None, key, nearest or "").ratio() < 0.9:
         return ConfigError(key, "is called otherwise here", elsewhere)
     return ConfigError(key, "no such key", nearest or "--cfg job, which prints all keys")
 
@@ -296,4 +296,4 @@ def as_config_error(error: ValueError, prefix: str = "") -> ConfigError:
 def flat(config: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
     """Dotted keys to plain values, resolved."""
     resolved = DictConfig(OmegaConf.to_container(config, resolve=True)) if isinstance(config, DictConfig) else config
-    return {key: value for key, value in _leaves(DictConfig(resolved))}
+    return dict(_leaves(DictConfig(resolved)))

@@ -53,7 +53,7 @@ class SampleTable(L.Callback):
         table = _markdown(records)
         for logger in trainer.loggers:
             if isinstance(logger, L.pytorch.loggers.TensorBoardLogger):
-                logger.experiment.add_text(f"samples/{self.stage}", table, trainer.global_step)
+                logger.experiment.add_text(f"samples/{self.stage}", table, trainer.global_step - 1)
         if self.console is not None:
             self.console.print(_table(records, f"{self.stage}, update {trainer.global_step}"))
 

@@ -30,9 +30,7 @@ class Experience:
     step: int
 
 
-def reward_batch(
-    verdicts: dict[str, list[Verdict]], weights: Mapping[str, float], device: torch.device
-) -> RewardBatch:
+def reward_batch(verdicts: dict[str, list[Verdict]], weights: Mapping[str, float], device: torch.device) -> RewardBatch:
     """Verdicts by reward part as tensors, one column a part."""
     names = list(verdicts)
     value = torch.tensor([[v.value for v in verdicts[name]] for name in names], dtype=torch.float32).T

@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from d1lit.data import InnerUpdate, moved
+from d1lit.data import InnerUpdate
 from d1lit.draws import CounterDraws
 from d1lit.losses import check_pair
 from d1lit.models import Policy
@@ -117,7 +117,7 @@ class DiffuGRPO(L.LightningModule):
             raise ValueError(f"module.num_inner_updates: {num_inner_updates} is below 1. Try: 1 or more")
         if group_size < 2:
             raise ValueError(
-                f"module.group_size: {group_size} leaves nothing to compare a rollout with: every advantage would be 0. "
+                f"module.group_size: {group_size} leaves nothing to compare a rollout with (advantages would be 0). "
                 "Try: 2 or more"
             )
 
@@ -222,15 +222,16 @@ class DiffuGRPO(L.LightningModule):
     def _gathered(self, rewards: RewardBatch) -> RewardBatch:
         """Rewards of all ranks, in rank order: groups stay whole because a rank holds whole groups."""
         parts = rewards.value.shape[-1]
-        value = self.all_gather(rewards.value).reshape(-1, parts)
-        valid = self.all_gather(rewards.valid).reshape(-1, parts)
-        return RewardBatch(value, valid, rewards.weights)
+        value, valid = self.all_gather(rewards.value), self.all_gather(rewards.valid)
+        assert isinstance(value, Tensor)
+        assert isinstance(valid, Tensor)
+        return RewardBatch(value.reshape(-1, parts), valid.reshape(-1, parts), rewards.weights)
 
     def _refuse_failed(self, rewards: RewardBatch) -> None:
         failed = 1.0 - float(rewards.valid.float().mean())
         if failed > MAX_FAILED_FRACTION:
             raise RuntimeError(
-                f"reward: the judges failed on {failed:.0%} of this rollout's completions, so its rewards mean nothing. "
+                f"reward: the judges failed on {failed:.0%} of a rollout's completions, so its rewards mean nothing. "
                 "Try: `d1lit doctor`, a longer reward deadline, or another reward"
             )
 
@@ -240,17 +241,13 @@ class DiffuGRPO(L.LightningModule):
         return self.policy.merged() if folds else nullcontext()
 
     def _sync_reference(self, step: int) -> None:
-        """Move the reference policy to the current one every so many optimizer steps (d1's yaml says 64; never acted)."""
+        """Move the reference to the policy every so many optimizer steps (d1's yaml says 64, which never acted)."""
         every = self.reference_sync_every
         done = step * self.num_inner_updates
         if every is not None and done and done // every > (done - self.num_inner_updates) // every:
             self.policy.sync_reference(self.reference_sync_weight)
 
-    # --------------------------------------------------------------------------------------------------- Lightning hooks
-
-    def transfer_batch_to_device(self, batch: InnerUpdate, device: torch.device, dataloader_idx: int) -> InnerUpdate:
-        """Move the prompts; the rest are numbers."""
-        return moved(batch, device)
+    # -------------------------------------------------------------------------------------------------- Lightning hooks
 
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule over the trainable parameters."""
@@ -263,7 +260,7 @@ class DiffuGRPO(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the experience, so that a run stopped inside a cycle goes on inside it."""
-        checkpoint["state_dict"] = trainable_state(self, checkpoint["state_dict"])
+        checkpoint["state_dict"] = trainable_state(self.policy, checkpoint["state_dict"])
         mine = [asdict(e) for e in self.experience]
         everyone: list[Any] = [mine]
         if self.trainer.world_size > 1:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Protocol
 
-import lightning as L
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -59,12 +58,12 @@ def _cosine(update: int, num_updates: int, warmup_updates: int, final_fraction: 
 def configure(
     module: torch.nn.Module, optimizer: OptimizerFactory, lr_schedule: ScheduleFactory, num_updates: int
 ) -> dict[str, Any]:
-    """What Lightning wants from `configure_optimizers`: trainable parameters only, the schedule stepped every update."""
+    """What Lightning wants of `configure_optimizers`: trainable parameters only; the schedule moves every update."""
     built = optimizer([p for p in module.parameters() if p.requires_grad])
     return {"optimizer": built, "lr_scheduler": {"scheduler": lr_schedule(built, num_updates), "interval": "step"}}
 
 
-def trainable_state(module: L.LightningModule, state: dict[str, Any]) -> dict[str, Any]:
+def trainable_state(policy: torch.nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """A state dict without the frozen base: the stage's start already holds it. A kept reference stays in."""
-    base = {f"policy.{name}" for name, p in module.policy.named_parameters() if not p.requires_grad}
+    base = {f"policy.{name}" for name, p in policy.named_parameters() if not p.requires_grad}
     return {name: value for name, value in state.items() if name not in base or "reference" in name}

@@ -100,13 +100,7 @@ class MaskedSFT(L.LightningModule):
             total += float(loss)
         return total
 
-    # --------------------------------------------------------------------------------------------------- Lightning hooks
-
-    def transfer_batch_to_device(
-        self, batch: CompletionBatch, device: torch.device, dataloader_idx: int
-    ) -> CompletionBatch:
-        """Move the tensors of the record."""
-        return moved(batch, device)
+    # -------------------------------------------------------------------------------------------------- Lightning hooks
 
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule over the trainable parameters."""
@@ -119,4 +113,4 @@ class MaskedSFT(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out the frozen weights."""
-        checkpoint["state_dict"] = trainable_state(self, checkpoint["state_dict"])
+        checkpoint["state_dict"] = trainable_state(self.policy, checkpoint["state_dict"])

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from torch.utils.data import DataLoader
 
-from d1lit.data import BatchPlan, CompletionRows, EncodedRow, Layout, PromptCycles, batch_loader
+from d1lit.data import BatchPlan, CompletionRows, EncodedRow, Layout, PromptCycles, batch_loader, moved
 from d1lit.models import encode_text
 from d1lit.tasks import Task, Template, encode_prompts
 
@@ -117,6 +118,10 @@ class StageData(L.LightningDataModule):
         assert self.trainer is not None
         dataset = self.make_dataset(self.plan(self.trainer.world_size, self.trainer.global_rank))
         return batch_loader(dataset, len(dataset), self.batches_done)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move the tensors of a batch's record."""
+        return moved(batch, device)
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer steps done, so that another world size can count its own batches."""

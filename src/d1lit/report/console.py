@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
+if not console.is_terminal:
+    console.width = 120  # a log file has no width of its own
 
 
 def say(line: str) -> None:
