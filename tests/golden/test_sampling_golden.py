@@ -26,6 +26,7 @@ from d1lit.sampling import (
     Factor,
     FixedQuota,
     Gumbel,
+    Hierarchical,
     InverseCDF,
     Margin,
     NegativeEntropy,
@@ -411,6 +412,27 @@ def check_klass_baseline(case: dict[str, Any], tensors: dict[str, Tensor]) -> No
     assert made.num_forwards == int(tensors["out.used_steps"])
 
 
+def check_dinfer(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Not built: the rule with re-masking (out.remask_*) and the one for its cache (out.cache_*)."""
+    mask = tensors["in.mask"]
+    _, scores = table_scores(tensors["in.logits"], mask, 12, TokenProbability())
+    checked = 0
+    for name, expected in tensors.items():
+        rule, _, setting = name.removeprefix("out.").removesuffix("_transfer").partition("_")
+        commit: Any = None
+        if rule.startswith("threshold"):
+            commit = Threshold(float(rule.removeprefix("threshold")))
+        elif rule.startswith("factor"):
+            commit = Factor(float(rule.removeprefix("factor")))
+        elif rule.startswith("hier"):
+            high, low = (part.removeprefix("thr").removeprefix("low") for part in setting.split("_"))
+            commit = Hierarchical(None if high == "None" else float(high), 0.0 if low == "None" else float(low))
+        if commit is not None:
+            assert torch.equal(commit.select(scores, cells(mask)), expected), name
+            checked += 1
+    assert checked == 13
+
+
 def check_entropy_bounded(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     mask = tensors["in.mask"]
     _, scores = table_scores(tensors["in.logits"], mask, tensors["in.logits"].shape[-1] - 1, NegativeEntropy())
@@ -433,6 +455,7 @@ CHECKS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], None]] = {
     "fastdllm_threshold": check_threshold_table,
     "fastdllm_generate": check_fastdllm,
     "entropy_bounded": check_entropy_bounded,
+    "dinfer_selection_rules": check_dinfer,
     "mdpo_sampler_plain": check_mdpo_plain,
     "klass_default": check_klass_baseline,
     "klass_topk_margin": check_klass_baseline,
@@ -441,7 +464,6 @@ CHECKS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], None]] = {
 
 NOT_IMPLEMENTED = {
     "dinfer_credit_fusion": "confidence that follows credit over steps (dInfer) is not built",
-    "dinfer_selection_rules": "dInfer's hierarchical rules are not built",
     "wino_": "WINO's shadow block is not built",
     "remdm_": "ReMDM's remasking posterior is not built",
     "mdpo_sampler_rcr": "MDPO's running-confidence remasking is not built",

@@ -9,6 +9,7 @@ from d1lit.sampling.commit import (
     EvenSchedule,
     Factor,
     FixedQuota,
+    Hierarchical,
     RandomReveal,
     Threshold,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "Factor",
     "FixedQuota",
     "Gumbel",
+    "Hierarchical",
     "InverseCDF",
     "LeftToRight",
     "Margin",

@@ -141,6 +141,39 @@ class Factor:
 
 
 @dataclass(frozen=True)
+class Hierarchical:
+    """The best position of every unbroken run of masks, and everything sure (dInfer, arXiv 2510.08666).
+
+    Tokens far apart constrain each other less, so one of each run may be fixed together. Differs from the published
+    code: equal confidences within a run fix the leftmost one, not all.
+    """
+
+    threshold: float | None
+    """Every position above it is fixed too; None: none."""
+    run_threshold: float
+    """A run's best position must be above it; the row's best one is always fixed."""
+
+    def quotas(self, block_length: int, num_steps: int) -> None:
+        """The predictions decide."""
+        return None
+
+    def select(self, scores: Float[Tensor, "n M"], cells: Cells) -> Bool[Tensor, "n M"]:
+        """Runs are counted from left to right; a gap in the positions starts a new one."""
+        open_ = cells.candidates
+        follows = torch.zeros_like(open_)
+        follows[:, 1:] = open_[:, :-1] & (cells.positions.diff(dim=1) == 1)
+        run = (open_ & ~follows).cumsum(1)
+        places = ranks(scores)
+        best_of_run = torch.full_like(places, places.shape[1]).scatter_reduce_(
+            1, (run - 1).clamp(min=0), torch.where(open_, places, places.shape[1]), "amin"
+        )
+        selected = (places == best_of_run.gather(1, (run - 1).clamp(min=0))) & (scores > self.run_threshold)
+        if self.threshold is not None:
+            selected = selected | (scores > self.threshold)
+        return (selected | (places == 0)) & open_
+
+
+@dataclass(frozen=True)
 class EntropyBounded:
     """The largest set, in order of entropy, with sum H - max H <= gamma (entropy-bounded sampler, arXiv 2505.24857).
 
