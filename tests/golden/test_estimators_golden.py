@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from d1lit.advantages import group_mean
 from d1lit.estimators import spg
 from d1lit.estimators.elbo import ELBOEstimator, MaskwiseELBOEstimator, QuadratureEstimator, gauss_legendre
 from d1lit.estimators.left_to_right import LeftToRightEstimator
@@ -24,8 +25,18 @@ from d1lit.estimators.sampled_steps import SurprisalStepsEstimator
 from d1lit.estimators.step_merge import StepMergeEstimator, TraceEstimator
 from d1lit.estimators.views import completion_views, segment_views, token_logprobs
 from d1lit.losses import ClippedPolicyLoss, terms
-from d1lit.types import LogProbs, LossInputs
-from tests.golden.reading import method_cases, method_tensors, needs_golden
+from d1lit.models import Policy, load_network
+from d1lit.scoring import score
+from d1lit.types import LogProbs, LossInputs, RewardBatch
+from tests.golden.reading import (
+    d1_entries,
+    d1_model_folder,
+    d1_tensors,
+    entry_id,
+    method_cases,
+    method_tensors,
+    needs_golden,
+)
 from tests.golden.replay import (
     ReplayDraws,
     StoredCalls,
@@ -472,3 +483,84 @@ def test_estimator_equals_the_reference(case: Case, seed: int) -> None:
 @needs_golden
 def test_every_case_of_the_manifest_is_met() -> None:
     assert len(CASES) >= len(method_cases("2_estimators")) > 0
+
+
+# ---------------------------------------------------------------------------------------- d1 and LLaDA, with a network
+
+
+def _policy(entry: Case) -> Policy:
+    return Policy(load_network(str(d1_model_folder(entry))), attend_padding=True)
+
+
+def _one_step_through_the_network(
+    entry: Case, prompts: Tensor, completions: Tensor, masks: Tensor, guidance: float = 0.0, padded: bool = False
+) -> Tensor:
+    """Log-probs of every inner update, the stored masks replayed through `corrupt`."""
+    policy, prob, values = _policy(entry), 0.5, []
+    for mask in masks:
+        draws = ReplayDraws({"prompt_mask": uniform_below(mask[:, : prompts.shape[1]], prob).flip(1)})
+        estimator = OneStepEstimator(prob, 1, share_within_group=False, mask_padding=padded, guidance=guidance)
+        context = make_context(make_rollout(prompts, completions), draws, policy.mask_token_id)
+        corruption = estimator.corrupt(context)
+        assert torch.equal(
+            corruption.noised_ids, torch.where(mask, policy.mask_token_id, torch.cat([prompts, completions], dim=1))
+        )
+        scores = score(policy, context.rollout, corruption)
+        values.append(estimator.combine(scores.logprobs, corruption, context).value)
+    return torch.stack(values)
+
+
+@needs_golden
+@pytest.mark.parametrize("entry", d1_entries("D_estimator"), ids=entry_id)
+@torch.no_grad()
+def test_one_step_estimator_equals_d1(entry: Case) -> None:
+    t = d1_tensors(entry)
+    for case in entry["settings"]["cases"]:
+        sequences, mask, expected = (t[f"{case['case']}.{name}"] for name in ("sequences", "mask", "logps"))
+        length = case["prompt_length"]
+        got = _one_step_through_the_network(
+            entry, sequences[:, :length], sequences[:, length:], mask, case["cfg_scale"], padded=True
+        )
+        assert_near(f"{entry_id(entry)} {case['case']}", got, expected, **entry["tolerance"])
+
+
+@needs_golden
+@pytest.mark.parametrize("entry", d1_entries("E2_rollout"), ids=entry_id)
+@torch.no_grad()
+def test_rollout_bookkeeping_equals_d1(entry: Case) -> None:
+    t = d1_tensors(entry)
+    for case in entry["settings"]["cases"]:
+        part = {key.removeprefix(f"{case['case']}."): v for key, v in t.items() if key.startswith(f"{case['case']}.")}
+        rewards = RewardBatch(part["rewards"][:, None], torch.ones(len(part["rewards"]), 1).bool(), torch.ones(1))
+        assert_near(f"{case['case']} advantages", group_mean(rewards, case["num_generations"]), part["advantages"])
+        got = _one_step_through_the_network(
+            entry, part["prompt_ids"], part["completion_ids"], part["mask"], padded=True
+        )
+        assert_near(f"{entry_id(entry)} {case['case']}", got, part["old_logps"], **entry["tolerance"]["logps"])
+        if "ref_logps" in part:
+            assert_near(f"{case['case']} reference", got, part["ref_logps"], **entry["tolerance"]["logps"])
+
+
+@needs_golden
+@pytest.mark.parametrize("entry", d1_entries("G_log_likelihood"), ids=entry_id)
+@torch.no_grad()
+def test_likelihood_bound_equals_llada(entry: Case) -> None:
+    t, policy = d1_tensors(entry), _policy(entry)
+    for case in entry["settings"]["cases"]:
+        part = {key.removeprefix(f"{case['case']}."): v for key, v in t.items() if key.startswith(f"{case['case']}.")}
+        c, per_batch = len(part["answer"]), case["batch_size"]
+        rollout, values = make_rollout(part["prompt"][None], part["answer"][None]), []
+        for mask, counts in zip(part["mask"], part["masked_counts"], strict=True):
+            hidden = mask[:, -c:]
+            draws: dict[Any, Tensor] = {("mask", k): keys_for_subset(hidden[k : k + 1]) for k in range(per_batch)}
+            draws["mask_count"] = (counts[:1] - 0.5) / c
+            estimator = ELBOEstimator(per_batch, score_padding=True)
+            context = make_context(rollout, ReplayDraws(draws), policy.mask_token_id)
+            corruption = replace(estimator.corrupt(context), guidance=case["cfg_scale"])
+            clean = torch.cat([part["prompt"], part["answer"]])
+            assert torch.equal(corruption.noised_ids, torch.where(mask, policy.mask_token_id, clean))
+            scores = score(policy, rollout, corruption)
+            values.append(estimator.combine(scores.logprobs, corruption, context).value[0, 0])
+        got = torch.stack(values)
+        assert_near(f"{case['case']} batches", got, part["per_batch_values"], **entry["tolerance"])
+        assert_near(f"{entry_id(entry)} {case['case']}", got.mean(), part["value"].reshape(()), **entry["tolerance"])
