@@ -15,7 +15,7 @@ from torch import Tensor
 
 from d1lit.data import EncodedRow, prompt_batch
 from d1lit.rewards import Grade, Grader
-from d1lit.statistics import mean_interval, wilson_interval
+from d1lit.statistics import mean_over_seeds, wilson_interval
 from d1lit.types import Draws, MaskPredictor, Sampler
 
 Progress = Callable[[int, int], None]
@@ -188,16 +188,18 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> EvaluationSummary:
     """Counts, means and 95 % intervals of a finished evaluation."""
     n = len(records)
     correct = sum(r["strict"]["value"] >= 1.0 for r in records)
+    accuracy = wilson_interval(correct, n)
     names = sorted({name for r in records for name in r["extra"]})
     extra = {}
     for name in names:
         values = [float(r["extra"][name]) for r in records if name in r["extra"]]
-        extra[name] = {"mean": sum(values) / len(values), "interval": mean_interval(values)}
+        mean = mean_over_seeds(values)
+        extra[name] = {"mean": mean.value, "interval": (mean.low, mean.high)}
     return EvaluationSummary(
         n=n,
         correct=correct,
         accuracy=correct / n,
-        interval=wilson_interval(correct, n),
+        interval=(accuracy.low, accuracy.high),
         d1_correct=sum(r["d1"]["value"] for r in records),
         d1_out_of=sum(r["d1"]["out_of"] for r in records),
         effective_tokens=sum(r["length"] for r in records) / n,

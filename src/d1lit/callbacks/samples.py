@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -44,15 +45,16 @@ class SampleTable(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Show the rollout that was just collected, if it is time."""
-        is_due = isinstance(pl_module, DiffuGRPO) and batch.prompts is not None and trainer.global_step >= self._next
-        if not is_due or not trainer.is_global_zero:
+        if not isinstance(pl_module, DiffuGRPO) or batch.prompts is None or not trainer.is_global_zero:
+            return
+        if trainer.global_step < self._next:
             return
         self._next = (trainer.global_step // self.every_n_steps + 1) * self.every_n_steps
         records = self._records(pl_module, batch.step)
         append_records(self.file, records)
         table = _markdown(records)
         for logger in trainer.loggers:
-            if isinstance(logger, L.pytorch.loggers.TensorBoardLogger):
+            if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text(f"samples/{self.stage}", table, trainer.global_step - 1)
         if self.console is not None:
             self.console.print(_table(records, f"{self.stage}, update {trainer.global_step}"))

@@ -52,7 +52,8 @@ class UpdateMetrics(nn.Module):
 
     def add_update(self, loss: Tensor, metrics: Metrics) -> None:
         """The share of one micro-batch: losses add up to the global loss, metrics are averaged."""
-        self._loss.to(loss.device).update(loss.detach())
+        self._loss.to(loss.device)
+        self._loss.update(loss.detach())
         for name, value in metrics.items():
             self._mean_of(f"train/{name}", value)
 

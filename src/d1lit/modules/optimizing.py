@@ -7,10 +7,12 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+OptimizerFactory = Callable[[Iterable[tuple[str, Tensor]]], Optimizer]
+"""Builds an optimizer from named parameters."""
 
 
 class ScheduleFactory(Protocol):
@@ -59,7 +61,7 @@ def configure(
     module: torch.nn.Module, optimizer: OptimizerFactory, lr_schedule: ScheduleFactory, num_updates: int
 ) -> dict[str, Any]:
     """What Lightning wants of `configure_optimizers`: trainable parameters only; the schedule moves every update."""
-    built = optimizer([p for p in module.parameters() if p.requires_grad])
+    built = optimizer([(name, p) for name, p in module.named_parameters() if p.requires_grad])
     return {"optimizer": built, "lr_scheduler": {"scheduler": lr_schedule(built, num_updates), "interval": "step"}}
 
 
