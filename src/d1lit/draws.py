@@ -107,11 +107,25 @@ def random_subset(
 
 
 def spread_counts(
-    start: Int[Tensor, "*n"], index: Int[Tensor, "*n"], num_strata: int, period: Int[Tensor, "*n"]
+    start: Int[Tensor, "*n"],
+    index: Int[Tensor, "*n"],
+    num_strata: int,
+    period: Int[Tensor, "*n"],
+    round_sums: bool = False,
 ) -> Int[Tensor, "*n"]:
-    """Whole numbers spread evenly over a period from a random start: round(start + index period / strata), unreduced.
+    """Whole numbers spread evenly over a period from a random start, unreduced: start + round(index period / strata).
 
-    LLaDA's likelihood code (arXiv 2502.09992) draws its numbers of masked tokens so: one uniform start, one stratum for
-    each sample. The caller reduces the result modulo the period.
+    Numbers of masked tokens for likelihood bounds: one uniform start, one stratum for each sample; reduced modulo the
+    period, every stratum's number is uniform by itself.
+
+    Args:
+        start: uniform over the period.
+        index: the stratum of each number.
+        num_strata: how many strata there are.
+        period: how many numbers there are to choose from.
+        round_sums: round start + index period / strata instead, halves to even, as LLaDA's likelihood code does
+            (arXiv 2502.09992). Where period / strata is a half, that meets every second number up to three times as
+            often as its neighbours, so the bound's estimate is biased.
     """
-    return torch.round(start + index * (period.to(torch.float64) / num_strata)).to(torch.int64)
+    hop = index * (period.to(torch.float64) / num_strata)
+    return torch.round(start + hop).to(torch.int64) if round_sums else start + torch.round(hop).to(torch.int64)

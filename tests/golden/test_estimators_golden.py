@@ -111,7 +111,7 @@ def _mask_draws(masks: Tensor, length: int) -> ReplayDraws:
 def espo(case: Case, t: Tensors) -> None:
     settings, masks = case["settings"], t["rand.mask_S"]
     n, c = t["in.completion_ids"].shape
-    estimator = ESPOEstimator(settings["num_mc"], settings["reduce_var"], score_padding=True)
+    estimator = ESPOEstimator(settings["num_mc"], settings["reduce_var"], score_padding=True, round_sums=True)
     draws = _mask_draws(masks, c)
     for k, start in enumerate(t["rand.k"]):  # one start for the group; its rollouts are the strata
         draws.values[("mask_count", k)] = torch.full((n,), (float(start) + 0.5) / (c + 1))
@@ -150,7 +150,7 @@ def pair_score(case: Case, t: Tensors) -> None:
 def llada_likelihood(case: Case, t: Tensors) -> None:
     masks, mask_id = t["rand.mask_S"], case["settings"]["mask_id"]
     num_batches, per_batch, c = masks.shape
-    estimator, network, values = ELBOEstimator(per_batch, score_padding=True), StoredCalls(t), []
+    estimator, network, values = ELBOEstimator(per_batch, score_padding=True, round_sums=True), StoredCalls(t), []
     rollout = make_rollout(t["in.prompt_ids"][None], t["in.completion_ids"][None])
     for b in range(num_batches):
         draws: dict[Any, Tensor] = {("mask", k): keys_for_subset(masks[b, k][None]) for k in range(per_batch)}
@@ -396,7 +396,7 @@ def dare_masks(case: Case, t: Tensors) -> None:
         rollout = make_rollout(prompt, completion, mark, group_size=n, prompt_mask=prompt_mask)
         draws = {"mask_count": torch.full((n,), (begin + 0.5) / (length + 1)), "mask": keys_for_subset(hidden)}
         context = make_context(rollout, ReplayDraws(draws), mask_id)
-        noised = ESPOEstimator(1, complement=False, score_padding=False).corrupt(context)
+        noised = ESPOEstimator(1, complement=False, score_padding=False, round_sums=True).corrupt(context)
         shown = torch.where(noised.view_of >= 0, noised.view_of, 0)
         assert torch.equal(noised.noised_ids[shown[:, 0]], t["out.noisy"])
         return
@@ -405,7 +405,7 @@ def dare_masks(case: Case, t: Tensors) -> None:
     values: dict[Any, Tensor] = {("mask", k): keys_for_subset(hidden[k : k + 1]) for k in range(n)}
     values["mask_count"] = torch.tensor([(begin - 0.5) / length])
     context = make_context(rollout, ReplayDraws(values), mask_id)
-    estimator = MaskwiseELBOEstimator(n, False) if "bgpo" in case["name"] else ELBOEstimator(n, False)
+    estimator = MaskwiseELBOEstimator(n, False, True) if "bgpo" in case["name"] else ELBOEstimator(n, False, True)
     corruption = estimator.corrupt(context)
     assert torch.equal(corruption.noised_ids, t["out.noisy"])
     share = hidden.sum(1) / length
@@ -554,7 +554,7 @@ def test_likelihood_bound_equals_llada(entry: Case) -> None:
             hidden = mask[:, -c:]
             draws: dict[Any, Tensor] = {("mask", k): keys_for_subset(hidden[k : k + 1]) for k in range(per_batch)}
             draws["mask_count"] = (counts[:1] - 0.5) / c
-            estimator = ELBOEstimator(per_batch, score_padding=True)
+            estimator = ELBOEstimator(per_batch, score_padding=True, round_sums=True)
             context = make_context(rollout, ReplayDraws(draws), policy.mask_token_id)
             corruption = replace(estimator.corrupt(context), guidance=case["cfg_scale"])
             clean = torch.cat([part["prompt"], part["answer"]])

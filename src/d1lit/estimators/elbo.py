@@ -34,34 +34,30 @@ def subset_views(
     return completion_views(context.rollout, noised, weight, attend_padding=score_padding)
 
 
-def _uniform_counts(context: Context, length: Int[Tensor, " N"], num_masks: int) -> Int[Tensor, "N K"]:
+def _uniform_counts(
+    context: Context, length: Int[Tensor, " N"], num_masks: int, round_sums: bool
+) -> Int[Tensor, "N K"]:
     """Numbers of hidden tokens, uniform over 1 .. length, spread evenly over the K masks of a rollout."""
     uniform = context.draws.uniform("mask_count", context.rollout.row_ids, ())
-    start = (uniform * length).to(torch.int64) + 1
-    index = torch.arange(num_masks, device=length.device)
-    counts = spread_counts(
-        start[:, None].expand(-1, num_masks),
-        index.expand(len(length), -1),
-        num_masks,
-        length[:, None].expand(-1, num_masks),
-    )
+    start = ((uniform * length).to(torch.int64) + 1)[:, None].expand(-1, num_masks)
+    index = torch.arange(num_masks, device=length.device).expand(len(length), -1)
+    counts = spread_counts(start, index, num_masks, length[:, None].expand(-1, num_masks), round_sums)
     return (counts - 1) % length[:, None] + 1
 
 
-def _exact_count_views(context: Context, num_masks: int, score_padding: bool, share: float) -> Corruption:
-    scored, length = scored_tokens(context, score_padding)
-    counts = _uniform_counts(context, length, num_masks)
+def _exact_count_views(context: Context, choice: ELBOEstimator | MaskwiseELBOEstimator, share: float) -> Corruption:
+    scored, length = scored_tokens(context, choice.score_padding)
+    counts = _uniform_counts(context, length, choice.num_masks, choice.round_sums)
+    rows, width = context.rollout.row_ids, scored.shape[1]
     hidden = torch.stack(
         [
-            random_subset(
-                context.draws.uniform("mask", context.rollout.row_ids, (scored.shape[1],), step=k), counts[:, k], scored
-            )
-            for k in range(num_masks)
+            random_subset(context.draws.uniform("mask", rows, (width,), step=k), counts[:, k], scored)
+            for k in range(choice.num_masks)
         ],
         dim=1,
     )
     weight = hidden * (length[:, None] / counts).to(torch.float32)[:, :, None] * share
-    return subset_views(context, hidden, weight, score_padding)
+    return subset_views(context, hidden, weight, choice.score_padding)
 
 
 @dataclass(frozen=True)
@@ -75,13 +71,15 @@ class ELBOEstimator:
     num_masks: int
     score_padding: bool
     """Score and attend the whole canvas instead of the completion up to its end."""
+    round_sums: bool = False
+    """Round the numbers of hidden tokens as the published code does (`draws.spread_counts`): biased at some lengths."""
     unit: ClassVar[Unit] = "sequence"
     needs_trace: ClassVar[bool] = False
     needs_advantages: ClassVar[bool] = False
 
     def corrupt(self, context: Context) -> Corruption:
         """K views of each rollout."""
-        return _exact_count_views(context, self.num_masks, self.score_padding, 1 / self.num_masks)
+        return _exact_count_views(context, self, 1 / self.num_masks)
 
     def combine(self, view_logprobs: Float[Tensor, "N K C"], corruption: Corruption, context: Context) -> LogProbs:
         """The mean over masks of (n / l) times the summed log-probabilities."""
@@ -97,13 +95,15 @@ class MaskwiseELBOEstimator:
 
     num_masks: int
     score_padding: bool
+    round_sums: bool = False
+    """As in `ELBOEstimator`."""
     unit: ClassVar[Unit] = "view"
     needs_trace: ClassVar[bool] = False
     needs_advantages: ClassVar[bool] = False
 
     def corrupt(self, context: Context) -> Corruption:
         """K views of each rollout."""
-        return _exact_count_views(context, self.num_masks, self.score_padding, 1.0)
+        return _exact_count_views(context, self, 1.0)
 
     def combine(self, view_logprobs: Float[Tensor, "N K C"], corruption: Corruption, context: Context) -> LogProbs:
         """One bound a mask."""

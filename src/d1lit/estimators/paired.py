@@ -83,6 +83,8 @@ class ESPOEstimator:
     """Add the complementary mask (two views a mask); without it the first half counts in full."""
     score_padding: bool
     """Score and attend the whole canvas, as the authors' code does."""
+    round_sums: bool = False
+    """Round the sizes as the authors' code does (`draws.spread_counts`): biased at some lengths."""
     unit: ClassVar[Unit] = "sequence"
     needs_trace: ClassVar[bool] = False
     needs_advantages: ClassVar[bool] = False
@@ -95,7 +97,7 @@ class ESPOEstimator:
         halves, weights = [], []
         for k in range(self.num_masks):
             start = (context.draws.uniform("mask_count", group, (), step=k) * (length + 1)).to(torch.int64)
-            count = spread_counts(start, place, rollout.group_size, length + 1) % (length + 1)
+            count = spread_counts(start, place, rollout.group_size, length + 1, self.round_sums) % (length + 1)
             chosen = random_subset(
                 context.draws.uniform("mask", rollout.row_ids, (scored.shape[1],), step=k), count, scored
             )
