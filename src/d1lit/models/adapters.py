@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from d1lit.models.layouts import from_official_name, official_target, to_official_name
-from d1lit.models.loading import Layout, copy_weights, export_model, find_folder
+from d1lit.models.loading import Layout, copy_weights, export_model, find_folder, gather, is_first_process
 from d1lit.models.lora import ADAPTER, LoraSettings, adapt, factors, lora_layers
 from d1lit.models.policy import Policy
 from d1lit.models.transformer import MaskedDiffusionLM
@@ -35,15 +35,18 @@ def save_adapter(adapted: PeftModel, folder: str | Path, layout: Layout = "d1lit
         layout: our own, or that of the model's family.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     network = adapted.get_base_model()
     assert isinstance(network, MaskedDiffusionLM)
     family = network.config.family
-    tensors = {}
+    named = []
     for path, layer in lora_layers(adapted):
         name = to_official_name(path, family) if layout == "official" else path
         for part, tensor in zip(("lora_A", "lora_B"), factors(layer, ADAPTER), strict=True):
-            tensors[f"{_PREFIX}{name}.{part}.weight"] = tensor.detach().cpu().contiguous()
+            named.append((f"{_PREFIX}{name}.{part}.weight", tensor))
+    tensors = gather(named)
+    if not is_first_process():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
     config = adapted.peft_config[ADAPTER]
     assert isinstance(config, LoraConfig)
     config = copy.deepcopy(config)
@@ -118,7 +121,10 @@ def _fill_adapter(adapted: PeftModel, tensors: dict[str, Tensor], path: str) -> 
 
 
 def save_weights(policy: Policy, folder: str | Path, layout: Layout = "d1lit") -> Path:
-    """Write what the policy trains, adapter or whole network; the folder appears complete or not at all."""
+    """Write what the policy trains, adapter or whole network; the folder appears complete or not at all.
+
+    If parameters are sharded, every process calls; the first one writes.
+    """
     folder = Path(folder)
     staging = folder.with_name(f".{folder.name}.staging-{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
@@ -126,6 +132,8 @@ def save_weights(policy: Policy, folder: str | Path, layout: Layout = "d1lit") -
         save_adapter(policy.model, staging, layout)
     else:
         export_model(policy.network, staging, layout)
+    if not is_first_process():
+        return folder
     shutil.rmtree(folder, ignore_errors=True)
     staging.rename(folder)
     return folder

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from d1lit.models.layouts import from_official_name, official_config, read_config, to_official_name
 from d1lit.models.presets import build_on_meta
@@ -166,24 +168,44 @@ def export_model(
     """Write config.json and safetensors; `official` uses the names and the config.json that the official code reads.
 
     Args:
-        network: plain (merge an adapter first).
+        network: plain (merge an adapter first). If sharded, every process calls; the first one writes.
         folder: is created.
         layout: our own, or that of the model's family.
         max_shard_size: larger models are split, with an index.
     """
     folder = Path(folder)
+    tensors = gather(network.named_parameters(remove_duplicate=True))
+    if not is_first_process():
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     if layout == "d1lit":
-        network.save_pretrained(folder, max_shard_size=max_shard_size)
+        network.save_pretrained(folder, state_dict=tensors, max_shard_size=max_shard_size)
         return folder
     config = {**official_config(network.config), "torch_dtype": str(network.dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    tensors = {
-        to_official_name(name, network.config.family): parameter.detach().cpu().contiguous()
-        for name, parameter in network.named_parameters()
-    }
-    _write_shards(tensors, folder, max_shard_size)
+    official = {to_official_name(name, network.config.family): tensor for name, tensor in tensors.items()}
+    _write_shards(official, folder, max_shard_size)
     return folder
+
+
+def is_first_process() -> bool:
+    """True on the process that writes files."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def gather(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Whole tensors on the CPU of the first process, one gathered at a time; nothing on the others.
+
+    Sharded parameters are gathered from all processes, so all must call this.
+    """
+    whole: dict[str, Tensor] = {}
+    for name, tensor in named:
+        tensor = tensor.detach()
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        if is_first_process():
+            whole[name] = tensor.cpu().contiguous()
+    return whole
 
 
 def _write_shards(tensors: dict[str, Tensor], folder: Path, max_shard_size: str) -> None:

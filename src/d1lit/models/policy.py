@@ -240,22 +240,25 @@ class Policy(nn.Module):
         """Within the context the adapter is folded into the base weights, which makes rollouts faster.
 
         The original matrices are kept aside (memory: one copy of the adapted matrices) and put back, so that the
-        weights afterwards are the same to the last bit. A network without an adapter passes through unchanged.
+        weights afterwards are the same to the last bit. Weights change in place, so sharded parameters and captured
+        graphs see them; under FSDP2 enter and leave while the parameters are sharded. A network without an adapter
+        passes through unchanged.
         """
         layers = [layer for _, layer in lora_layers(self.model)]
         if not layers or self._is_merged:
             yield
             return
         assert not self._in_reference, "merged() inside reference()"
-        originals = [base_weight(layer).data for layer in layers]
+        originals = [base_weight(layer).detach().clone() for layer in layers]
         self._is_merged = True
         try:
             with torch.no_grad():
                 for layer in layers:
-                    base_weight(layer).data = merged_weight(layer)
+                    base_weight(layer).copy_(merged_weight(layer))
             with self._adapters(active=None):
                 yield
         finally:
-            for layer, original in zip(layers, originals, strict=True):
-                base_weight(layer).data = original
+            with torch.no_grad():
+                for layer, original in zip(layers, originals, strict=True):
+                    base_weight(layer).copy_(original)
             self._is_merged = False
