@@ -19,7 +19,8 @@ from d1lit.types import Example, Verdict
 
 _ALLOWED = re.compile(r"[\d+\-*/().\s]+")
 _INTEGER = re.compile(r"\d+")
-_SIDE_BEFORE_EQUALS = re.compile(r"[0-9+\-*/() ]+\Z")
+_SIDE = "0123456789+-*/() "
+_EQUALS_NUMBER = re.compile(r"(?<=[0-9+\-*/() ])=[0-9. ]")
 _LONGEST_INTEGER = 4000
 """Python refuses to read longer ones; the official code then calls the expression invalid."""
 _CLOSE_ENOUGH = 1e-5
@@ -41,19 +42,11 @@ def _evaluate(expression: str) -> PythonNumber:
 
 def left_of_equals(expression: str) -> str:
     """What stands left of the first `= number`; the text itself where there is none."""
-    at = expression.find("=")
-    floor = 0
-    while at >= 0:
-        if expression[at + 1 : at + 2] in tuple("0123456789. ") and at + 1 < len(expression):
-            # Searching backwards from each sign, but never past the previous one, keeps this linear.
-            start = at
-            while start > floor and expression[start - 1] in "0123456789+-*/() ":
-                start -= 1
-            if start < at:
-                return expression[start:at].strip()
-        floor = at + 1
-        at = expression.find("=", at + 1)
-    return expression
+    equals = _EQUALS_NUMBER.search(expression)
+    if not equals:
+        return expression
+    before = expression[: equals.start()]
+    return before[len(before.rstrip(_SIDE)) :].strip()
 
 
 def evaluation_expression(text: str) -> str:

@@ -16,6 +16,7 @@ from d1lit.rewards.rows import judge_rows
 from d1lit.types import Example, Verdict
 
 _NUMBER = re.compile(r"-?\d+\.?\d*")
+_BETWEEN_SECTIONS = re.compile(r"</reasoning>\s*<answer>")
 _TRUTH_NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
@@ -94,14 +95,12 @@ def _matches_soft_format(text: str) -> bool:
     """Reasoning of one line, any white space, answer of one line, at the very start of the text."""
     if not text.startswith("<reasoning>"):
         return False
-    line = text.split("\n", 1)[0]
-    at = line.find("</reasoning>", len("<reasoning>"))
-    while at >= 0:
-        rest = text[at + len("</reasoning>") :].lstrip()
-        if rest.startswith("<answer>"):
-            return "</answer>" in rest.split("\n", 1)[0]
-        at = line.find("</reasoning>", at + 1)
-    return False
+    # Where several closings stand on the first line, the first that an answer follows decides: the rest of its line
+    # holds whatever the others could match.
+    between = _BETWEEN_SECTIONS.search(text, len("<reasoning>"))
+    if not between or "\n" in text[: between.start()]:
+        return False
+    return "</answer>" in text[between.end() :].split("\n", 1)[0]
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,24 @@ def pairs_between(text: str, opening: str, closing: str) -> Iterator[str]:
 
 def pairs_on_one_line(text: str, opening: str, closing: str) -> Iterator[str]:
     """What stands between successive marks, as `opening(.*?)closing` finds it when `.` stops at a newline."""
-    for line in text.split("\n"):
-        yield from pairs_between(line, opening, closing)
+    start, stop, line_end = text.find(opening), -1, -1
+    while start >= 0:
+        body = start + len(opening)
+        # Both are searched again only once they lie behind, so a mark far away is walked to once.
+        stop = text.find(closing, body) if stop < body else stop
+        if stop < 0:
+            return
+        line_end = _find_or_end(text, "\n", body) if line_end < body else line_end
+        if stop > line_end:
+            start = text.find(opening, line_end)
+        else:
+            yield text[body:stop]
+            start = text.find(opening, stop + len(closing))
+
+
+def _find_or_end(text: str, mark: str, start: int) -> int:
+    at = text.find(mark, start)
+    return len(text) if at < 0 else at
 
 
 def first_between(text: str, opening: str, closing: str) -> str | None:

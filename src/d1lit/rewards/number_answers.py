@@ -24,6 +24,7 @@ _TEXT_MACRO = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox|operatorname)\s?\
 _CURRENCY = re.compile(r"[€£¥₹]|\b(?:USD|US)\b|\\\$")
 _UNIT_POWER = re.compile(r"(?<=[A-Za-z])(?:\^?\{?[23]\}?|[²³])(?![0-9.,])")
 _FOREIGN_DIGIT = re.compile(r"[^\D0-9]|[⁰¹⁴-⁹₀-₉]")
+_UNFINISHED = re.compile(r"\s*[-/*](?![A-Za-z])")
 _WORD = re.compile(r"[A-Za-z']+")
 _AROUND = re.compile(r"[A-Za-z'°%\s/.!:;,()\[\]*_`~$-]*")
 _HEDGES = frozenset(
@@ -91,6 +92,8 @@ def _harmless(before: str, after: str) -> bool:
         return False
     # Glued signs and points change the number: "1--5", "3.4.5"; so does an exponent: "1e".
     if before.rstrip().endswith(("-", "/", "(-")) or re.match(r"[.,]?[0-9]|\.[0-9]|\s?/\s?[0-9]|[eE]-?$", after):
+        return False
+    if _UNFINISHED.match(after) and not before.endswith(after.strip()[:1]):
         return False
     if before and before[-1].isalpha():
         return False

@@ -1,0 +1,54 @@
+"""Every hand-written cheat earns nothing under the strict graders, and no judge fails on one."""
+
+from typing import Any
+
+import pytest
+
+from d1lit.rewards.graders import countdown_grader, gsm8k_grader, math_grader, sudoku_grader
+from d1lit.types import Reward
+from tests import rewards_cheats
+
+STRICT: dict[str, Reward] = {
+    "countdown": countdown_grader().strict,
+    "gsm8k": gsm8k_grader().strict,
+    "math": math_grader().strict,
+    "sudoku": sudoku_grader().strict,
+}
+TABLES: dict[str, list[tuple[dict[str, Any], list[str]]]] = {
+    "countdown": rewards_cheats.COUNTDOWN,
+    "gsm8k": rewards_cheats.GSM8K,
+    "math": rewards_cheats.MATH,
+    "sudoku": rewards_cheats.SUDOKU,
+}
+
+
+@pytest.mark.parametrize("task", sorted(TABLES))
+def test_no_cheat_earns_anything(task: str) -> None:
+    paid, failed, count = [], [], 0
+    for row, answers in TABLES[task]:
+        texts = [f"<reasoning>\nso\n</reasoning>\n<answer>\n{answer}\n</answer>" for answer in answers]
+        for answer, verdict in zip(answers, STRICT[task](texts, [row] * len(texts)), strict=True):
+            count += 1
+            if verdict.value != 0.0:
+                paid.append((row, answer, verdict))
+            if verdict.outcome in ("timeout", "error"):
+                failed.append((row, answer, verdict))
+    print(f"{task}: {count} cheats, {len(failed)} ended in a judge's failure")
+    assert not paid, "\n".join(map(str, paid))
+    assert not failed, "\n".join(map(str, failed))
+
+
+def test_answers_outside_their_place_earn_nothing() -> None:
+    paid = [
+        (task, text) for task, row, text in rewards_cheats.UNTAGGED if STRICT[task]([text], [row])[0].value != 0.0
+    ]
+    assert not paid
+
+
+def test_the_table_is_as_long_as_promised() -> None:
+    count = sum(len(answers) for table in TABLES.values() for _, answers in table) + len(rewards_cheats.UNTAGGED)
+    print(f"{count} cheats")
+    assert count >= 200
+    for table in TABLES.values():
+        for row, answers in table:
+            assert len(answers) == len(set(answers)), row
