@@ -11,9 +11,11 @@ import hashlib
 import json
 import logging
 import os
+import resource
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +34,35 @@ MICRO, INNER, STEPS, VALIDATE_EVERY = 2, 2, 24, 3
 ROWS, LENGTH, VOCABULARY = 4, 6, 16
 
 
+class At:
+    """Sends a signal to the own process, and a second one shortly after, at the n-th visit of a named moment."""
+
+    def __init__(self, moment: str, visit: int, signum: int) -> None:
+        self.moment, self.left, self.signum = moment, visit, signum
+
+    def __call__(self, moment: str) -> None:
+        """Here is such a moment."""
+        if moment == self.moment:
+            self.left -= 1
+            if self.left in (0, -1):
+                os.kill(os.getpid(), self.signum)
+
+
 class ScalarLines(Logger):
     """Scalars as lines of JSON, buffered until `save`; on resume the lines of unsaved steps are cut off."""
 
-    def __init__(self, path: Path, next_step: int) -> None:
+    def __init__(self, path: Path, next_step: int, validation_is_due: bool) -> None:
         super().__init__()
         self.path = path
         self.lines: list[str] = []
         if path.exists():
-            kept = [line for line in path.read_text().splitlines(True) if json.loads(line)["step"] < next_step]
+
+            def repeated(line: dict[str, Any]) -> bool:
+                return line["step"] >= next_step or (
+                    validation_is_due and line["step"] == next_step - 1 and "val/loss" in line
+                )
+
+            kept = [line for line in path.read_text().splitlines(True) if not repeated(json.loads(line))]
             cut = path.with_suffix(".cut")  # a kill may come between truncating a file and filling it
             cut.write_text("".join(kept))
             cut.replace(path)
@@ -69,9 +91,10 @@ class ScalarLines(Logger):
 class Cycles(L.LightningModule):
     """Learns what it sampled itself: rollout, two inner updates of two micro-batches, as diffu-GRPO does it."""
 
-    def __init__(self, sleep: float) -> None:
+    def __init__(self, sleep: float, here: Callable[[str], None]) -> None:
         super().__init__()
         self.sleep = sleep
+        self.here = here
         torch.manual_seed(0)
         self.table = nn.Embedding(VOCABULARY, 8)
         self.head = nn.Linear(8, VOCABULARY)
@@ -88,6 +111,7 @@ class Cycles(L.LightningModule):
         """One token after the other."""
         ids = torch.zeros(len(rows), LENGTH, dtype=torch.int64)
         for place in range(1, LENGTH):
+            self.here("rollout")
             noise = -torch.log(-torch.log(self.draws.at(step=step).uniform("sample", rows, (VOCABULARY,), place)))
             ids[:, place] = (self.logits(ids)[:, place - 1] + noise).argmax(-1)
         return ids
@@ -97,6 +121,7 @@ class Cycles(L.LightningModule):
         step, inner, micro = batch
         if inner == 0 and micro == 0:
             self.experience = [self.rollout(step, torch.arange(ROWS) + m * ROWS) for m in range(MICRO)]
+        self.here(f"inner {inner} micro {micro}")
         ids = self.experience[micro]
         weight = self.draws.at(step=step, inner=inner).uniform("weight", torch.arange(ROWS), (1,))
         losses = nn.functional.cross_entropy(self.logits(ids[:, :-1]).transpose(1, 2), ids[:, 1:], reduction="none")
@@ -106,6 +131,7 @@ class Cycles(L.LightningModule):
 
     def validation_step(self, batch: int, batch_idx: int) -> None:
         """A number that depends on the weights alone."""
+        self.here("validation")
         ids = torch.arange(VOCABULARY)
         self.log("val/loss", nn.functional.cross_entropy(self.logits(ids), ids.roll(batch)), batch_size=1)
 
@@ -117,6 +143,7 @@ class Cycles(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The experience is state."""
+        self.here("save")
         checkpoint["experience"] = self.experience
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -156,23 +183,47 @@ def sha256(tree: Any) -> str:
     return digest.hexdigest()
 
 
-def run(folder: Path, sleep: float = 0.0, every_n_steps: int | None = 2) -> None:
+def watch_fsync(here: Callable[[str], None]) -> None:
+    """Make every flush to the disk a moment: most of them are those of a save."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        here("fsync")
+        real(descriptor)
+
+    os.fsync = fsync
+
+
+def run(
+    folder: Path,
+    sleep: float = 0.0,
+    every_n_steps: int | None = 2,
+    every_n_minutes: float | None = None,
+    at: tuple[str, int, int] | None = None,
+    environment: dict[str, str] | None = None,
+    max_file_bytes: int | None = None,
+) -> None:
     """Train to the end, from wherever the folder says."""
     torch.set_num_threads(1)
+    os.environ |= environment or {}
+    if max_file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, resource.RLIM_INFINITY))
     with lock_run(folder):
         resume = find_resume(folder, ["only"])
         done = resume.facts["step"] if resume.path is not None else 0
         with (folder / "starts.txt").open("a") as file:
             file.write(f"{done} {len(resume.refused)}\n")
-        module = Cycles(sleep)
+        saver = SaveCheckpoints(checkpoint_folder(folder, "only"), every_n_steps, every_n_minutes)
+        module = Cycles(sleep, At(*at) if at is not None else lambda moment: None)
+        watch_fsync(module.here)
         trainer = L.Trainer(
             max_steps=STEPS,
             accumulate_grad_batches=MICRO,
             val_check_interval=VALIDATE_EVERY * MICRO,
             num_sanity_val_steps=0,
             log_every_n_steps=1,
-            logger=ScalarLines(folder / "scalars.jsonl", done),
-            callbacks=[SaveCheckpoints(checkpoint_folder(folder, "only"), every_n_steps, None), StopOnSignal()],
+            logger=ScalarLines(folder / "scalars.jsonl", done, bool(resume.facts.get("validation_is_due"))),
+            callbacks=[saver, StopOnSignal()],
             plugins=[FolderCheckpointIO()],
             accelerator="cpu",
             enable_progress_bar=False,

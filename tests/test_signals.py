@@ -17,7 +17,7 @@ import pytest
 
 from d1lit.callbacks.saving import SaveCheckpoints
 from d1lit.callbacks.signals import Interrupted, StopFlag, requeue
-from d1lit.checkpoint import list_checkpoints, verify
+from d1lit.checkpoint import list_checkpoints, read_facts, verify
 
 WORKER = Path(__file__).parent / "interruption_worker.py"
 SLEEP = 0.001
@@ -133,6 +133,15 @@ def test_killed_at_random_moments_and_resumed_bit_for_bit(runs: Runs, tmp_path: 
     kill_many(runs, tmp_path, reference, 6, signal.SIGKILL, -9, 0)
 
 
+def test_killed_during_saves(runs: Runs, tmp_path: Path, reference: Reference) -> None:
+    """Fault F1: five kills in the middle of a save, one after the other in one run; several fall into one mu cycle."""
+    for visit in (12, 15, 11, 20, 9):
+        assert runs.run(tmp_path, at=("fsync", visit, signal.SIGKILL)) == -9
+    assert runs.run(tmp_path) == 0
+    check_same(tmp_path, reference)
+    print("resumed at", (tmp_path / "starts.txt").read_text().split("\n"))
+
+
 @pytest.mark.slow
 def test_fifty_kills(runs: Runs, tmp_path: Path, reference: Reference) -> None:
     """Fault F1 for this small run."""
@@ -157,9 +166,108 @@ def test_asked_to_stop_twenty_times(runs: Runs, tmp_path: Path, reference: Refer
     kill_many(runs, tmp_path, reference, 20, signum, code, 100 + signum)
 
 
-def wait_for_line(path: Path, count: int) -> None:
-    """Until the file has so many lines."""
-    deadline = time.monotonic() + 30
-    while not (path.exists() and len(path.read_text().splitlines()) >= count):
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+# A run is 24 optimizer steps of two micro-batches; rollouts (10 passes) at even steps, validation (4 batches) after
+# steps 3, 6, ...; (moment, its n-th visit) -> the step whose checkpoint is left behind, and whether its validation is
+# to be repeated.
+MOMENTS = [
+    ("rollout", 13, 2, False),  # within the second rollout
+    ("inner 0 micro 0", 2, 2, False),  # the first half of the window; the second does not begin
+    ("inner 0 micro 1", 2, 3, True),  # the window is over, and the validation after it does not begin
+    ("inner 1 micro 0", 3, 5, False),
+    ("inner 1 micro 1", 3, 6, True),
+    ("validation", 6, 6, True),  # within the second validation
+    ("validation", 9, 9, True),
+    ("validation", 30, 22, False),  # within that of the last step: Lightning would not take a finished run up again
+    ("save", 3, 6, False),
+]
+
+
+@pytest.mark.parametrize(("moment", "visit", "step", "repeats"), MOMENTS)
+def test_asked_twice_at_a_chosen_moment(
+    runs: Runs, tmp_path: Path, reference: Reference, moment: str, visit: int, step: int, repeats: bool
+) -> None:
+    """Fault F5: the checkpoint is that of the last whole optimizer step, whatever was going on; nothing is lost."""
+    assert runs.run(tmp_path, at=(moment, visit, signal.SIGTERM), every_n_steps=2) == 143
+    (newest, *_) = list_checkpoints(tmp_path / "stages" / "only" / "checkpoints")
+    assert verify(newest) is None
+    assert newest.name == f"step_{step}"
+    assert read_facts(newest)["validation_is_due"] == repeats
+    assert not (tmp_path / "final.json").exists()
+    assert runs.run(tmp_path) == 0
+    check_same(tmp_path, reference)
+
+
+def test_a_validation_that_is_interrupted_again_and_again(runs: Runs, tmp_path: Path, reference: Reference) -> None:
+    for visit, signum, code in [(6, signal.SIGTERM, 143), (2, signal.SIGKILL, -9), (4, signal.SIGTERM, 143)]:
+        assert runs.run(tmp_path, at=("validation", visit, signum)) == code
+    # the fourth and last batch had begun: the validation has been logged, and is logged once
+    assert runs.run(tmp_path, at=("inner 0 micro 1", 1, signal.SIGKILL)) == -9
+    assert runs.run(tmp_path) == 0
+    check_same(tmp_path, reference)
+
+
+def test_saves_by_the_clock(runs: Runs, tmp_path: Path, reference: Reference) -> None:
+    assert runs.run(tmp_path, every_n_steps=None, every_n_minutes=1e-6, at=("validation", 6, signal.SIGKILL)) == -9
+    names = [path.name for path in list_checkpoints(tmp_path / "stages" / "only" / "checkpoints")]
+    assert names == ["step_5", "step_4"]  # after every step; step 6 waits for its validation
+    assert runs.run(tmp_path, every_n_steps=None) == 0
+    check_same(tmp_path, reference)
+
+
+def test_training_goes_on_where_the_disk_refuses(runs: Runs, tmp_path: Path, reference: Reference) -> None:
+    """Fault F4 in a run: no file may grow beyond 3 kB, so no checkpoint is ever written, and the run ends well."""
+    assert runs.run(tmp_path, max_file_bytes=3000) == 0
+    assert list((tmp_path / "stages" / "only" / "checkpoints").iterdir()) == []
+    check_same(tmp_path, reference)
+
+
+def test_slurm_is_asked_to_queue_the_job_again(runs: Runs, tmp_path: Path) -> None:
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    environment = {"PATH": f"{scontrol.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "123"}
+    at = ("inner 1 micro 0", 3, signal.SIGUSR1)
+    assert runs.run(tmp_path / "run", at=at, environment=environment) == 138
+    assert (tmp_path / "asked").read_text() == "requeue 123\n"
+    assert list_checkpoints(tmp_path / "run" / "stages" / "only" / "checkpoints")
+
+
+@pytest.mark.filterwarnings("ignore:SLURM job")
+def test_requeue_minds_arrays_and_strange_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = tmp_path / "asked"
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {asked}\nexit $FAIL\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAIL", "0")
+    assert not requeue({})
+    assert not requeue({"SLURM_JOB_ID": "1; rm -rf /"})
+    assert requeue({"SLURM_JOB_ID": "5", "SLURM_ARRAY_JOB_ID": "4", "SLURM_ARRAY_TASK_ID": "7"})
+    assert asked.read_text() == "requeue 4_7\n"
+    monkeypatch.setenv("FAIL", "1")
+    assert not requeue({"SLURM_JOB_ID": "5"})
+    scontrol.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not requeue({"SLURM_JOB_ID": "5"})
+
+
+def test_the_flag_serves_loops_outside_a_trainer() -> None:
+    flag = StopFlag()
+    before = [signal.getsignal(signum) for signum, _ in SIGNALS]
+    with flag.installed():
+        flag.raise_if_stopped()
+        assert not flag.should_stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)  # the first one counts
+        assert flag.should_stop()
+        with pytest.raises(Interrupted) as caught:
+            flag.raise_if_stopped()
+        assert caught.value.code == 143
+    assert [signal.getsignal(signum) for signum, _ in SIGNALS] == before
+
+
+@pytest.mark.parametrize("settings", [{"every_n_steps": 0}, {"every_n_minutes": -1.0}])
+def test_intervals_without_meaning_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be positive or null"):
+        SaveCheckpoints("x", **{"every_n_steps": None, "every_n_minutes": None} | settings)

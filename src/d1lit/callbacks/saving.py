@@ -48,7 +48,7 @@ class SaveCheckpoints(Checkpoint):
         self._is_due = False
         self._is_writing = False
         self._loops: dict[str, Any] | None = None
-        """Lightning's counters as they were after optimizer step `_step`; None before the first of this process."""
+        """Lightning's counters after optimizer step `_step`; None where a run could not go on from there."""
 
     def save_now(self, trainer: L.Trainer) -> Path | None:
         """Write the state after the last optimizer step, unless it is on the disk; all ranks call it together.
@@ -104,7 +104,11 @@ class SaveCheckpoints(Checkpoint):
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """If the run is stopped within this validation, the resumed run begins it again."""
-        if self._loops is None or trainer.sanity_checking:
+        if trainer.sanity_checking:
+            return
+        if trainer.global_step == trainer.max_steps:
+            # Lightning does not enter a run of which no step is left. The checkpoint before the last step has to do.
+            self._loops = None
             return
         self._loops = copy.deepcopy(trainer.fit_loop.state_dict())
         # Lightning repeats a validation of which a batch was started and not processed.
@@ -114,7 +118,7 @@ class SaveCheckpoints(Checkpoint):
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After it, the resumed run does not repeat it."""
-        if self._loops is not None and not trainer.sanity_checking:
+        if not trainer.sanity_checking:
             self._loops = copy.deepcopy(trainer.fit_loop.state_dict())
 
     @override

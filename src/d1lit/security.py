@@ -1,0 +1,239 @@
+"""What is not to be trusted: configurations from elsewhere, paths in them, and secrets on their way to a log.
+
+The user's own YAML and command line are trusted. A configuration that comes with a checkpoint, from a hub or from
+another run's folder is data: it may name only components of this list. And no secret leaves through what a run writes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+_D1LIT_CLASSES = ("callbacks", "evaluation", "models", "modules", "strategies", "tasks")
+_D1LIT_ALL = (
+    "advantages", "data", "estimators", "losses", "masking", "modules.optimizing", "rewards", "sampling", "schedules",
+    "scoring",
+)  # fmt: skip
+CLASSES_FROM = (
+    *(f"d1lit.{name}" for name in _D1LIT_CLASSES),
+    "torch.optim", "torch.nn", "lightning.pytorch.callbacks", "lightning.pytorch.loggers",
+    "lightning.pytorch.strategies", "lightning.pytorch.plugins", "lightning.pytorch.trainer",
+    "lightning.pytorch.Trainer",
+)  # fmt: skip
+"""Packages of which a class may be built. Their functions may not be called: some write files, some unpickle them."""
+ANYTHING_FROM = tuple(f"d1lit.{name}" for name in _D1LIT_ALL)
+"""Packages of components, of which functions may be called too."""
+
+_DOTTED = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z][A-Za-z0-9_]*)+")
+_RESOLVER = re.compile(r"\$\{[^}]*:")
+
+
+# ------------------------------------------------------------------------------------------------------------- targets
+
+
+def allowed_target(dotted: str, trusted: Sequence[str] = ()) -> bool:
+    """Whether a `_target_` of a configuration from elsewhere may be called."""
+    return why_refused(dotted, trusted) is None
+
+
+def why_refused(dotted: str, trusted: Sequence[str] = ()) -> str | None:
+    """None if a `_target_` may be called, else the reason.
+
+    Both the string and the object it leads to are checked: `d1lit.sampling.torch.load` begins well and ends in pickle.
+
+    Args:
+        dotted: the target.
+        trusted: further packages the user has named as their own.
+    """
+    if _DOTTED.fullmatch(dotted) is None:
+        return "is not a plain dotted name (private names are not components)"
+    if not _inside(dotted, (*CLASSES_FROM, *ANYTHING_FROM, *trusted)):
+        return "is not on the list of components"
+    found = _resolve(dotted)
+    if not isinstance(found, (type, FunctionType)):
+        return "does not lead to a class or a function"
+    identity = f"{found.__module__}.{found.__qualname__}"
+    if _DOTTED.fullmatch(identity) is None:
+        return f"leads to {identity}, which is not a component"
+    packages = (*ANYTHING_FROM, *trusted, *(CLASSES_FROM if isinstance(found, type) else ()))
+    if not _inside(identity, packages):
+        return f"leads to {identity}, which is not on the list of components"
+    module = sys.modules.get(found.__module__)
+    if module is None or _attribute(module, found.__qualname__.split(".")) is not found:
+        return f"leads to something that only calls itself {identity}"
+    return None
+
+
+def check_config(config: Mapping[str, Any], trusted: Sequence[str] = ()) -> None:
+    """Refuse a configuration from elsewhere that would call, or read, what it should not.
+
+    Args:
+        config: plain nested mappings and lists.
+        trusted: further packages the user has named as their own.
+
+    Raises:
+        ValueError: naming key, value, reason and cure.
+    """
+    for key, value in _leaves(config, ""):
+        if key.rsplit(".", 1)[-1] == "_target_":
+            reason = why_refused(value, trusted) if isinstance(value, str) else "is not a string"
+            if reason is not None:
+                raise ValueError(
+                    f"{key}: {value!r} {reason}; this configuration comes from elsewhere. "
+                    "Try: copy the part into your own YAML, if you trust it"
+                )
+        elif isinstance(value, str) and _RESOLVER.search(value):
+            raise ValueError(
+                f"{key}: {value!r} asks for a resolver, which could read your environment; this configuration comes "
+                "from elsewhere. Try: write the value itself"
+            )
+
+
+def _inside(dotted: str, packages: Sequence[str]) -> bool:
+    return any(dotted == package or dotted.startswith(f"{package}.") for package in packages)
+
+
+def _resolve(dotted: str) -> Any:
+    """The object under a dotted name whose beginning is allowed; None if there is none."""
+    parts = dotted.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        try:
+            module = importlib.import_module(".".join(parts[:cut]))
+        except ImportError:
+            continue
+        return _attribute(module, parts[cut:])
+    return None
+
+
+def _attribute(found: Any, names: Sequence[str]) -> Any:
+    for name in names:
+        try:
+            found = getattr(found, name)
+        except AttributeError:
+            return None
+    return found
+
+
+def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            name = f"{path}.{key}" if path else str(key)
+            if key == "_target_":
+                yield name, value
+            else:
+                yield from _leaves(value, name)
+    elif isinstance(node, (list, tuple)):
+        for i, value in enumerate(node):
+            yield from _leaves(value, f"{path}[{i}]")
+    else:
+        yield path, node
+
+
+# --------------------------------------------------------------------------------------------------------------- paths
+
+
+def path_within(root: Path | str, path: Path | str) -> Path:
+    """The path, relative ones taken from `root`, with links followed, if it stays inside `root`.
+
+    Raises:
+        ValueError: if it leads outside.
+    """
+    root = Path(root).resolve()
+    if "\0" in str(path):
+        raise ValueError(f"path {str(path)!r} holds a null character")
+    resolved = (root / path).resolve()
+    if not resolved.is_relative_to(root):
+        raise ValueError(f"path {str(path)!r} leads outside {root}. Try: a path below it")
+    return resolved
+
+
+# ------------------------------------------------------------------------------------------------------------- secrets
+
+REDACTED = "<redacted>"
+
+_ALWAYS = {
+    "password", "passwords", "passwd", "passphrase", "pwd", "secret", "secrets", "credential", "credentials", "apikey",
+    "authorization", "bearer", "cookie", "cookies",
+}  # fmt: skip
+"""Words that make a name secret wherever they stand."""
+_KEY_OF = {
+    "api", "access", "account", "secret", "private", "ssh", "signing", "encryption", "auth", "service", "wandb", "hub",
+    "hf", "license",
+}  # fmt: skip
+"""`api_key` is a secret; `key` and `sort_key` are not."""
+_TOKEN_OF_TEXT = {
+    "mask", "pad", "eos", "bos", "unk", "sep", "cls", "special", "stop", "start", "end", "begin", "per", "first",
+    "last", "next", "prev", "image", "text", "masked", "add", "by", "each", "draft",
+}  # fmt: skip
+"""`mask_token` is a word of a language; `hf_token`, `token` and all others are secrets. `num_tokens` and
+`mask_token_id` do not end in `token`."""
+
+_SECRET_VALUES = re.compile(
+    r"""
+      \bhf_[A-Za-z0-9]{16,}                                  # Hugging Face
+    | \b(?:sk|pk|rk)-[A-Za-z0-9_-]{16,}                      # keys of model providers
+    | \bgh[pousr]_[A-Za-z0-9]{20,} | \bgithub_pat_\w{20,} | \bglpat-[\w-]{16,}
+    | \b(?:AKIA|ASIA)[0-9A-Z]{16}\b | \bAIza[0-9A-Za-z_-]{30,} | \bxox[abprs]-[\w-]{10,}
+    | \beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}                   # JSON web tokens
+    | -----BEGIN[ ][A-Z ]*PRIVATE[ ]KEY-----(?:.*?-----END[ ][A-Z ]*PRIVATE[ ]KEY-----|.*)
+    | (?<=://)[^/\s:@]+:[^/\s@]+(?=@)                        # https://user:password@host
+    | (?<=[Bb]earer[ ])[\w.~+/=-]{8,}
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+_ASSIGNMENT = re.compile(
+    r"""(?P<name>[A-Za-z][\w.-]*)(?P<sign>["']?\s*[=:]\s*)(?P<value>"[^"]*"|'[^']*'|[^\s,;&'"}]+)"""
+)
+_OPTION = re.compile(r"--?(?P<name>[A-Za-z][\w-]*)")
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a configuration key, an option or an environment variable by its name holds a secret."""
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.rsplit(".", 1)[-1])
+    words = [word.lower() for word in re.split(r"[^A-Za-z0-9]+", spaced) if word]
+    if _ALWAYS.intersection(words):
+        return True
+    if len(words) > 1 and words[-1] in ("key", "keys") and words[-2] in _KEY_OF:
+        return True
+    return bool(words) and words[-1] == "token" and (len(words) == 1 or words[-2] not in _TOKEN_OF_TEXT)
+
+
+def redact_text(text: str) -> str:
+    """A line for a log, a command line or a card, without the secrets in it."""
+
+    def assignment(match: re.Match[str]) -> str:
+        if not is_secret_name(match["name"]) or match["value"].lower() in ("null", "none", "true", "false"):
+            return match[0]
+        return f"{match['name']}{match['sign']}{REDACTED}"
+
+    return _ASSIGNMENT.sub(assignment, _SECRET_VALUES.sub(REDACTED, text))
+
+
+def redact(tree: Any) -> Any:
+    """A copy of nested mappings and lists without secrets: by the name of a key, and by the look of a value.
+
+    A list is also read as a command line: what follows `--hf-token` is a secret.
+    """
+    if isinstance(tree, Mapping):
+        return {key: _blank(value) if is_secret_name(str(key)) else redact(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        items = [redact(item) for item in tree]
+        for i, item in enumerate(tree[:-1]):
+            option = _OPTION.fullmatch(item) if isinstance(item, str) else None
+            if option is not None and is_secret_name(option["name"]):
+                items[i + 1] = _blank(tree[i + 1])
+        return type(tree)(items)
+    return redact_text(tree) if isinstance(tree, str) else tree
+
+
+def _blank(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _blank(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_blank(item) for item in value)
+    return value if value is None or isinstance(value, bool) or value == "" else REDACTED
