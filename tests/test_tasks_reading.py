@@ -66,7 +66,8 @@ def make_task(name: str, train: str = "builtin", test: str = "builtin", **change
         "demonstration_columns": {},
         "demonstration_prompt": "demonstrations_tiny",
         "short_traces": True,
-        "grader": lambda completions, examples: [Verdict(0.0) for _ in completions],
+        "grader": "strict",
+        "judges": lambda completions, examples: [Verdict(0.0) for _ in completions],
         "scales": {},
     }
     return Task(**(settings | changes))

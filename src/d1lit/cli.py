@@ -5,6 +5,7 @@ Nothing heavy is imported at the top: `--help` has to answer at once.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -77,7 +78,7 @@ def train(words: Sequence[str]) -> int:
         if jobs.is_multirun:
             return _hydra(words)
         (config,) = jobs.configs
-        return run_training(config)
+        return run_training(config, jobs.overrides[0])
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -92,8 +93,8 @@ def evaluate(words: Sequence[str]) -> int:
 
     _see_user_code(words)
     try:
-        jobs = compose_jobs("evaluate", words)
-        from d1lit.running import run_evaluation
+        jobs = compose_jobs("evaluate", [*_overrides_of_run(words), *words])
+        from d1lit.evaluating import run_evaluation
 
         for config in jobs.configs:
             run_evaluation(config)
@@ -106,6 +107,7 @@ def evaluate(words: Sequence[str]) -> int:
 def _hydra(words: Sequence[str]) -> int:
     """Hand over to Hydra itself, for sweeps and for printing configurations."""
     import hydra
+    from hydra.core.hydra_config import HydraConfig
 
     sys.argv = [sys.argv[0], *words]
 
@@ -113,10 +115,24 @@ def _hydra(words: Sequence[str]) -> int:
     def job(config) -> None:
         from d1lit.running import run_training
 
-        run_training(config)
+        run_training(config, HydraConfig.get().overrides.task)
 
     job()
     return 0
+
+
+def _overrides_of_run(words: Sequence[str]) -> list[str]:
+    """What the evaluated run was started with, as far as the command line does not say otherwise."""
+    from d1lit.validation import ConfigError
+
+    run = next((word.split("=", 1)[1] for word in words if word.startswith("run=")), None)
+    if run is None:
+        return []
+    file = Path(run) / "overrides.json"
+    if not file.is_file():
+        raise ConfigError("run", f"{run} is not a run's folder", "a folder that train.py has made")
+    said = {word.split("=", 1)[0] for word in words} | {"run_dir", "resume"}
+    return [word for word in json.loads(file.read_text()) if word.split("=", 1)[0] not in said]
 
 
 def _asks_help(words: Sequence[str]) -> bool:

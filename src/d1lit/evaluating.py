@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import os
+import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -9,14 +14,146 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from d1lit.build import Plan, decode, evaluation_rows, evaluation_sampler
+import datasets
+import transformers
+from omegaconf import DictConfig
+
+from d1lit.build import Plan, build, decode, evaluation_rows, evaluation_sampler, plan_run
 from d1lit.callbacks import StopFlag
 from d1lit.draws import CounterDraws
-from d1lit.evaluation import Protocol, check_coverage, evaluate, summarise
-from d1lit.models import Policy
-from d1lit.tasks import graded_text, prompt_protocol
+from d1lit.evaluation import Protocol, append_records, check_coverage, evaluate, record, summarise
+from d1lit.models import Policy, add_lora, load_adapter, load_weights, merge_lora
+from d1lit.report.console import show_table
+from d1lit.rewards.stored import published_row
+from d1lit.tasks import Task, graded_text, prompt_protocol
+from d1lit.types import Example
+from d1lit.validation import ConfigError, as_config_error
 
 PACKAGES = ("d1lit", "torch", "lightning", "transformers", "peft", "datasets", "torchmetrics")
+
+
+def run_evaluation(config: DictConfig) -> int:
+    """`evaluate.py`: evaluate a run or a model, or grade stored generations; print where the results are."""
+    quiet_libraries()
+    if config.rescore is not None:
+        return _rescore(config)
+    plan = plan_run(config)
+    folder = _output_folder(config)
+    flag = StopFlag()
+    with flag.installed():
+        policy, tokenizer, stage = _policy(plan)
+        evaluator = TaskEvaluator(plan, tokenizer, folder, flag)
+        evaluations = [entry for seed in config.seeds for entry in evaluator.at_seed(policy, stage, seed)]
+    return _report(plan.config, plan.task.display_name, folder, evaluations)
+
+
+def _policy(plan: Plan) -> tuple[Policy, Any, str]:
+    """What is to be evaluated, its tokenizer, and a name for the table."""
+    config = plan.config
+    if config.run is not None:
+        folder = Path(config.run)
+        if not (folder / "config.yaml").exists():
+            raise ConfigError("run", f"{folder} is not a run's folder", "a folder that train.py has made")
+        policy, tokenizer = trained_policy(plan, folder)
+        return policy, tokenizer, plan.stages[-1].name if plan.stages else "base"
+    if config.model.path is None:
+        raise ConfigError("model.path", "the built-in model has no weights of its own", "run=FOLDER of a training run")
+    policy, tokenizer = plan.make_policy()
+    if config.adapter is not None:
+        try:
+            policy.model = load_adapter(policy.network, config.adapter)
+        except ValueError as error:
+            raise as_config_error(error, "adapter") from None
+    return policy, tokenizer, "adapter" if config.adapter is not None else "model"
+
+
+def trained_policy(plan: Plan, folder: Path) -> tuple[Policy, Any]:
+    """The final policy of a run, by handing its stages' weights over again."""
+    if all(stage.lora is None for stage in plan.stages):
+        return plan.make_policy(folder / "model")
+    policy, tokenizer = plan.make_policy()
+    for stage in plan.stages:
+        policy = merge_lora(policy)
+        if stage.lora is not None:
+            policy = add_lora(policy, stage.lora, plan.seed)
+        load_weights(policy, folder / "stages" / stage.name / "model")
+    return policy, tokenizer
+
+
+def _output_folder(config: DictConfig) -> Path:
+    if config.output is not None:
+        folder = Path(config.output)
+    else:
+        name = "rescore" if config.rescore is not None else "evaluation"
+        folder = Path("outputs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{config.task.name}-{os.getpid()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _rescore(config: DictConfig) -> int:
+    """Grade stored generations: samples and evaluation rows of ours, or the files that d1 published."""
+    task = build(config, "task", Task)
+    rows = read_generations(Path(config.rescore))
+    folder = _output_folder(config)
+    texts, examples = [text for text, _ in rows], [example for _, example in rows]
+    grades = task.judges.grade(texts, examples)
+    records = [
+        record(n, example, text, grade, length=0, truncated=False)
+        for n, (text, example, grade) in enumerate(zip(texts, examples, grades, strict=True))
+    ]
+    append_records(folder / "evaluations" / "rescored.jsonl", records)
+    summary = summarise(records, task.grader)
+    entry = {"stage": "stored", "task": task.name, "split": Path(config.rescore).name, "completion_length": None}
+    return _report(config, task.name, folder, [{**entry, **asdict(summary)}])
+
+
+def read_generations(file: Path) -> list[tuple[str, Example]]:
+    """Completion and example of every line of a JSON lines file.
+
+    Raises:
+        ConfigError: naming file and line.
+    """
+    if not file.is_file():
+        raise ConfigError("rescore", f"no file {file}", "a samples.jsonl, or a file of published generations")
+    found = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            if "ground_truth" in row:
+                found.append(published_row(row))
+            else:
+                found.append((row["completion"], row["example"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError("rescore", f"{file}:{number}: {error!r}", "rows with completion and example") from None
+    if not found:
+        raise ConfigError("rescore", f"{file} is empty", "a file with rows")
+    return found
+
+
+def _report(config: DictConfig, task: str, folder: Path, evaluations: list[dict[str, Any]]) -> int:
+    results = {"recipe": "evaluation", "task": task, "model": config.model.name, "seed": config.seed}
+    results |= {"run": config.run, "grader": config.task.grader, "evaluations": evaluations}
+    write_results(folder / "results.json", results)
+    show_table(results)
+    print(folder / "results.json")
+    return 0
+
+
+def write_results(file: Path, results: Mapping[str, Any]) -> None:
+    """Replace results.json in one step."""
+    staging = file.with_suffix(".tmp")
+    staging.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    os.replace(staging, file)
+
+
+def quiet_libraries() -> None:
+    """Leave the console to what the run itself has to say; warnings and errors still come through."""
+    for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*The number of training batches.*"):
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 @dataclass(frozen=True)
@@ -31,24 +168,26 @@ class TaskEvaluator:
     def __call__(self, policy: Policy, stage: str) -> list[dict[str, Any]]:
         """Entries of `evaluations`, one a length."""
         config = self.plan.config.evaluation
-        if stage == "base" and not config.base:
-            return []
-        lengths = config.lengths or [self.plan.sampler.completion_length]
-        return [self._at_length(policy, stage, length) for length in lengths]
+        return [] if stage == "base" and not config.base else self.at_seed(policy, stage, config.seed)
 
-    def _at_length(self, policy: Policy, stage: str, length: int) -> dict[str, Any]:
+    def at_seed(self, policy: Policy, stage: str, seed: int) -> list[dict[str, Any]]:
+        """Entries of `evaluations`, one a length, with the draws of one seed."""
+        lengths = self.plan.config.evaluation.lengths or [self.plan.sampler.completion_length]
+        return [self._at_length(policy, stage, length, seed) for length in lengths]
+
+    def _at_length(self, policy: Policy, stage: str, length: int, seed: int) -> dict[str, Any]:
         plan, task, config = self.plan, self.plan.task, self.plan.config.evaluation
         sampler = evaluation_sampler(plan, length)
         rows = evaluation_rows(plan, self.tokenizer)
-        protocol = self._protocol(sampler, len(rows))
+        protocol = self._protocol(sampler, len(rows), seed)
         file = self.folder / "evaluations" / f"{stage}-{task.display_name}-{length}-{protocol.sha256[:8]}.jsonl"
         records = evaluate(
             policy,
             sampler,
             rows,
             partial(decode, self.tokenizer, policy.eos_token_id),
-            task.grader,
-            CounterDraws(config.seed),
+            task.judges,
+            CounterDraws(seed),
             batch_size=config.batch_size,
             device=plan.device,
             file=file,
@@ -56,12 +195,13 @@ class TaskEvaluator:
             graded_prefix=graded_text(task.template, ""),
         )
         check_coverage(records, len(rows))
-        summary = summarise(records)
+        summary = summarise(records, task.grader)
         return {
             "stage": stage,
             "task": task.display_name,
             "split": config.split,
             "completion_length": length,
+            "seed": seed,
             **asdict(summary),
             "rows_file": str(file.relative_to(self.folder)),
             **asdict(protocol),
@@ -71,12 +211,12 @@ class TaskEvaluator:
     def _progress(self, done: int, total: int) -> None:
         self.flag.raise_if_stopped()
 
-    def _protocol(self, sampler: Any, num_rows: int) -> Protocol:
+    def _protocol(self, sampler: Any, num_rows: int, seed: int) -> Protocol:
         config = self.plan.config
         settings = {
             "sampler": _plain(asdict(sampler)),
             "sampler_parts": {k: type(getattr(sampler, k)).__name__ for k in ("proposal", "confidence", "commit")},
-            "seed": config.evaluation.seed,
+            "seed": seed,
             "batch_size": config.evaluation.batch_size,
             "dtype": config.model.dtype,
             "device": str(self.plan.device.type),

@@ -8,15 +8,15 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from d1lit.data import EncodedRow, prompt_batch
-from d1lit.rewards import Grade, Grader
+from d1lit.rewards.parts import Grade, Grader
 from d1lit.statistics import mean_over_seeds, wilson_interval
-from d1lit.types import Draws, MaskPredictor, Sampler
+from d1lit.types import Draws, Example, MaskPredictor, Sampler
 
 Progress = Callable[[int, int], None]
 
@@ -130,24 +130,25 @@ def _batch_records(
     ended = (rollout.completion_ids == policy.eos_token_id).any(dim=1).tolist()
     lengths = rollout.completion_mask.sum(1).tolist()
     return [
-        _record(n, rows[n], text, grade, length, not end)
+        record(n, rows[n].example, text, grade, length, not end)
         for n, text, grade, length, end in zip(numbers, texts, grades, lengths, ended, strict=True)
     ]
 
 
-def _record(index: int, row: EncodedRow, text: str, grade: Grade, length: int, truncated: bool) -> dict[str, Any]:
+def record(index: int, example: Example, text: str, grade: Grade, length: int, truncated: bool) -> dict[str, Any]:
+    """One graded row as it is stored."""
     return {
         "index": index,
-        "id": row.example["id"],
-        "question": row.example["question"],
-        "answer": row.example["answer"],
+        "id": example["id"],
+        "question": example["question"],
+        "answer": example["answer"],
         "completion": text,
         "strict": asdict(grade.strict),
         "d1": asdict(grade.d1),
         "extra": dict(grade.extra),
         "length": length,
         "truncated": truncated,
-        "example": dict(row.example),
+        "example": dict(example),
     }
 
 
@@ -184,10 +185,19 @@ def check_coverage(records: Sequence[Mapping[str, Any]], num_rows: int) -> None:
         raise ValueError(f"evaluation: rows {missing[:5]} are missing, rows {twice[:5]} stand twice. Try: run it again")
 
 
-def summarise(records: Sequence[Mapping[str, Any]]) -> EvaluationSummary:
-    """Counts, means and 95 % intervals of a finished evaluation."""
-    n = len(records)
-    correct = sum(r["strict"]["value"] >= 1.0 for r in records)
+def summarise(records: Sequence[Mapping[str, Any]], grader: Literal["strict", "d1"]) -> EvaluationSummary:
+    """Counts, means and 95 % intervals of a finished evaluation.
+
+    Args:
+        records: one a row.
+        grader: whose verdict `correct` and `n` count. The strict one counts rows; d1's counts what the paper counts,
+            which for Sudoku is empty cells.
+    """
+    rows = len(records)
+    if grader == "strict":
+        n, correct = rows, sum(r["strict"]["value"] >= 1.0 for r in records)
+    else:
+        n, correct = (round(sum(r["d1"][key] for r in records)) for key in ("out_of", "value"))
     accuracy = wilson_interval(correct, n)
     names = sorted({name for r in records for name in r["extra"]})
     extra = {}
@@ -202,10 +212,10 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> EvaluationSummary:
         interval=(accuracy.low, accuracy.high),
         d1_correct=sum(r["d1"]["value"] for r in records),
         d1_out_of=sum(r["d1"]["out_of"] for r in records),
-        effective_tokens=sum(r["length"] for r in records) / n,
-        truncated_fraction=sum(r["truncated"] for r in records) / n,
-        unparsed_fraction=sum(r["strict"]["outcome"] == "unparsed" for r in records) / n,
-        failed_fraction=sum(r["strict"]["outcome"] in ("timeout", "error") for r in records) / n,
+        effective_tokens=sum(r["length"] for r in records) / rows,
+        truncated_fraction=sum(r["truncated"] for r in records) / rows,
+        unparsed_fraction=sum(r["strict"]["outcome"] == "unparsed" for r in records) / rows,
+        failed_fraction=sum(r["strict"]["outcome"] in ("timeout", "error") for r in records) / rows,
         extra=extra,
     )
 

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import time
-import warnings
+from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import datasets
 import lightning as L
 import torch
-import transformers
 from omegaconf import DictConfig, OmegaConf
 
 from d1lit.build import Plan, StageParts, build, make_stage, plan_run
 from d1lit.callbacks import ConsoleProgress, StopFlag, StopOnSignal
 from d1lit.checkpoint import FolderCheckpointIO, lock_run
-from d1lit.evaluating import PACKAGES, TaskEvaluator
+from d1lit.evaluating import PACKAGES, TaskEvaluator, quiet_libraries, write_results
 from d1lit.models import Policy, save_weights
 from d1lit.recipes import StageFolder, is_first_process, run_recipe, run_stage
 from d1lit.report.console import console, say, show_table
@@ -34,21 +31,13 @@ from d1lit.report.events import cut_events
 from d1lit.validation import ConfigError
 
 
-def quiet_libraries() -> None:
-    """Leave the console to what the run itself has to say; warnings and errors still come through."""
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)`.*")
-    warnings.filterwarnings("ignore", message=".*The number of training batches.*")
-    warnings.filterwarnings("ignore", message=".*tensorboardX.*")
-    warnings.filterwarnings("ignore", message=".*_register_pytree_node.*")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+def run_training(config: DictConfig, overrides: Sequence[str]) -> int:
+    """`train.py`: run the recipe and print where its results are.
 
-
-def run_training(config: DictConfig) -> int:
-    """`train.py`: run the recipe and print where its results are."""
+    Args:
+        config: composed and resolved.
+        overrides: what was said on the command line; kept in the folder, so that the run can be composed again.
+    """
     quiet_libraries()
     plan = plan_run(config)
     tell_rows(plan)
@@ -59,6 +48,7 @@ def run_training(config: DictConfig) -> int:
     flag = StopFlag()
     with lock_run(folder), flag.installed():
         write_once(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        write_once(folder / "overrides.json", json.dumps(list(overrides)))
         write_once(folder / "environment.json", json.dumps(environment(), indent=2))
         started = time.time()
         policy, tokenizer = base_policy(plan, folder, flag)
@@ -233,13 +223,11 @@ def finish(
         "task": plan.task.display_name,
         "model": plan.config.model.name,
         "seed": plan.seed,
+        "grader": plan.task.grader,
         "data": plan.task.overlap.record(),
         "evaluations": evaluations,
         "cost": {"seconds": round(seconds, 1)},
     }
-    file = folder / "results.json"
-    staging = file.with_suffix(".tmp")
-    staging.write_text(json.dumps(results, indent=2), encoding="utf-8")
-    os.replace(staging, file)
+    write_results(folder / "results.json", results)
     show_table(results)
-    print(file)
+    print(folder / "results.json")

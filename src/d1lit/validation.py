@@ -74,6 +74,8 @@ class Jobs:
     """The configurations that a command line asks for: one, or all jobs of a sweep."""
 
     configs: Sequence[DictConfig]
+    overrides: Sequence[Sequence[str]]
+    """What was said for each of them."""
     is_multirun: bool
 
 
@@ -87,8 +89,9 @@ def compose_jobs(name: str, words: Sequence[str]) -> Jobs:
     with _composer():
         config, sweeps = _compose_with_mode(name, overrides) if not is_multirun else (None, [])
         if config is not None and sweeps is None:
-            return Jobs([config], False)
-        return Jobs([_compose(name, job) for job in _sweep([*(sweeps or []), *overrides])], True)
+            return Jobs([config], [overrides], False)
+        jobs = _sweep([*(sweeps or []), *overrides])
+        return Jobs([_compose(name, job) for job in jobs], jobs, True)
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], bool]:

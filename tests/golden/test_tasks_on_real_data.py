@@ -141,7 +141,7 @@ def test_every_worked_answer_of_the_real_train_rows_is_right(name: str, short: b
     task = on_real_data(name, short_traces=short)
     rows = task.demonstrations(None, 0)
     assert len(rows) == task.overlap.train_rows
-    grades = task.grader.grade([row["completion"] for row in rows], rows)
+    grades = task.judges.grade([row["completion"] for row in rows], rows)
     wrong = [row["id"] for row, grade in zip(rows, grades, strict=True) if grade.strict.value != 1.0]
     assert not wrong, f"{len(wrong)} of {len(rows)}: {wrong[:5]}"
 
@@ -154,7 +154,7 @@ def test_worked_answers_of_real_train_rows_are_right(name: str, short: bool, tmp
     task = on_real_data(name, short_traces=short, train_data=train, test_data=test)
     rows = task.demonstrations(None, 0)
     assert len(rows) == task.overlap.train_rows > 50
-    grades = task.grader.grade([row["completion"] for row in rows], rows)
+    grades = task.judges.grade([row["completion"] for row in rows], rows)
     assert {grade.strict.value for grade in grades} == {1.0}
 
 

@@ -23,7 +23,7 @@ from d1lit.modules.optimizing import (
     configure,
     trainable_state,
 )
-from d1lit.rewards import RewardParts
+from d1lit.rewards.parts import RewardParts
 from d1lit.scoring import score
 from d1lit.types import (
     Advantage,

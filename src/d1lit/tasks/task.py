@@ -95,7 +95,8 @@ class Task:
         demonstration_columns: columns of `question` and `completion` in that data.
         demonstration_prompt: template of demonstrations that bring their own questions.
         short_traces: compact traces (calculator marks, joined steps) instead of full rationales.
-        grader: judges a completion; used by reward, validation and test alike.
+        grader: whose verdict results count; every row keeps both.
+        judges: both graders; used by reward, validation and test alike.
         scales: the values that each model scale brings with it; read by the configuration, not here.
     """
 
@@ -116,13 +117,15 @@ class Task:
     demonstration_columns: Columns
     demonstration_prompt: str
     short_traces: bool
-    grader: Any
+    grader: Literal["strict", "d1"]
+    judges: Any
     scales: Mapping[str, Any]
 
     def __post_init__(self) -> None:
         for key, value, allowed in (
             ("split", self.split, ("by_question", "by_solution")),
             ("overlong", self.overlong, ("error", "drop")),
+            ("grader", self.grader, ("strict", "d1")),
         ):
             if value not in allowed:
                 raise ValueError(f"task.{key}: {value!r} is not known. Try: {' or '.join(allowed)}")

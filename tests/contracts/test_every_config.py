@@ -1,0 +1,116 @@
+"""Every YAML of every group composes, builds, and is what its group promises."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from d1lit.build import build, plan_run
+from d1lit.rewards.parts import RewardParts
+from d1lit.sampling import BlockSampler
+from d1lit.tasks import Task
+from d1lit.types import Advantage, LogProbEstimator, PolicyLoss, RewardBatch, Sampler, Schedule, Verdict
+from d1lit.validation import CONF, compose_jobs
+
+GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
+FILES = sorted((file.parent.name, file.stem) for file in CONF.glob("*/*.yaml"))
+
+
+def config_with(*overrides: str):
+    (config,) = compose_jobs("train", overrides).configs
+    return config
+
+
+def choices(group: str) -> list[str]:
+    return [name for found, name in FILES if found == group]
+
+
+@pytest.mark.parametrize("name", choices("schedule"))
+def test_schedule(name):
+    schedule = build(config_with(f"schedule={name}"), "schedule")
+    assert isinstance(schedule, Schedule)
+    t = torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
+    assert ((schedule.alpha(t) + schedule.mask_prob(t)) - 1).abs().max() < 1e-6
+    assert (schedule.weight(t) >= 0).all()
+    assert (schedule.mask_prob(t).diff() >= 0).all()
+
+
+@pytest.mark.parametrize("name", choices("estimator"))
+def test_estimator(name):
+    estimator = build(config_with(f"estimator={name}"), "estimator")
+    assert isinstance(estimator, LogProbEstimator)
+    assert estimator.unit in ("token", "sequence", "view", "step")
+
+
+@pytest.mark.parametrize("name", choices("loss"))
+def test_loss(name):
+    loss = build(config_with(f"loss={name}"), "loss")
+    assert isinstance(loss, PolicyLoss)
+    assert loss.units <= {"token", "sequence", "view", "step"}
+    assert loss.units
+
+
+@pytest.mark.parametrize("name", choices("advantage"))
+def test_advantage(name):
+    advantage = build(config_with(f"advantage={name}"), "advantage")
+    assert isinstance(advantage, Advantage)
+    rewards = RewardBatch(torch.tensor([[1.0], [0.0], [0.0], [3.0], [2.0], [2.0]]), torch.ones(6, 1).bool(), torch.ones(1))
+    values = advantage(rewards, 3)
+    assert values.shape[0] == 6
+    assert torch.isfinite(values).all()
+
+
+@pytest.mark.parametrize("name", choices("reward"))
+def test_reward(name):
+    task = name.removeprefix("d1_")
+    config = config_with(f"task={task}", f"reward={name}")
+    reward = build(config, "reward", RewardParts)
+    example = build(config, "task", Task).rows("train")[0]
+    verdicts = reward.grade(["", "<answer>0</answer>"], [example, example])
+    assert list(verdicts) == list(reward.names)
+    for part in verdicts.values():
+        assert [type(verdict) for verdict in part] == [Verdict, Verdict]
+        assert all(verdict.outcome in ("ok", "unparsed") for verdict in part)
+
+
+@pytest.mark.parametrize("name", choices("sampler"))
+def test_sampler(name):
+    sampler = build(config_with(f"sampler={name}", "task=sudoku"), "sampler", BlockSampler)
+    assert isinstance(sampler, Sampler)
+
+
+@pytest.mark.parametrize("name", choices("task"))
+def test_task(name):
+    task = build(config_with(f"task={name}"), "task", Task)
+    assert {"id", "question", "answer"} <= set(task.rows("train")[0])
+    assert task.rows("test")
+
+
+@pytest.mark.parametrize("name", choices("recipe"))
+@pytest.mark.parametrize("model", choices("model"))
+def test_recipe_builds_for_every_model(name, model):
+    """Everything but the network: hub ids of data are replaced by the built-in rows."""
+    config = config_with(
+        f"recipe={name}", f"model={model}", "task=gsm8k", "task.train_data=builtin", "task.test_data=builtin"
+    )
+    plan = plan_run(config)
+    assert [stage.name for stage in plan.stages] == list(config.recipe.stages)
+    assert (plan.base is not None) == (model == "tiny")
+
+
+@pytest.mark.parametrize("name", [n for n in choices("logger") if n != "wandb"])
+def test_logger(name, tmp_path: Path):
+    config = config_with(f"logger={name}")
+    if config.logger.get("_target_") is None:
+        assert name == "none"
+        return
+    assert build(config, "logger")(save_dir=tmp_path, name="logs", version="sft").name == "logs"
+
+
+@pytest.mark.parametrize(("group", "name"), FILES, ids=lambda value: str(value))
+def test_yaml_is_one_call_or_plain_values_with_a_comment(group, name):
+    text = (CONF / group / f"{name}.yaml").read_text()
+    assert text.startswith("#"), "the first line says what it is and where it comes from"
+    assert OmegaConf.create(text) is not None
+    assert name == name.lower().replace("-", "_"), "file names are snake_case"
