@@ -184,6 +184,8 @@ def test_every_math_gold_is_accepted_in_every_form_without_algebra(file: str, co
     rows = rows_of(f"math/{file}.jsonl")
     accepted = 0
     for row in rows[::stride]:
+        if not row["answer"]:
+            continue  # two rows of MATH have no gold answer
         example = {"answer": row["answer"], "question": row["problem"]}
         forms = [row["answer"], *math_forms(row["answer"])]
         for form, verdict in zip(forms, reward([in_tags(f) for f in forms], [example] * len(forms)), strict=True):

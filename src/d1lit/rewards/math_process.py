@@ -189,6 +189,7 @@ class MathVerify:
                 continue
             except _Gone:
                 self._drop()
+                until = None  # starting anew is no part of the comparison
                 continue
             except _Late:
                 self._replace_child()

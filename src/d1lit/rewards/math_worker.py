@@ -26,7 +26,13 @@ def compare(gold: str, answer: str) -> bool:
 
     def read(text: str) -> list:
         # No timeouts of math-verify's own: they are signals, which a long C call never sees. The client kills us.
-        return parse(f"${text}$", [LatexExtractionConfig(), ExprExtractionConfig()], "no_fallback", parsing_timeout=0)
+        targets = [LatexExtractionConfig(), ExprExtractionConfig()]
+        try:
+            return parse(f"${text}$", targets, "no_fallback", parsing_timeout=0, raise_on_error=True)
+        except (MemoryError, RecursionError):
+            raise
+        except Exception:  # not mathematics: no verdict of the judge's failure, just no match
+            return []
 
     parsed_gold, parsed_answer = read(gold), read(answer)
     if not parsed_gold or not parsed_answer:
