@@ -94,12 +94,17 @@ class Cycles(L.LightningModule):
     def __init__(self, sleep: float, here: Callable[[str], None]) -> None:
         super().__init__()
         self.sleep = sleep
-        self.here = here
+        self.at = here
         torch.manual_seed(0)
         self.table = nn.Embedding(VOCABULARY, 8)
         self.head = nn.Linear(8, VOCABULARY)
         self.draws = CounterDraws(7)
         self.experience: list[torch.Tensor] = []
+
+    def here(self, moment: str) -> None:
+        """A moment of the last rank (the only one, mostly)."""
+        if self.global_rank == self.trainer.world_size - 1:
+            self.at(moment)
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """One pass of the network."""
@@ -202,6 +207,7 @@ def run(
     at: tuple[str, int, int] | None = None,
     environment: dict[str, str] | None = None,
     max_file_bytes: int | None = None,
+    ranks: int = 1,
 ) -> None:
     """Train to the end, from wherever the folder says."""
     torch.set_num_threads(1)
@@ -215,7 +221,7 @@ def run(
             file.write(f"{done} {len(resume.refused)}\n")
         saver = SaveCheckpoints(checkpoint_folder(folder, "only"), every_n_steps, every_n_minutes)
         module = Cycles(sleep, At(*at) if at is not None else lambda moment: None)
-        watch_fsync(module.here)
+        watch_fsync(module.at)
         trainer = L.Trainer(
             max_steps=STEPS,
             accumulate_grad_batches=MICRO,
@@ -226,6 +232,8 @@ def run(
             callbacks=[saver, StopOnSignal()],
             plugins=[FolderCheckpointIO()],
             accelerator="cpu",
+            devices=ranks,
+            strategy="ddp_fork" if ranks > 1 else "auto",
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,

@@ -206,6 +206,22 @@ def test_a_validation_that_is_interrupted_again_and_again(runs: Runs, tmp_path: 
     check_same(tmp_path, reference)
 
 
+@pytest.mark.parametrize(
+    ("moment", "visit", "step"), [("rollout", 13, 2), ("inner 1 micro 0", 3, 5), ("validation", 7, 6)]
+)
+def test_a_signal_to_one_of_two_ranks_stops_both_with_a_checkpoint(
+    runs: Runs, tmp_path: Path, moment: str, visit: int, step: int
+) -> None:
+    """Rank 1 alone is asked; without agreement rank 0 would wait for it for ever."""
+    assert (
+        runs.run(tmp_path, at=(moment, visit, signal.SIGTERM), ranks=2) != 0
+    )  # the forking parent says it its own way
+    (newest, *_) = list_checkpoints(tmp_path / "stages" / "only" / "checkpoints")
+    assert verify(newest) is None
+    assert newest.name == f"step_{step}"
+    assert read_facts(newest)["world_size"] == 2
+
+
 def test_saves_by_the_clock(runs: Runs, tmp_path: Path, reference: Reference) -> None:
     assert runs.run(tmp_path, every_n_steps=None, every_n_minutes=1e-6, at=("validation", 6, signal.SIGKILL)) == -9
     names = [path.name for path in list_checkpoints(tmp_path / "stages" / "only" / "checkpoints")]

@@ -60,6 +60,7 @@ class SaveCheckpoints(Checkpoint):
             return None
         self._is_due = False
         self._saved_at = time.monotonic()
+        self._saved_step = self._step  # also where rank 0 fails below: the others cannot know, and all must call alike
         for logger in trainer.loggers:
             logger.save()  # what the checkpoint has behind it must not be lost in a buffer
         path = self.folder / f"step_{self._step}"
@@ -72,7 +73,6 @@ class SaveCheckpoints(Checkpoint):
             return None
         finally:
             self._is_writing = False
-        self._saved_step = self._step
         return path
 
     @override

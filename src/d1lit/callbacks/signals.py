@@ -94,6 +94,7 @@ class StopOnSignal(L.Callback):
     def __init__(self, flag: StopFlag | None = None) -> None:
         self.flag = flag or StopFlag()
         self._hooks: list[Any] = []
+        self._has_saved = False
 
     def should_stop(self) -> bool:
         """Whether a signal has come to this process."""
@@ -135,15 +136,10 @@ class StopOnSignal(L.Callback):
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """On the way out: the checkpoint, then the queue."""
+        """On the way out from within a pass of the network: the checkpoint, then the queue."""
         self._remove_polls()
-        if not isinstance(exception, Interrupted):
-            return
-        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-            if isinstance(callback, SaveCheckpoints):
-                callback.save_now(trainer)
-        if exception.signum == signal.SIGUSR1 and trainer.is_global_zero:
-            requeue(os.environ)
+        if isinstance(exception, Interrupted):
+            self._save_and_requeue(trainer, exception.signum)
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -173,7 +169,19 @@ class StopOnSignal(L.Callback):
             signum = int(trainer.strategy.reduce(mine, reduce_op="max"))
         if signum:
             self.flag.received = signum
+            # Here and not in on_exception alone, which Lightning does not call in processes that it has forked.
+            self._save_and_requeue(trainer, signum)
             raise Interrupted(signum)
+
+    def _save_and_requeue(self, trainer: L.Trainer, signum: int) -> None:
+        if self._has_saved:
+            return
+        self._has_saved = True
+        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(callback, SaveCheckpoints):
+                callback.save_now(trainer)
+        if signum == signal.SIGUSR1 and trainer.is_global_zero:
+            requeue(os.environ)
 
 
 def requeue(environment: Mapping[str, str]) -> bool:
