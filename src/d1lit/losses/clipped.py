@@ -54,7 +54,7 @@ class ClippedPolicyLoss:
     ratio_cap: float | None = None
     """The ratio itself is at most this, whatever the sign of A (TRL's `delta`)."""
     weigh_kl: bool = False
-    """Multiply the KL by the ratio, so that its expectation is under the current policy (DeepSeek-V3.2)."""
+    """Multiply the KL by the ratio, so that its expectation is under the current policy (TRL's bias correction)."""
     units: ClassVar[frozenset[str]] = frozenset({"token", "view", "step"})
     needs_old: ClassVar[bool] = True
     needs_entropy: ClassVar[bool] = False

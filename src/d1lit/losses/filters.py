@@ -51,7 +51,7 @@ class TopEntropyLoss:
 
 @dataclass(frozen=True)
 class OffPolicyFilter:
-    """Another loss without the rollouts of negative advantage that the policy has already left (DeepSeek-V3.2, TRL).
+    """Another loss without the rollouts of negative advantage that the policy has already left (as in TRL).
 
     A rollout is dropped where A < 0 and the mean of log p_old - log p over its units exceeds the threshold.
     """
