@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -98,7 +99,8 @@ def interrupt(runs: Runs, folder: Path, rng: random.Random, seconds: float, sign
         pid = runs.start(folder)
         time.sleep(rng.uniform(0, seconds))
         if not (folder / "final.json").exists():
-            os.kill(pid, signum)
+            with contextlib.suppress(ProcessLookupError):  # it has ended between the two lines
+                os.kill(pid, signum)
         codes.append(runs.wait())
         assert len(codes) < 100
     return codes
