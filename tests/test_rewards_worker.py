@@ -81,6 +81,7 @@ def test_the_workers_memory_stays_below_its_limit() -> None:
     judge = MathVerify(seconds=2.0, memory=limit)
     judge.start()
     largest = 0
+    assert psutil.Process(judge.pids[1]).rlimit(psutil.RLIMIT_AS) == (limit, limit)
     try:
         thread = threading.Thread(target=judge, args=("9^{9}", SLOW))
         thread.start()

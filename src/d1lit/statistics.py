@@ -31,7 +31,7 @@ def _check_confidence(confidence: float) -> None:
         raise ValueError(f"confidence: {confidence} is not between 0 and 1. Try 0.95")
 
 
-def wilson_interval(successes: float, total: int, confidence: float = 0.95) -> Interval:
+def wilson_interval(successes: int | float, total: int, confidence: float = 0.95) -> Interval:
     """Interval of a proportion by inverting the score test (Wilson, JASA 1927); honest near 0 and 1.
 
     Raises:
@@ -77,7 +77,7 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
 
 def paired_bootstrap(
     first: Float[Tensor, " n"],
-    second: Float[Tensor, " n"],
+    second: Float[Tensor, " m"],
     draws: Draws,
     num_resamples: int = 10_000,
     confidence: float = 0.95,
