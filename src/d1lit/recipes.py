@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import lightning as L
 import torch
@@ -33,12 +33,8 @@ class Stage:
     """From the stage's folder and the optimizer step it starts at."""
 
 
-class Evaluator(Protocol):
-    """Measures the policy between stages."""
-
-    def __call__(self, policy: Policy, stage: str) -> list[dict[str, Any]]:
-        """Entries of results.json's `evaluations`."""
-        ...
+Evaluator = Callable[[Policy, str], list[dict[str, Any]]]
+"""Measures the policy after a stage; gives entries of results.json's `evaluations`."""
 
 
 @dataclass(frozen=True)

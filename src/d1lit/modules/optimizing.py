@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +15,8 @@ OptimizerFactory = Callable[[Iterable[tuple[str, Tensor]]], Optimizer]
 """Builds an optimizer from named parameters."""
 
 
-class ScheduleFactory(Protocol):
-    """Builds a learning-rate schedule for a stage of `num_updates` optimizer steps."""
-
-    def __call__(self, optimizer: Optimizer, num_updates: int) -> LRScheduler:
-        """The schedule, stepped once an optimizer step."""
-        ...
+ScheduleFactory = Callable[[Optimizer, int], LRScheduler]
+"""Builds a learning-rate schedule for a number of optimizer steps; it moves once a step."""
 
 
 def constant(optimizer: Optimizer, num_updates: int, warmup_updates: int) -> LRScheduler:
