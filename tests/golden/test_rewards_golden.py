@@ -37,7 +37,11 @@ def read(name: str) -> list[dict[str, Any]]:
     """All lines of one file of the reward set; as many as its manifest lists."""
     entries = d1_entries(name)
     lines = [
-        json.loads(line) for e in entries for f in e["files"] for line in (GOLDEN / "d1" / f).read_text().split("\n") if line
+        json.loads(line)
+        for e in entries
+        for f in e["files"]
+        for line in (GOLDEN / "d1" / f).read_text().split("\n")
+        if line
     ]
     wanted = sum(e.get("rows", 1) for e in entries)
     assert len(lines) >= wanted, f"{name}: {len(lines)} rows, the manifest lists {wanted}"

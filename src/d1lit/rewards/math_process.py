@@ -99,13 +99,15 @@ class _Worker:
                 return
 
     def kill_child(self) -> None:
-        """Kill the serving child and wait for the next one."""
+        """Kill the serving child; the next question waits for the next child."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.child, signal.SIGKILL)
-        self.await_child(time.monotonic() + _START_SECONDS)
+        self.child = 0
 
     def ask(self, number: int, gold: str, answer: str, until: float) -> dict[str, Any]:
         """Send one request and wait for its answer. Raises _Died, _Late or _Gone."""
+        if not self.child:
+            self.await_child(time.monotonic() + _START_SECONDS)
         try:
             self.link.sendall(json.dumps({"id": number, "gold": gold, "answer": answer}).encode() + b"\n")
         except OSError as error:
@@ -192,17 +194,15 @@ class MathVerify:
                 until = None  # starting anew is no part of the comparison
                 continue
             except _Late:
-                self._replace_child()
+                self._kill_child()
                 return Verdict(0.0, "timeout", answer)
             if "equal" in message:
                 return Verdict(float(message["equal"]), "ok", answer)
             return Verdict(0.0, "error", answer)
         return Verdict(0.0, "error", answer)
 
-    def _replace_child(self) -> None:
-        if self._worker is None:
-            return
-        try:
+    def _kill_child(self) -> None:
+        if self._worker is None or not self._worker.child:
+            self._drop()  # not even a child came up in time
+        else:
             self._worker.kill_child()
-        except (_Gone, _Late):
-            self._drop()
