@@ -39,9 +39,7 @@ def test_no_cheat_earns_anything(task: str) -> None:
 
 
 def test_answers_outside_their_place_earn_nothing() -> None:
-    paid = [
-        (task, text) for task, row, text in rewards_cheats.UNTAGGED if STRICT[task]([text], [row])[0].value != 0.0
-    ]
+    paid = [(task, text) for task, row, text in rewards_cheats.UNTAGGED if STRICT[task]([text], [row])[0].value != 0.0]
     assert not paid
 
 
