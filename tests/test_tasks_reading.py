@@ -67,6 +67,7 @@ def make_task(name: str, train: str = "builtin", test: str = "builtin", **change
         "demonstration_prompt": "demonstrations_tiny",
         "short_traces": True,
         "grader": "strict",
+        "baselines": {},
         "judges": lambda completions, examples: [Verdict(0.0) for _ in completions],
         "scales": {},
     }

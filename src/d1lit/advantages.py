@@ -6,11 +6,14 @@ and gets advantage 0, so a crashed grader neither rewards nor punishes.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from d1lit.types import RewardBatch
+from d1lit.draws import CounterDraws
+from d1lit.types import Advantage, RewardBatch
 
 Rows = Float[Tensor, " N"]
 
@@ -126,3 +129,20 @@ def sibling_advantages(values: Float[Tensor, "*nodes width"]) -> Float[Tensor, "
     """d-TreeRPO (arXiv 2512.09675): value of a child minus the mean of its OTHER siblings."""
     width = values.shape[-1]
     return (values - values.mean(-1, keepdim=True)) * width / (width - 1)
+
+
+@dataclass(frozen=True)
+class ShuffledRewards:
+    """A control: another advantage on rewards permuted over all rollouts, so that nothing true is left to learn.
+
+    What a run still gains under it comes from the updates themselves and not from the reward.
+    """
+
+    advantage: Advantage
+    seed: int
+
+    def __call__(self, rewards: RewardBatch, group_size: int) -> Rows:
+        """Advantages of the permuted rewards; the permutation hangs on the seed and the rollout's number."""
+        order = CounterDraws(self.seed).permutation("shuffled_rewards", len(rewards.value), rewards.step)
+        order = order.to(rewards.value.device)
+        return self.advantage(replace(rewards, value=rewards.value[order], valid=rewards.valid[order]), group_size)

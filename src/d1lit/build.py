@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -38,6 +38,10 @@ class StageParts:
     batch_size: int
     micro_batch_size: int
     gradient_clip: float | None
+    validate_every: int | None
+    """Optimizer steps between two looks at the validation rows; None for none."""
+    select: Literal["last", "best_val"]
+    """Which weights the stage hands over."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,8 @@ def _stage(config: DictConfig, key: str, name: str) -> StageParts:
         batch_size=node.batch_size,
         micro_batch_size=node.micro_batch_size,
         gradient_clip=node.gradient_clip,
+        validate_every=node.validate_every,
+        select=node.select,
     )
 
 
@@ -219,6 +225,7 @@ def make_stage(
         name=parts.name,
         lora=parts.lora,
         keeps_reference=bool(getattr(loss, "needs_reference", False)),
+        selects_best=parts.select == "best_val",
         make_module=make_module,
         make_data=make_data,
         make_trainer=partial(make_trainer, parts),
@@ -263,6 +270,13 @@ def evaluation_sampler(plan: Plan, completion_length: int | None) -> BlockSample
         )
     steps = max(1, round(completion_length * sampler.num_steps / sampler.completion_length))
     return replace(sampler, completion_length=completion_length, num_steps=steps, block_length=block)
+
+
+def shortened(sampler: BlockSampler, tokens: int) -> BlockSampler:
+    """The sampler with a canvas shorter by a given prefix, in about as many steps and blocks of about the same size."""
+    length = sampler.completion_length - tokens
+    block = max(size for size in range(1, sampler.block_length + 1) if length % size == 0)
+    return replace(sampler, completion_length=length, block_length=block)
 
 
 def evaluation_rows(plan: Plan, tokenizer: Any) -> list[EncodedRow]:

@@ -7,8 +7,9 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,13 +19,17 @@ import datasets
 import transformers
 from omegaconf import DictConfig
 
-from d1lit.build import Plan, build, decode, evaluation_rows, evaluation_sampler, plan_run
+from d1lit.build import Plan, build, decode, evaluation_rows, evaluation_sampler, plan_run, shortened
 from d1lit.callbacks import StopFlag
+from d1lit.data import EncodedRow
 from d1lit.draws import CounterDraws
-from d1lit.evaluation import Protocol, append_records, check_coverage, evaluate, record, summarise
-from d1lit.models import Policy, add_lora, load_adapter, load_weights, merge_lora
+from d1lit.evaluation import Protocol, append_records, check_coverage, evaluate, read_records, record, summarise
+from d1lit.models import Policy, add_lora, encode_text, load_adapter, load_weights, merge_lora
+from d1lit.modules.stage_data import prompt_rows
 from d1lit.report.console import show_table
 from d1lit.rewards.stored import published_row
+from d1lit.sampling import BlockSampler
+from d1lit.statistics import mean_over_seeds, pass_at_k
 from d1lit.tasks import Task, graded_text, prompt_protocol
 from d1lit.types import Example
 from d1lit.validation import ConfigError, as_config_error
@@ -166,47 +171,115 @@ class TaskEvaluator:
     flag: StopFlag
 
     def __call__(self, policy: Policy, stage: str) -> list[dict[str, Any]]:
-        """Entries of `evaluations`, one a length."""
+        """Entries of `evaluations`, one a length, and of `probes`, which say what was probed."""
         config = self.plan.config.evaluation
-        return [] if stage == "base" and not config.base else self.at_seed(policy, stage, config.seed)
+        if stage == "base" and not config.base:
+            return []
+        entries = self.at_seed(policy, stage, config.seed)
+        entries += [self._forced(policy, stage, prefix) for prefix in config.forced_prefixes]
+        return entries if config.pass_at_k is None else [*entries, self._pass_at_k(policy, stage)]
 
     def at_seed(self, policy: Policy, stage: str, seed: int) -> list[dict[str, Any]]:
         """Entries of `evaluations`, one a length, with the draws of one seed."""
+        rows, prefix = evaluation_rows(self.plan, self.tokenizer), graded_text(self.plan.task.template, "")
         lengths = self.plan.config.evaluation.lengths or [self.plan.sampler.completion_length]
-        return [self._at_length(policy, stage, length, seed) for length in lengths]
+        return [
+            self._entry(policy, stage, evaluation_sampler(self.plan, length), rows, seed, prefix) for length in lengths
+        ]
 
-    def _at_length(self, policy: Policy, stage: str, length: int, seed: int) -> dict[str, Any]:
-        plan, task, config = self.plan, self.plan.task, self.plan.config.evaluation
-        sampler = evaluation_sampler(plan, length)
-        rows = evaluation_rows(plan, self.tokenizer)
+    def validation(self, policy: Policy) -> dict[str, float]:
+        """Accuracy and further measures on the validation rows."""
+        rows = prompt_rows(self.plan.task, "val", self.tokenizer)
+        records = self._records(policy, evaluation_sampler(self.plan, None), rows, 0, None, self._graded_prefix)
+        summary = summarise(records, self.plan.task.grader)
+        return {"accuracy": summary.accuracy, **{name: value["mean"] for name, value in summary.extra.items()}}
+
+    @property
+    def _graded_prefix(self) -> str:
+        return graded_text(self.plan.task.template, "")
+
+    def _forced(self, policy: Policy, stage: str, prefix: str) -> dict[str, Any]:
+        """What the policy reaches when the first words are put in its mouth: a yardstick of what it already can."""
+        ids = encode_text(self.tokenizer, prefix)
+        rows = [replace(row, prompt_ids=[*row.prompt_ids, *ids]) for row in evaluation_rows(self.plan, self.tokenizer)]
+        sampler = shortened(evaluation_sampler(self.plan, None), len(ids))
+        seed = self.plan.config.evaluation.seed
+        entry = self._entry(policy, f"{stage}-forced", sampler, rows, seed, self._graded_prefix + prefix)
+        return {**entry, "stage": stage, "probe": "forced", "prefix": prefix}
+
+    def _pass_at_k(self, policy: Policy, stage: str) -> dict[str, Any]:
+        """Unbiased pass@k of several samples a row."""
+        wanted = self.plan.config.evaluation.pass_at_k
+        rows = evaluation_rows(self.plan, self.tokenizer)[: wanted.rows]
+        sampler = replace(evaluation_sampler(self.plan, None), temperature=wanted.temperature)
+        many = [row for row in rows for _ in range(wanted.num_samples)]
+        seed = self.plan.config.evaluation.seed
+        entry = self._entry(policy, f"{stage}-samples", sampler, many, seed, self._graded_prefix)
+        records = read_records(self.folder / entry["rows_file"])
+        correct = Counter(r["index"] // wanted.num_samples for r in records if r["strict"]["value"] >= 1.0)
+        estimates = {}
+        for k in wanted.ks:
+            values = [pass_at_k(wanted.num_samples, correct[n], k) for n in range(len(rows))]
+            mean = mean_over_seeds(values)
+            estimates[str(k)] = {"mean": mean.value, "interval": (mean.low, mean.high)}
+        return {**entry, "stage": stage, "probe": "pass_at_k", "pass_at_k": estimates}
+
+    def _entry(
+        self, policy: Policy, stage: str, sampler: BlockSampler, rows: Sequence[EncodedRow], seed: int, prefix: str
+    ) -> dict[str, Any]:
+        task = self.plan.task
         protocol = self._protocol(sampler, len(rows), seed)
-        file = self.folder / "evaluations" / f"{stage}-{task.display_name}-{length}-{protocol.sha256[:8]}.jsonl"
-        records = evaluate(
-            policy,
-            sampler,
-            rows,
-            partial(decode, self.tokenizer, policy.eos_token_id),
-            task.judges,
-            CounterDraws(seed),
-            batch_size=config.batch_size,
-            device=plan.device,
-            file=file,
-            progress=self._progress,
-            graded_prefix=graded_text(task.template, ""),
-        )
+        name = f"{stage}-{task.display_name}-{sampler.completion_length}-{protocol.sha256[:8]}.jsonl"
+        file = self.folder / "evaluations" / name
+        records = self._records(policy, sampler, rows, seed, file, prefix)
         check_coverage(records, len(rows))
-        summary = summarise(records, task.grader)
         return {
             "stage": stage,
             "task": task.display_name,
-            "split": config.split,
-            "completion_length": length,
+            "split": self.plan.config.evaluation.split,
+            "completion_length": sampler.completion_length,
             "seed": seed,
-            **asdict(summary),
+            **asdict(summarise(records, task.grader)),
             "rows_file": str(file.relative_to(self.folder)),
             **asdict(protocol),
             "protocol_sha256": protocol.sha256,
         }
+
+    def _records(
+        self,
+        policy: Policy,
+        sampler: BlockSampler,
+        rows: Sequence[EncodedRow],
+        seed: int,
+        file: Path | None,
+        prefix: str,
+    ) -> list[dict[str, Any]]:
+        return evaluate(
+            policy,
+            sampler,
+            rows,
+            partial(decode, self.tokenizer, policy.eos_token_id),
+            self.plan.task.judges,
+            CounterDraws(seed),
+            batch_size=self.plan.config.evaluation.batch_size,
+            device=self.plan.device,
+            file=file,
+            progress=self._progress,
+            graded_prefix=prefix,
+        )
+
+    def baselines(self) -> dict[str, dict[str, Any]]:
+        """What needs no model, on the same rows."""
+        task = self.plan.task
+        rows = [row.example for row in evaluation_rows(self.plan, self.tokenizer)]
+        found = {}
+        for name, answer in task.baselines.items():
+            texts = answer(rows, task.rows("train"))
+            grades = task.judges.grade(texts, rows)
+            records = [record(n, rows[n], texts[n], grades[n], length=0, truncated=False) for n in range(len(rows))]
+            summary = summarise(records, task.grader)
+            found[name] = {key: asdict(summary)[key] for key in ("n", "correct", "accuracy", "interval", "extra")}
+        return found
 
     def _progress(self, done: int, total: int) -> None:
         self.flag.raise_if_stopped()

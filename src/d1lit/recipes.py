@@ -27,6 +27,8 @@ class Stage:
     """None: all weights train."""
     keeps_reference: bool
     """The loss asks for the policy as it stood at the start of the stage."""
+    selects_best: bool
+    """Hand over the weights that were best on the validation rows, not the last ones."""
     make_module: Callable[[Policy], L.LightningModule]
     make_data: Callable[[], StageData]
     make_trainer: Callable[[Path, int], L.Trainer]
@@ -47,6 +49,11 @@ class StageFolder:
     def checkpoints(self) -> Path:
         """One folder a checkpoint."""
         return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """The weights that were best on the validation rows so far."""
+        return self.path / "best"
 
     @property
     def weights(self) -> Path:
@@ -104,6 +111,8 @@ def _fit(folder: StageFolder, policy: Policy, stage: Stage, say: Say) -> None:
     trainer.fit(stage.make_module(policy), datamodule=stage.make_data(), ckpt_path=path)
     say(f"{stage.name}: {trainer.global_step} updates in {time.perf_counter() - started:.0f} s")
     policy.reference_model = None
+    if stage.selects_best:
+        load_weights(policy, folder.best)
 
 
 def is_first_process() -> bool:

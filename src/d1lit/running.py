@@ -21,13 +21,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from d1lit.build import Plan, StageParts, build, make_stage, plan_run
-from d1lit.callbacks import ConsoleProgress, StopFlag, StopOnSignal
+from d1lit.callbacks import ConsoleProgress, StopFlag, StopOnSignal, Validate
 from d1lit.checkpoint import FolderCheckpointIO, lock_run
 from d1lit.evaluating import PACKAGES, TaskEvaluator, quiet_libraries, write_results
 from d1lit.models import Policy, save_weights
 from d1lit.recipes import StageFolder, is_first_process, run_recipe, run_stage
 from d1lit.report.console import console, say, show_table
 from d1lit.report.events import cut_events
+from d1lit.security import redact, redact_text
 from d1lit.validation import ConfigError
 
 
@@ -47,16 +48,18 @@ def run_training(config: DictConfig, overrides: Sequence[str]) -> int:
     folder = run_folder(config)
     flag = StopFlag()
     with lock_run(folder), flag.installed():
-        write_once(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-        write_once(folder / "overrides.json", json.dumps(list(overrides)))
-        write_once(folder / "environment.json", json.dumps(environment(), indent=2))
+        write_once(folder / "config.yaml", redact_text(OmegaConf.to_yaml(config, resolve=True)))
+        write_once(folder / "overrides.json", json.dumps(redact(list(overrides))))
+        write_once(folder / "environment.json", json.dumps(redact(environment()), indent=2))
         started = time.time()
         policy, tokenizer = base_policy(plan, folder, flag)
         evaluator = TaskEvaluator(plan, tokenizer, folder, flag)
-        stages = [make_stage(plan, parts, tokenizer, partial(make_trainer, plan, flag)) for parts in plan.stages]
+        stages = [
+            make_stage(plan, parts, tokenizer, partial(make_trainer, plan, flag, tokenizer)) for parts in plan.stages
+        ]
         policy, evaluations = run_recipe(folder, policy, stages, evaluator, plan.seed, say)
         if is_first_process():
-            finish(plan, folder, policy, tokenizer, evaluations, time.time() - started)
+            finish(plan, folder, policy, tokenizer, evaluator, evaluations, time.time() - started)
     return 0
 
 
@@ -129,7 +132,7 @@ def base_policy(plan: Plan, folder: Path, flag: StopFlag) -> tuple[Policy, Any]:
     if not home.exists():
         say(f"base: pretraining the tiny model on {plan.task.name}; it will be kept in {home}")
         policy, tokenizer = plan.make_policy()
-        stage = make_stage(plan, plan.base, tokenizer, partial(make_trainer, plan, flag))
+        stage = make_stage(plan, plan.base, tokenizer, partial(make_trainer, plan, flag, tokenizer))
         work = StageFolder(folder / "stages" / "base")
         run_stage(work, policy, stage, plan.seed, say)
         if is_first_process():
@@ -167,13 +170,19 @@ def keep_base(weights: Path, tokenizer: Any, home: Path) -> None:
 # -------------------------------------------------------------------------------------------------------------- fitting
 
 
-def make_trainer(plan: Plan, flag: StopFlag, parts: StageParts, folder: Path, first_step: int) -> L.Trainer:
+def make_trainer(
+    plan: Plan, flag: StopFlag, tokenizer: Any, parts: StageParts, folder: Path, first_step: int
+) -> L.Trainer:
     """A Trainer for one stage; accumulation follows from the global batch and the devices."""
     flags: dict[str, Any] = OmegaConf.to_container(plan.config.trainer, resolve=True)  # type: ignore[assignment]
     precision = flags.pop("precision") or ("bf16-true" if plan.config.model.dtype == "bfloat16" else "32-true")
     world_size = flags["num_nodes"] * (flags["devices"] if isinstance(flags["devices"], int) else 1)
-    callbacks: list[L.Callback] = [StopOnSignal(flag), ConsoleProgress(parts.name, parts.max_updates, console)]
+    callbacks: list[L.Callback] = []
     watch = plan.config.callbacks
+    if parts.validate_every is not None and plan.task.val_rows:
+        measure = TaskEvaluator(plan, tokenizer, folder.parent.parent, flag).validation
+        best = folder / "best" if parts.select == "best_val" else None
+        callbacks.append(Validate(measure, best, parts.validate_every))
     if watch.save is not None:
         callbacks.append(build(plan.config, "callbacks.save")(folder=folder / "checkpoints"))
     if watch.samples is not None:
@@ -181,6 +190,8 @@ def make_trainer(plan: Plan, flag: StopFlag, parts: StageParts, folder: Path, fi
         callbacks.append(build(plan.config, "callbacks.samples")(stage=parts.name, file=file, console=console))
     own = [name for name in watch if name not in ("save", "samples") and watch[name] is not None]
     callbacks += [build(plan.config, f"callbacks.{name}") for name in own]
+    # Last: they see the step at which an alarm ends the run.
+    callbacks += [ConsoleProgress(parts.name, parts.max_updates, console), StopOnSignal(flag)]
     return L.Trainer(
         **flags,
         precision=precision,
@@ -212,7 +223,13 @@ def make_logger(plan: Plan, folder: Path, stage: str, first_step: int) -> Any:
 
 
 def finish(
-    plan: Plan, folder: Path, policy: Policy, tokenizer: Any, evaluations: list[dict[str, Any]], seconds: float
+    plan: Plan,
+    folder: Path,
+    policy: Policy,
+    tokenizer: Any,
+    evaluator: TaskEvaluator,
+    entries: list[dict[str, Any]],
+    seconds: float,
 ) -> None:
     """Write the final model and results.json, and print the table."""
     if not (folder / "model").exists():
@@ -225,7 +242,9 @@ def finish(
         "seed": plan.seed,
         "grader": plan.task.grader,
         "data": plan.task.overlap.record(),
-        "evaluations": evaluations,
+        "evaluations": [entry for entry in entries if "probe" not in entry],
+        "probes": [entry for entry in entries if "probe" in entry],
+        "baselines": evaluator.baselines(),
         "cost": {"seconds": round(seconds, 1)},
     }
     write_results(folder / "results.json", results)

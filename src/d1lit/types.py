@@ -48,7 +48,7 @@ class Draws(Protocol):
         step: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> Float[Tensor, "n ..."]:
-        """Uniforms in the open interval (0, 1), one block of `shape` for each global row id, on the device of `rows`."""
+        """Uniforms in the open interval (0, 1), a block of `shape` for each global row id, on the device of `rows`."""
         ...
 
     def batch(self, stream: str, shape: tuple[int, ...], step: int = 0) -> Float[Tensor, "..."]:
@@ -261,6 +261,8 @@ class RewardBatch:
     valid: Bool[Tensor, "N F"]
     """False where a judge failed (timeout, error)."""
     weights: Float[Tensor, " F"]
+    step: int = 0
+    """Which rollout of the run this is, for the rare advantage that draws."""
 
     @property
     def total(self) -> Float[Tensor, " N"]:

@@ -5,6 +5,7 @@ from d1lit.callbacks.progress import ConsoleProgress
 from d1lit.callbacks.samples import SampleTable
 from d1lit.callbacks.saving import SaveCheckpoints
 from d1lit.callbacks.signals import Interrupted, StopFlag, StopOnSignal
+from d1lit.callbacks.validation import Validate
 
 __all__ = [
     "Alarm",
@@ -16,4 +17,5 @@ __all__ = [
     "SkipNonFinite",
     "StopFlag",
     "StopOnSignal",
+    "Validate",
 ]

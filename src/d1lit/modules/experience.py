@@ -30,13 +30,15 @@ class Experience:
     step: int
 
 
-def reward_batch(verdicts: dict[str, list[Verdict]], weights: Mapping[str, float], device: torch.device) -> RewardBatch:
+def reward_batch(
+    verdicts: dict[str, list[Verdict]], weights: Mapping[str, float], device: torch.device, step: int
+) -> RewardBatch:
     """Verdicts by reward part as tensors, one column a part."""
     names = list(verdicts)
     value = torch.tensor([[v.value for v in verdicts[name]] for name in names], dtype=torch.float32).T
     valid = torch.tensor([[v.outcome in ("ok", "unparsed") for v in verdicts[name]] for name in names]).T
     weight = torch.tensor([weights[name] for name in names], dtype=torch.float32)
-    return RewardBatch(value.to(device), valid.to(device), weight.to(device))
+    return RewardBatch(value.to(device), valid.to(device), weight.to(device), step)
 
 
 def detached(logprobs: LogProbs) -> LogProbs:

@@ -138,7 +138,7 @@ class DiffuGRPO(L.LightningModule):
             rollout = replace(rollout, completions=tuple(self.decode(ids) for ids in rollout.completion_ids))
         with self.stopwatch("reward"):
             self.verdicts = self.reward.grade(rollout.completions, rollout.examples)
-            rewards = self._gathered(reward_batch(self.verdicts, self.reward.weights, rollout.device))
+            rewards = self._gathered(reward_batch(self.verdicts, self.reward.weights, rollout.device, step))
             self._refuse_failed(rewards)
             advantages = self.advantage(rewards, self.group_size)
         here = slice(self.global_rank * len(rollout.row_ids), (self.global_rank + 1) * len(rollout.row_ids))
@@ -225,7 +225,7 @@ class DiffuGRPO(L.LightningModule):
         value, valid = self.all_gather(rewards.value), self.all_gather(rewards.valid)
         assert isinstance(value, Tensor)
         assert isinstance(valid, Tensor)
-        return RewardBatch(value.reshape(-1, parts), valid.reshape(-1, parts), rewards.weights)
+        return RewardBatch(value.reshape(-1, parts), valid.reshape(-1, parts), rewards.weights, rewards.step)
 
     def _refuse_failed(self, rewards: RewardBatch) -> None:
         failed = 1.0 - float(rewards.valid.float().mean())

@@ -24,10 +24,12 @@ class Demonstrations:
     layout: Layout
     overlong: Literal["error", "drop"]
     """What becomes of a demonstration longer than the layout's canvas."""
+    seed_offset: int
+    """Added to the run's seed: another stage of the same run gets other demonstrations."""
 
     def rows(self, task: Task, tokenizer: Any, seed: int) -> list[EncodedRow]:
         """Prompt and completion as ids."""
-        found = task.demonstrations(self.count, seed)
+        found = task.demonstrations(self.count, seed + 1_000_003 * self.seed_offset)
         return encoded_demonstrations(found, task, task.demonstration_template, tokenizer, self.layout, self.overlong)
 
 

@@ -1,7 +1,8 @@
 """Answers that need no model: what a table must beat before it says anything.
 
 Each takes rows and gives one completion a row, in the trained shape, so that the same grader judges it. Randomness
-comes from a hash of the row's id: the same row always gets the same answer, in any order and on any machine.
+comes from a hash of the row's id: the same row always gets the same answer, in any order and on any machine. All take
+the training rows too, which few look at.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ def most_common_answer(examples: Sequence[Example], train: Sequence[Example]) ->
     return [as_completion(commonest)] * len(examples)
 
 
-def sum_of_numbers(examples: Sequence[Example]) -> list[str]:
+def sum_of_numbers(examples: Sequence[Example], train: Sequence[Example] = ()) -> list[str]:
     """Countdown: all numbers added, in the order given."""
     return [as_completion(" + ".join(map(str, row["numbers"]))) for row in examples]
 
 
-def random_expression(examples: Sequence[Example]) -> list[str]:
+def random_expression(examples: Sequence[Example], train: Sequence[Example] = ()) -> list[str]:
     """Countdown: the numbers in random order with random operators, bracketed from the left."""
     return [as_completion(_random_expression(row)) for row in examples]
 
@@ -63,7 +64,7 @@ def constant_digit(examples: Sequence[Example], digit: str) -> list[str]:
     return [as_completion(digit * 16) for _ in examples]
 
 
-def row_fill(examples: Sequence[Example]) -> list[str]:
+def row_fill(examples: Sequence[Example], train: Sequence[Example] = ()) -> list[str]:
     """Sudoku: each row's missing digits in ascending order; keeps the givens, looks at nothing else."""
     return [as_completion(_filled(row["puzzle"])) for row in examples]
 
@@ -77,7 +78,7 @@ def _filled(puzzle: str) -> str:
     return grid
 
 
-def random_candidate(examples: Sequence[Example]) -> list[str]:
+def random_candidate(examples: Sequence[Example], train: Sequence[Example] = ()) -> list[str]:
     """Sudoku: each empty cell a random digit that its row, column and box givens allow (1 where none is)."""
     return [as_completion(_candidate(row)) for row in examples]
 
@@ -98,7 +99,7 @@ def _candidate(row: Example) -> str:
     return grid
 
 
-def random_solution(examples: Sequence[Example]) -> list[str]:
+def random_solution(examples: Sequence[Example], train: Sequence[Example] = ()) -> list[str]:
     """Sudoku: a random legal completion of the givens; what ambiguity alone costs under d1's metric.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -97,6 +97,7 @@ class Task:
         short_traces: compact traces (calculator marks, joined steps) instead of full rationales.
         grader: whose verdict results count; every row keeps both.
         judges: both graders; used by reward, validation and test alike.
+        baselines: answers that need no model, by name; each from the rows to answer and the train rows.
         scales: the values that each model scale brings with it; read by the configuration, not here.
     """
 
@@ -119,6 +120,7 @@ class Task:
     short_traces: bool
     grader: Literal["strict", "d1"]
     judges: Any
+    baselines: Mapping[str, Callable[[Sequence[Example], Sequence[Example]], list[str]]]
     scales: Mapping[str, Any]
 
     def __post_init__(self) -> None:
