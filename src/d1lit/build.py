@@ -20,7 +20,7 @@ from d1lit.modules import Corpus, Demonstrations, DiffuGRPO, MaskedSFT, Prompts,
 from d1lit.modules.stage_data import prompt_rows
 from d1lit.recipes import Stage
 from d1lit.sampling import BlockSampler
-from d1lit.tasks import Task
+from d1lit.tasks import Task, graded_text
 from d1lit.validation import ConfigError, as_config_error
 
 
@@ -208,7 +208,7 @@ def make_stage(
             lr_schedule=parts.lr_schedule,
             num_updates=parts.max_updates,
             seed=seed,
-            **_module_extras(parts, policy, tokenizer),
+            **_module_extras(plan, parts, policy, tokenizer),
         )
         assert isinstance(module, DiffuGRPO | MaskedSFT)
         return module
@@ -232,15 +232,20 @@ def make_stage(
     )
 
 
-def _module_extras(parts: StageParts, policy: Policy, tokenizer: Any) -> dict[str, Any]:
+def _module_extras(plan: Plan, parts: StageParts, policy: Policy, tokenizer: Any) -> dict[str, Any]:
     if isinstance(parts.data, Prompts):
-        return {"decode": partial(decode, tokenizer, policy.eos_token_id)}
+        return {"decode": partial(judged_text, plan.task, tokenizer, policy.eos_token_id)}
     return {"layout": parts.data.layout}
 
 
 def decode(tokenizer: Any, eos_token_id: int, ids: torch.Tensor) -> str:
     """Text of a completion up to its end."""
     return decode_completion(tokenizer, ids.tolist(), eos_token_id)
+
+
+def judged_text(task: Task, tokenizer: Any, eos_token_id: int, ids: torch.Tensor) -> str:
+    """What the judges read of a completion: with the prompt's prefill before it where the template says so."""
+    return graded_text(task.template, decode(tokenizer, eos_token_id, ids))
 
 
 def _dataset(
