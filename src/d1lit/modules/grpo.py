@@ -21,6 +21,7 @@ from d1lit.modules.optimizing import (
     OptimizerFactory,
     ScheduleFactory,
     configure,
+    seed_dropout,
     trainable_state,
 )
 from d1lit.rewards.parts import RewardParts
@@ -252,6 +253,11 @@ class DiffuGRPO(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule over the trainable parameters."""
         return configure(self.policy, self.optimizer_factory, self.schedule_factory, self.num_updates)
+
+    def on_train_batch_start(self, batch: InnerUpdate, batch_idx: int) -> None:
+        """Dropout is the one reader of the global generator."""
+        place = f"dropout.{self.global_rank}.{batch.micro}"
+        seed_dropout(self.policy, self.draws.at(step=batch.step, inner=batch.inner).torch_seed(place))
 
     def on_train_batch_end(self, outputs: Any, batch: InnerUpdate, batch_idx: int) -> None:
         """Log once an optimizer step, over all its micro-batches."""

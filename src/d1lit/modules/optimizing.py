@@ -61,6 +61,15 @@ def configure(
     return {"optimizer": built, "lr_scheduler": {"scheduler": lr_schedule(built, num_updates), "interval": "step"}}
 
 
+def seed_dropout(policy: torch.nn.Module, seed: int) -> None:
+    """Seed the global generator where the network has dropout, which knows no other: else leave it alone.
+
+    So the masks of a micro-batch depend on which one it is, not on what ran before it, and a resumed run repeats them.
+    """
+    if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in policy.modules()):
+        torch.manual_seed(seed)
+
+
 def trainable_state(policy: torch.nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """A state dict without the frozen base: the stage's start already holds it. A kept reference stays in."""
     base = {f"policy.{name}" for name, p in policy.named_parameters() if not p.requires_grad}

@@ -19,6 +19,7 @@ from d1lit.modules.optimizing import (
     OptimizerFactory,
     ScheduleFactory,
     configure,
+    seed_dropout,
     trainable_state,
 )
 from d1lit.types import Schedule
@@ -78,7 +79,7 @@ class MaskedSFT(L.LightningModule):
         noised_ids = apply_mask(batch.ids, is_masked, self.policy.mask_token_id)
         hidden = self.policy.hidden(noised_ids, batch.attention)
         logprobs = self.policy.logprobs(hidden[is_masked], batch.ids[is_masked][:, None])[:, 0]
-        nll = torch.zeros(batch.ids.shape, device=logprobs.device).masked_scatter(is_masked, -logprobs)
+        nll = logprobs.new_zeros(batch.ids.shape).masked_scatter(is_masked, -logprobs)
         weight = self.schedule.weight(t)
         loss = self.loss(nll, weight, is_masked, batch.is_target, batch.num_targets, batch.num_rows)
         return loss, {
@@ -105,6 +106,10 @@ class MaskedSFT(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule over the trainable parameters."""
         return configure(self.policy, self.optimizer_factory, self.schedule_factory, self.num_updates)
+
+    def on_train_batch_start(self, batch: CompletionBatch, batch_idx: int) -> None:
+        """Dropout is the one reader of the global generator."""
+        seed_dropout(self.policy, self.draws.at(step=batch.step).torch_seed(f"dropout.{int(batch.row_ids[0])}"))
 
     def on_train_batch_end(self, outputs: Any, batch: CompletionBatch, batch_idx: int) -> None:
         """Log once an optimizer step, over all its micro-batches."""
