@@ -7,7 +7,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "d1lit"
 
 LAYERS: list[set[str]] = [
     {"types", "draws", "security"},
-    {"schedules", "masking", "estimators", "advantages", "losses", "rewards", "statistics"},
+    {"schedules", "masking", "estimators", "advantages", "losses", "rewards", "statistics", "costs"},
     {"models"},
     {"scoring", "sampling"},
     {"tasks", "data"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from d1lit.checkpoint import newest, read_facts
 from d1lit.models import LoraSettings, Policy, add_lora, load_weights, merge_lora, save_weights
 from d1lit.modules import StageData
+from d1lit.modules.accounting import Accounted
 
 Say = Callable[[str], None]
 
@@ -59,6 +61,26 @@ class StageFolder:
     def weights(self) -> Path:
         """The stage's result: a model folder, or an adapter's; there once the stage is finished."""
         return self.path / "model"
+
+    @property
+    def cost(self) -> Path:
+        """What the stage took, in numbers; there before `weights` is."""
+        return self.path / "cost.json"
+
+
+def write_cost(folder: StageFolder, record: dict[str, Any]) -> None:
+    """Keep a stage's account, whole or not at all."""
+    staging = folder.cost.with_suffix(".staging")
+    staging.write_text(json.dumps(record, indent=2))
+    staging.replace(folder.cost)
+
+
+def read_costs(folder: Path, stages: Sequence[str]) -> dict[str, Any]:
+    """The accounts of the stages of a run, and their sums: what recipes are compared at."""
+    files = {name: StageFolder(folder / "stages" / name).cost for name in stages}
+    found = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    sums = {key: sum(record[key] for record in found.values()) for key in ("forwards", "tokens", "flops")}
+    return {**sums, "stages": found}
 
 
 def run_recipe(
@@ -108,7 +130,10 @@ def _fit(folder: StageFolder, policy: Policy, stage: Stage, say: Say) -> None:
     trainer = stage.make_trainer(folder.path, first_step)
     started = time.perf_counter()
     path = None if checkpoint is None else str(checkpoint)
-    trainer.fit(stage.make_module(policy), datamodule=stage.make_data(), ckpt_path=path)
+    module = stage.make_module(policy)
+    trainer.fit(module, datamodule=stage.make_data(), ckpt_path=path)
+    if isinstance(module, Accounted) and is_first_process():
+        write_cost(folder, module.cost.record())
     say(f"{stage.name}: {trainer.global_step} updates in {time.perf_counter() - started:.0f} s")
     policy.reference_model = None
     if stage.selects_best:

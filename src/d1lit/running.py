@@ -25,7 +25,7 @@ from d1lit.callbacks import ConsoleProgress, StopFlag, StopOnSignal, Validate
 from d1lit.checkpoint import FolderCheckpointIO, lock_run
 from d1lit.evaluating import PACKAGES, TaskEvaluator, quiet_libraries, write_results
 from d1lit.models import Policy, save_weights
-from d1lit.recipes import StageFolder, is_first_process, run_recipe, run_stage
+from d1lit.recipes import StageFolder, is_first_process, read_costs, run_recipe, run_stage
 from d1lit.report.console import console, say, show_table
 from d1lit.report.events import cut_events
 from d1lit.security import redact, redact_text
@@ -245,7 +245,7 @@ def finish(
         "evaluations": [entry for entry in entries if "probe" not in entry],
         "probes": [entry for entry in entries if "probe" in entry],
         "baselines": evaluator.baselines(),
-        "cost": {"seconds": round(seconds, 1)},
+        "cost": {"seconds": round(seconds, 1), **read_costs(folder, [parts.name for parts in plan.stages])},
     }
     write_results(folder / "results.json", results)
     show_table(results)

@@ -11,6 +11,16 @@ from jaxtyping import Bool, Float, Int
 from peft import PeftModel
 from torch import Tensor, nn
 
+from d1lit.costs import (
+    Extent,
+    NetworkShape,
+    Work,
+    adapter_flops,
+    body_backward_flops,
+    body_flops,
+    head_flops,
+    logprob_flops,
+)
 from d1lit.models.cache import KVCache
 from d1lit.models.head import DEFAULT_BUDGET, chunked_entropy, chunked_logprobs
 from d1lit.models.lora import ADAPTER, base_weight, factors, lora_layers, merged_weight
@@ -40,6 +50,8 @@ class Policy(nn.Module):
         self.attend_padding = attend_padding
         self.head_budget = head_budget
         self.reference_model: MaskedDiffusionLM | None = None
+        self.work = Work()
+        """Everything the network has computed so far, backward passes included."""
         self._in_reference = False
         self._is_merged = False
 
@@ -97,10 +109,14 @@ class Policy(nn.Module):
         """Final hidden states that predict the tokens AT the kept positions; see MaskedDiffusionLM.hidden."""
         if self.attend_padding and attention is not None and attention.dim() == 2:
             attention = None
-        return self.network.hidden(ids, attention, position_ids, keep, cache)
+        backward = self._count_forward(ids, keep, cache)
+        hidden = self.network.hidden(ids, attention, position_ids, keep, cache)
+        self._count_when_differentiated(hidden, backward)
+        return hidden
 
     def head(self, hidden: Float[Tensor, "*M D"]) -> Float[Tensor, "*M V"]:
         """Logits, in fp32 (fp64 for a fp64 network)."""
+        self.work.flops += head_flops(self.shape, hidden.shape[:-1].numel())
         logits = self.network.lm_head(hidden.to(self.dtype))
         return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -108,10 +124,16 @@ class Policy(nn.Module):
         self, hidden: Float[Tensor, "M D"], targets: Int[Tensor, "M J"], temperature: float = 1.0
     ) -> Float[Tensor, "M J"]:
         """Log-probabilities of J targets at each position, chunked over positions."""
-        return chunked_logprobs(hidden, self.network.head_weight, targets, temperature, self.head_budget)
+        values = chunked_logprobs(hidden, self.network.head_weight, targets, temperature, self.head_budget)
+        trains_head = self.network.head_weight.requires_grad
+        forward, backward = logprob_flops(self.shape, len(hidden), values.requires_grad, trains_head)
+        self.work.flops += forward
+        self._count_when_differentiated(values, backward)
+        return values
 
     def entropy(self, hidden: Float[Tensor, "M D"], temperature: float = 1.0) -> Float[Tensor, " M"]:
         """Entropy of the prediction at each position, in nats; no gradient."""
+        self.work.flops += head_flops(self.shape, len(hidden))
         return chunked_entropy(hidden, self.network.head_weight, temperature, self.head_budget)
 
     def view_bytes(self, length: int, with_gradient: bool) -> int:
@@ -130,6 +152,49 @@ class Policy(nn.Module):
         if self.network.model.layers[0].gradient_checkpointing:
             return length * itemsize * (config.num_hidden_layers * width + per_block)
         return length * itemsize * config.num_hidden_layers * per_block
+
+    # ------------------------------------------------------------------------------------------------- what it costs
+
+    @property
+    def shape(self) -> NetworkShape:
+        """The sizes that cost formulas read."""
+        config = self.network.config
+        head_width = config.hidden_size // config.num_attention_heads
+        return NetworkShape(
+            width=config.hidden_size,
+            mlp_width=config.intermediate_size,
+            kv_width=config.num_key_value_heads * head_width,
+            num_layers=config.num_hidden_layers,
+            vocab_size=config.vocab_size,
+        )
+
+    def _count_forward(self, ids: Tensor, keep: Tensor | None, cache: KVCache | None) -> int:
+        """Count a forward, before it runs: a recomputation stops as soon as it can. Gives its backward pass's cost."""
+        rows, queries = ids.shape
+        keys = queries if cache is None or cache.span is None else cache.canvas["ids"].shape[1]
+        extent = Extent(rows, queries, keys, queries if keep is None else keep.shape[1])
+        beside = adapter_flops(self._active_adapter_params(), extent)
+        self.work.forwards += 1
+        self.work.tokens += rows * queries
+        self.work.flops += body_flops(self.shape, extent) + beside
+        recomputes = bool(self.network.model.layers[0].gradient_checkpointing)
+        return body_backward_flops(self.shape, extent, not self.is_adapted, recomputes) + 2 * beside
+
+    def _count_when_differentiated(self, value: Tensor, flops: int) -> None:
+        """Add to the count once a gradient arrives; what is only recomputed for a backward pass gets none."""
+        if value.requires_grad and flops:
+            value.register_hook(lambda _: self._add_flops(flops))
+
+    def _add_flops(self, flops: int) -> None:
+        self.work.flops += flops
+
+    def _active_adapter_params(self) -> int:
+        """Entries of the low-rank factors that a forward multiplies with."""
+        if not isinstance(self.model, PeftModel) or self._is_merged:
+            return 0
+        if self._in_reference and REFERENCE_ADAPTER not in self.model.peft_config:
+            return 0
+        return sum(factor.numel() for _, layer in lora_layers(self.model) for factor in factors(layer, ADAPTER))
 
     # ---------------------------------------------------------------------------------------- the reference policy
 

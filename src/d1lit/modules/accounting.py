@@ -1,44 +1,214 @@
-"""What an optimizer step did and what it cost: means over micro-batches and ranks, seconds, forwards."""
+"""What an optimizer step did and what it cost: means over micro-batches and ranks, seconds, work, memory."""
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
+import lightning as L
 import torch
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
 
+from d1lit.costs import SectionCost, Work, matmul_peak, utilisation
 from d1lit.types import Metrics, RewardBatch, Rollout
 
+_MB = 2**20
+_RESET_PEAK, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
-class Stopwatch:
-    """Seconds spent in named sections since the last reading."""
 
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
+class Meter:
+    """Seconds, network work and peak memory of named sections since the last reading; sections do not overlap.
+
+    Args:
+        work: the network's running count.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._sections: dict[str, SectionCost] = {}
+        self._open: tuple[str, float, Work] | None = None
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Add the time of the block to `name`; on a GPU the queue is drained first and last."""
-        self._drain()
-        start = time.perf_counter()
+        """Charge the block to `name`."""
+        self.start(name)
         try:
             yield
         finally:
-            self._drain()
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            self.stop()
 
-    def read(self) -> dict[str, float]:
-        """Seconds by name, and start again."""
-        seconds, self._seconds = self._seconds, {}
-        return seconds
+    def start(self, name: str) -> None:
+        """Charge what follows to `name`, until `stop`; on a GPU the queue is drained first."""
+        self.stop()
+        _drain()
+        reset_peak_memory()
+        self._open = (name, time.perf_counter(), Work().plus(self._work))
 
-    @staticmethod
-    def _drain() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+    def stop(self) -> None:
+        """Close the open section, if there is one."""
+        if self._open is None:
+            return
+        _drain()
+        (name, started, before), self._open = self._open, None
+        spent = SectionCost(time.perf_counter() - started, self._work.since(before), peak_memory_mb())
+        self._sections.setdefault(name, SectionCost()).add(spent)
+
+    def read(self) -> dict[str, SectionCost]:
+        """What each section took, and start again."""
+        self.stop()
+        sections, self._sections = self._sections, {}
+        return sections
+
+
+def _drain() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def reset_peak_memory() -> None:
+    """Let the next `peak_memory_mb` speak of what happens from here on."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    try:
+        _RESET_PEAK.write_text("5")  # Linux: the high-water mark of resident memory falls to its present value
+    except OSError:
+        return  # then the mark is that of the whole process
+
+
+def peak_memory_mb() -> float:
+    """Most memory held since `reset_peak_memory`: torch's on a GPU, the process's resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / _MB
+    try:
+        lines = _STATUS.read_text().splitlines()
+        return next(float(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    except (OSError, StopIteration):
+        import resource  # not everywhere, and only here
+
+        largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return largest / _MB if sys.platform == "darwin" else largest / 1024
+
+
+# ------------------------------------------------------------------------------------------------------ cost of a stage
+
+
+@dataclass
+class StageCost:
+    """What a stage has taken so far, over all ranks and resumes; whole optimizer steps only."""
+
+    updates: int = 0
+    sections: dict[str, SectionCost] = field(default_factory=dict)
+
+    def add(self, sections: Mapping[str, SectionCost]) -> None:
+        """One more optimizer step."""
+        self.updates += 1
+        for name, spent in sections.items():
+            self.sections.setdefault(name, SectionCost()).add(spent)
+
+    def record(self) -> dict[str, Any]:
+        """As plain numbers: sums first, then each section."""
+        return {"updates": self.updates, **_plain(total(self.sections)), "sections": _plain_all(self.sections)}
+
+    def load(self, record: Mapping[str, Any]) -> None:
+        """Go on from what `record` gave."""
+        self.updates = record["updates"]
+        self.sections = {
+            name: SectionCost(
+                spent["seconds"], Work(spent["forwards"], spent["tokens"], spent["flops"]), spent["peak_memory_mb"]
+            )
+            for name, spent in record["sections"].items()
+        }
+
+
+@runtime_checkable
+class Accounted(Protocol):
+    """A module that knows what its stage has cost."""
+
+    @property
+    def cost(self) -> StageCost:
+        """So far."""
+        ...
+
+
+def total(sections: Mapping[str, SectionCost]) -> SectionCost:
+    """Sum over sections; of the memory, the most."""
+    result = SectionCost()
+    for spent in sections.values():
+        result.add(spent)
+    return result
+
+
+def _plain(spent: SectionCost) -> dict[str, Any]:
+    return {"seconds": spent.seconds, **asdict(spent.work), "peak_memory_mb": spent.peak_memory_mb}
+
+
+def _plain_all(sections: Mapping[str, SectionCost]) -> dict[str, Any]:
+    return {name: _plain(spent) for name, spent in sections.items()}
+
+
+def over_ranks(sections: dict[str, SectionCost], strategy: Strategy, world_size: int) -> dict[str, SectionCost]:
+    """Work summed over ranks; of seconds and memory, the slowest and the largest rank's."""
+    if world_size == 1:
+        return sections
+    names = sorted(sections)
+    device = strategy.root_device
+    work = torch.tensor(
+        [list(asdict(sections[name].work).values()) for name in names], dtype=torch.float64, device=device
+    )
+    most = torch.tensor(
+        [[sections[name].seconds, sections[name].peak_memory_mb] for name in names], dtype=torch.float64, device=device
+    )
+    work, most = strategy.reduce(work, reduce_op="sum"), strategy.reduce(most, reduce_op="max")
+    assert isinstance(work, Tensor)
+    assert isinstance(most, Tensor)
+    return {
+        name: SectionCost(seconds, Work(*map(int, counts)), memory)
+        for name, counts, (seconds, memory) in zip(names, work.tolist(), most.tolist(), strict=True)
+    }
+
+
+def cost_metrics(sections: Mapping[str, SectionCost], peak: float) -> dict[str, float]:
+    """The costs of an optimizer step under their fixed names.
+
+    Args:
+        sections: what it took.
+        peak: operations a second that all devices together could do.
+    """
+    whole = total(sections)
+    busy = sum(spent.seconds for spent in sections.values() if spent.work.flops)
+    metrics = {
+        "cost/forwards": float(whole.work.forwards),
+        "cost/tokens": float(whole.work.tokens),
+        "cost/flops": float(whole.work.flops),
+        "cost/mfu": utilisation(whole.work.flops, busy, peak),
+        "cost/peak_memory_mb": whole.peak_memory_mb,
+    }
+    for name, spent in sections.items():
+        metrics[f"time/{name}_s"] = spent.seconds
+        metrics[f"cost/{name}_peak_memory_mb"] = spent.peak_memory_mb
+        if spent.work.flops:
+            metrics[f"cost/{name}_flops"] = float(spent.work.flops)
+    return metrics
+
+
+def machine_peak(module: L.LightningModule, dtype: torch.dtype) -> float:
+    """Operations a second of all devices together, in the number type that products are taken in here."""
+    device = module.device.type
+    with module.trainer.precision_plugin.forward_context():
+        if dtype == torch.float32 and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+    return matmul_peak(device, dtype) * module.trainer.world_size
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
 
 
 class UpdateMetrics(nn.Module):
@@ -83,7 +253,11 @@ class UpdateMetrics(nn.Module):
         self._mean_of("rollout/truncated_fraction", ~ended)
         self._mean_of("rollout/entropy", rollout.entropy[rollout.completion_mask])
 
-    def finish(self, stopwatch: Stopwatch) -> dict[str, float]:
+    def add_approximation(self, name: str, nats: Tensor) -> None:
+        """How far the sampler's own log-probs lie from the network's, in nats."""
+        self._mean_of(f"rollout/{name}", nats)
+
+    def finish(self) -> dict[str, float]:
         """All numbers of the step, reduced over ranks, and start again."""
         numbers = {"train/loss": float(self._loss.compute())}
         numbers |= {name: float(value) for name, value in self._rollout.items()}
@@ -93,7 +267,6 @@ class UpdateMetrics(nn.Module):
             if metric.update_called:
                 numbers[name] = float(metric.compute())
                 metric.reset()
-        numbers |= {f"time/{name}_s": seconds for name, seconds in stopwatch.read().items()}
         self._loss.reset()
         self._rollout = {}
         return numbers

@@ -15,7 +15,7 @@ from d1lit.data import InnerUpdate
 from d1lit.draws import CounterDraws
 from d1lit.losses import check_pair
 from d1lit.models import Policy
-from d1lit.modules.accounting import Stopwatch, UpdateMetrics
+from d1lit.modules.accounting import Meter, StageCost, UpdateMetrics, cost_metrics, machine_peak, over_ranks
 from d1lit.modules.experience import Experience, detached, restored, reward_batch
 from d1lit.modules.optimizing import (
     OptimizerFactory,
@@ -25,6 +25,7 @@ from d1lit.modules.optimizing import (
     trainable_state,
 )
 from d1lit.rewards.parts import RewardParts
+from d1lit.sampling import ApproximateSampler
 from d1lit.scoring import score
 from d1lit.types import (
     Advantage,
@@ -43,6 +44,10 @@ from d1lit.types import (
 
 MAX_FAILED_FRACTION = 0.5
 """A run whose judges fail (timeout, error) on more than this share of a rollout stops: its rewards mean nothing."""
+
+
+REPLAYED_ROWS = 2
+"""Rollouts of a batch on which an approximate sampler is compared with the exact network: one forward a step."""
 
 
 class DiffuGRPO(L.LightningModule):
@@ -95,7 +100,8 @@ class DiffuGRPO(L.LightningModule):
         self.verdicts: dict[str, list[Verdict]] = {}
         """What the reward parts said of the latest rollout of this rank; the samples table reads it."""
         self.metrics = UpdateMetrics()
-        self.stopwatch = Stopwatch()
+        self.meter = Meter(policy.work)
+        self.cost = StageCost()
         self.strict_loading = False  # frozen weights are not in a checkpoint: the stage starts from them
 
     @staticmethod
@@ -134,10 +140,10 @@ class DiffuGRPO(L.LightningModule):
     def collect(self, prompts: PromptBatch, step: int, num_micro: int) -> list[Experience]:
         """Sample, judge and freeze: everything that does not change over the inner updates of this rollout."""
         self._sync_reference(step)
-        with self.stopwatch("rollout"), self._rollout_weights():
+        with self.meter("rollout"), self._rollout_weights():
             rollout = self.sampler(self.policy, prompts, self.group_size, self.draws.at(step=step))
             rollout = replace(rollout, completions=tuple(self.decode(ids) for ids in rollout.completion_ids))
-        with self.stopwatch("reward"):
+        with self.meter("reward"):
             self.verdicts = self.reward.grade(rollout.completions, rollout.examples)
             rewards = self._gathered(reward_batch(self.verdicts, self.reward.weights, rollout.device, step))
             self._refuse_failed(rewards)
@@ -145,28 +151,29 @@ class DiffuGRPO(L.LightningModule):
         here = slice(self.global_rank * len(rollout.row_ids), (self.global_rank + 1) * len(rollout.row_ids))
         names, eos = list(self.verdicts), self.policy.eos_token_id
         self.metrics.add_rollout(rollout, rewards, advantages, names, self.group_size, eos)
-        with self.stopwatch("scoring"):
+        self._measure_approximation(rollout)
+        with self.meter("scoring"):
             return self._freeze(rollout, rewards.total[here], advantages[here], step, num_micro)
 
     def update(self, experience: Experience, inner: int, num_micro: int) -> Tensor:
         """The policy loss of one micro-batch under the corruption of this inner update."""
-        with self.stopwatch("update"):
-            logprobs, scores = self._likelihood(experience.rollout, experience.advantages, experience.step, inner)
-            old = experience.old[inner] if inner else detached(logprobs)
-            loss, metrics = self.loss(
-                LossInputs(
-                    logprobs=logprobs,
-                    old=old,
-                    ref=experience.ref[inner],
-                    advantages=experience.advantages,
-                    rewards=experience.rewards,
-                    group_size=self.group_size,
-                    completion_mask=experience.rollout.completion_mask,
-                    entropy=scores.entropy,
-                    num_units=experience.num_units[inner],
-                    num_rollouts=experience.num_rollouts,
-                )
+        self.meter.start("update")  # until `on_after_backward`
+        logprobs, scores = self._likelihood(experience.rollout, experience.advantages, experience.step, inner)
+        old = experience.old[inner] if inner else detached(logprobs)
+        loss, metrics = self.loss(
+            LossInputs(
+                logprobs=logprobs,
+                old=old,
+                ref=experience.ref[inner],
+                advantages=experience.advantages,
+                rewards=experience.rewards,
+                group_size=self.group_size,
+                completion_mask=experience.rollout.completion_mask,
+                entropy=scores.entropy,
+                num_units=experience.num_units[inner],
+                num_rollouts=experience.num_rollouts,
             )
+        )
         self.metrics.add_update(loss, metrics)
         # The loss is this micro-batch's share of the global one; Lightning averages over micro-batches and ranks.
         return loss * num_micro * self.trainer.world_size
@@ -241,6 +248,20 @@ class DiffuGRPO(L.LightningModule):
         folds = self.merge_for_rollouts or self.policy.merges_exactly
         return self.policy.merged() if folds else nullcontext()
 
+    def _measure_approximation(self, rollout: Rollout) -> None:
+        """Where the sampler or its merged weights are not exact: by how much, on a few rows."""
+        sampler = self.sampler
+        if not isinstance(sampler, ApproximateSampler):
+            return
+        if sampler.is_approximate:
+            with self.meter("replay"), self._rollout_weights():
+                nats = sampler.replay(self.policy, rollout, REPLAYED_ROWS)
+            self.metrics.add_approximation("approximation_nats", nats)
+        if self.merge_for_rollouts and self.policy.is_adapted and not self.policy.merges_exactly:
+            with self.meter("replay"):
+                nats = sampler.replay(self.policy, rollout, REPLAYED_ROWS)
+            self.metrics.add_approximation("merge_nats", nats)
+
     def _sync_reference(self, step: int) -> None:
         """Move the reference to the policy every so many optimizer steps (d1's yaml says 64, which never acted)."""
         every = self.reference_sync_every
@@ -259,10 +280,31 @@ class DiffuGRPO(L.LightningModule):
         place = f"dropout.{self.global_rank}.{batch.micro}"
         seed_dropout(self.policy, self.draws.at(step=batch.step, inner=batch.inner).torch_seed(place))
 
+    def on_after_backward(self) -> None:
+        """A micro-batch is done."""
+        self.meter.stop()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Clipping and the step itself belong to the update."""
+        self.meter.start("update")
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """As Lightning does it, then close the update's account."""
+        super().optimizer_step(*args, **kwargs)
+        self.meter.stop()
+
+    def on_train_batch_start(self, batch: InnerUpdate, batch_idx: int) -> None:
+        """Dropout is the one reader of the global generator."""
+        place = f"dropout.{self.global_rank}.{batch.micro}"
+        seed_dropout(self.policy, self.draws.at(step=batch.step, inner=batch.inner).torch_seed(place))
+
     def on_train_batch_end(self, outputs: Any, batch: InnerUpdate, batch_idx: int) -> None:
         """Log once an optimizer step, over all its micro-batches."""
         if batch.micro == batch.num_micro - 1:
-            self.log_dict(self.metrics.finish(self.stopwatch), rank_zero_only=True)
+            spent = over_ranks(self.meter.read(), self.trainer.strategy, self.trainer.world_size)
+            self.cost.add(spent)
+            costs = cost_metrics(spent, machine_peak(self, self.policy.dtype))
+            self.log_dict(self.metrics.finish() | costs, rank_zero_only=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the experience, so that a run stopped inside a cycle goes on inside it."""
@@ -273,9 +315,10 @@ class DiffuGRPO(L.LightningModule):
             everyone = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(everyone, mine)
         checkpoint["experience"] = everyone
+        checkpoint["cost"] = self.cost.record()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the experience of this rank."""
+        """Take up the experience of this rank, and the account."""
         saved = checkpoint["experience"]
         if len(saved) != self.trainer.world_size:
             raise ValueError(
@@ -283,3 +326,4 @@ class DiffuGRPO(L.LightningModule):
                 f"{self.trainer.world_size}. Try: the same number of devices, or a fresh run from the stage's start"
             )
         self.experience = [restored(tree, self.device) for tree in saved[self.global_rank]]
+        self.cost.load(checkpoint["cost"])

@@ -14,7 +14,7 @@ from d1lit.draws import CounterDraws
 from d1lit.losses import MaskedCrossEntropy
 from d1lit.masking import apply_mask
 from d1lit.models import Policy
-from d1lit.modules.accounting import Stopwatch, UpdateMetrics
+from d1lit.modules.accounting import Meter, StageCost, UpdateMetrics, cost_metrics, machine_peak, over_ranks
 from d1lit.modules.optimizing import (
     OptimizerFactory,
     ScheduleFactory,
@@ -61,13 +61,14 @@ class MaskedSFT(L.LightningModule):
         self.validation_rows = validation_rows
         self.layout = layout
         self.metrics = UpdateMetrics()
-        self.stopwatch = Stopwatch()
+        self.meter = Meter(policy.work)
+        self.cost = StageCost()
         self.strict_loading = False  # frozen weights are not in a checkpoint: the stage starts from them
 
     def training_step(self, batch: CompletionBatch, batch_idx: int) -> Tensor:
         """Hide, predict, weigh."""
-        with self.stopwatch("update"):
-            loss, metrics = self.masked_loss(batch, self.draws.at(step=batch.step), self.times)
+        self.meter.start("update")  # until `optimizer_step` is over: the backward pass is part of it
+        loss, metrics = self.masked_loss(batch, self.draws.at(step=batch.step), self.times)
         self.metrics.add_update(loss, metrics)
         # The loss is this micro-batch's share of the global one; Lightning averages over micro-batches and ranks.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
@@ -107,6 +108,19 @@ class MaskedSFT(L.LightningModule):
         """Optimizer and schedule over the trainable parameters."""
         return configure(self.policy, self.optimizer_factory, self.schedule_factory, self.num_updates)
 
+    def on_after_backward(self) -> None:
+        """A micro-batch is done."""
+        self.meter.stop()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Clipping and the step itself belong to the update."""
+        self.meter.start("update")
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """As Lightning does it, then close the update's account."""
+        super().optimizer_step(*args, **kwargs)
+        self.meter.stop()
+
     def on_train_batch_start(self, batch: CompletionBatch, batch_idx: int) -> None:
         """Dropout is the one reader of the global generator."""
         seed_dropout(self.policy, self.draws.at(step=batch.step).torch_seed(f"dropout.{int(batch.row_ids[0])}"))
@@ -114,8 +128,16 @@ class MaskedSFT(L.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: CompletionBatch, batch_idx: int) -> None:
         """Log once an optimizer step, over all its micro-batches."""
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
-            self.log_dict(self.metrics.finish(self.stopwatch), rank_zero_only=True)
+            spent = over_ranks(self.meter.read(), self.trainer.strategy, self.trainer.world_size)
+            self.cost.add(spent)
+            costs = cost_metrics(spent, machine_peak(self, self.policy.dtype))
+            self.log_dict(self.metrics.finish() | costs, rank_zero_only=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out the frozen weights."""
+        """Leave out the frozen weights; keep the account."""
         checkpoint["state_dict"] = trainable_state(self.policy, checkpoint["state_dict"])
+        checkpoint["cost"] = self.cost.record()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the account."""
+        self.cost.load(checkpoint["cost"])

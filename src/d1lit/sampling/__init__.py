@@ -23,9 +23,10 @@ from d1lit.sampling.confidence import (
     TokenProbability,
 )
 from d1lit.sampling.proposal import Gumbel, InverseCDF
-from d1lit.sampling.replay import approximation_nats, replayed_logprobs
+from d1lit.sampling.replay import ApproximateSampler, approximation_nats, replayed_logprobs
 
 __all__ = [
+    "ApproximateSampler",
     "BlockSampler",
     "CumulativeEntropyBounded",
     "DreamSchedule",

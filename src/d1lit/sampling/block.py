@@ -13,6 +13,7 @@ from d1lit.sampling.commit import CumulativeEntropyBounded, EntropyBounded
 from d1lit.sampling.confidence import NegativeEntropy
 from d1lit.sampling.parts import Cells, CommitRule, Confidence, Proposal
 from d1lit.sampling.prediction import Canvas, View, choose, entropies, evaluation_mode, predict
+from d1lit.sampling.replay import approximation_nats
 from d1lit.sampling.rows import Rows, lay_out
 from d1lit.types import Draws, MaskPredictor, PromptBatch, Rollout
 
@@ -125,6 +126,15 @@ class BlockSampler:
             rows = lay_out(prompts, group_size, self.completion_length, policy.mask_token_id, most_steps)
             self._fill(policy, rows, draws)
         return rows.rollout(policy.eos_token_id)
+
+    @property
+    def is_approximate(self) -> bool:
+        """True under a cache, whose keys and values are stale."""
+        return self.cache is not None
+
+    def replay(self, policy: MaskPredictor, rollout: Rollout, num_rows: int) -> Float[Tensor, ""]:
+        """Mean |log p of the exact network - log p recorded| of the chosen tokens, over some rows, in nats."""
+        return approximation_nats(policy, rollout, self.temperature, self.guidance, num_rows)
 
     def _fill(self, policy: MaskPredictor, rows: Rows, draws: Draws) -> None:
         """Block after block for the rows on board; a finished row makes room for one that waits."""

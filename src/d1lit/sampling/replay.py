@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -9,6 +11,20 @@ from torch import Tensor
 from d1lit.sampling.prediction import Canvas, evaluation_mode, predict
 from d1lit.sampling.proposal import tempered_logits
 from d1lit.types import MaskPredictor, Rollout
+
+
+@runtime_checkable
+class ApproximateSampler(Protocol):
+    """A sampler that may be told to save work at the price of another law, and then says how far it strays."""
+
+    @property
+    def is_approximate(self) -> bool:
+        """Whether its samples follow another law than the network's."""
+        ...
+
+    def replay(self, policy: MaskPredictor, rollout: Rollout, num_rows: int) -> Float[Tensor, ""]:
+        """Mean |log p of the exact network - log p recorded| of the chosen tokens, over some rows, in nats."""
+        ...
 
 
 def replayed_logprobs(
