@@ -1,0 +1,38 @@
+// The player: the page holds the finished completions; a step takes back what was not there yet.
+for (const root of document.querySelectorAll("section.player")) {
+  const steps = Number(root.dataset.steps), scrub = root.querySelector(".scrub"), play = root.querySelector(".play"), at = root.querySelector(".at");
+  const tokens = [...root.querySelectorAll(".pane .t")].map((element) => ({
+    element, text: element.textContent,
+    events: (element.dataset.s || "").split(",").filter(Boolean).map(Number), // n: appeared at step n; -n: masked again at step n
+    was: element.dataset.was ? element.dataset.was.split("\u241f") : null,
+  }));
+  let timer = null;
+  const show = (step) => {
+    for (const { element, text, events, was } of tokens) {
+      let last = -1;
+      events.forEach((event, place) => { if (Math.abs(event) <= step) last = place; });
+      const masked = events.length ? last < 0 || events[last] < 0 : step < steps;
+      element.classList.toggle("masked", masked);
+      element.classList.toggle("again", masked && last >= 0);
+      element.classList.toggle("new", !masked && last >= 0 && events[last] === step && step < steps);
+      if (was) element.textContent = masked || last < 0 ? text : was[last] || text;
+    }
+    scrub.value = step;
+    at.textContent = `step ${step} of ${steps}`;
+  };
+  const stop = () => { clearInterval(timer); timer = null; play.textContent = "▶ Play"; };
+  const start = () => {
+    if (Number(scrub.value) >= steps) show(0);
+    play.textContent = "❚❚ Pause";
+    timer = setInterval(() => { if (Number(scrub.value) >= steps) stop(); else show(Number(scrub.value) + 1); }, Math.max(60, Math.min(400, 8000 / steps)));
+  };
+  play.addEventListener("click", () => (timer ? stop() : start()));
+  scrub.addEventListener("input", () => { stop(); show(Number(scrub.value)); });
+  root.querySelector(".back").addEventListener("click", () => { stop(); show(Math.max(0, Number(scrub.value) - 1)); });
+  root.querySelector(".next").addEventListener("click", () => { stop(); show(Math.min(steps, Number(scrub.value) + 1)); });
+  for (const { element, events } of tokens) element.addEventListener("pointerenter", () => {
+    const words = events.map((event) => (event > 0 ? `fixed at step ${event}` : `masked again at step ${-event}`));
+    element.title = (words.join(", ") || "never reached") + (element.dataset.p ? `, confidence ${element.dataset.p}` : "");
+  }, { once: true });
+  addEventListener("beforeprint", () => { stop(); show(steps); });
+}

@@ -1,0 +1,296 @@
+"""The parts of a single run's report."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from d1lit.report.comparing import row_score
+from d1lit.report.curves import Series, chart, whisker
+from d1lit.report.markup import Markup, join, table, tag
+from d1lit.report.player import part_words, player
+from d1lit.report.runs import Row, Run, flat
+from d1lit.report.tables import number, percent, percent_interval
+from d1lit.security import redact, redact_text
+from d1lit.statistics import Interval
+
+MOST_SAMPLES = 8
+MOST_ROWS = 12
+MOST_CHARACTERS = 4000
+
+
+def section(identity: str, title: str, *children: Any) -> Markup:
+    """A numberless section that the contents link to."""
+    return tag("section", tag("h2", title), *children, id=identity)
+
+
+def clipped(value: Any) -> str:
+    """A text of bearable length; what was left out is said."""
+    words = str(value)
+    if len(words) <= MOST_CHARACTERS:
+        return words
+    return f"{words[:MOST_CHARACTERS]}\n[{len(words) - MOST_CHARACTERS} more characters]"
+
+
+# ------------------------------------------------------------------------------------------------------------- accuracy
+
+
+def accuracy_section(run: Run) -> Markup:
+    """Every stage and length with its interval, and what no model at all reaches."""
+    entries = run.evaluations
+    extra = sorted({name for entry in entries for name in entry.get("extra", {})})
+    columns = ["stage", "tokens asked", "rows", "accuracy", "95 % interval", "0 to 100 %", "d1's grader"]
+    columns += [*(name.replace("_", " ") for name in extra), "tokens used", "truncated", "unparsed"]
+    rows = [_entry_row(f"no model: {name}", entry, extra) for name, entry in run.baselines.items()]
+    rows += [_entry_row(entry["stage"], entry, extra) for entry in entries]
+    note = (
+        "Per cent of rows. The interval is Wilson's over rows: it says how much another draw of test rows could change "
+        "the number, not another seed. Rows marked “no model” are answers made without any model."
+    )
+    settings = entries[-1].get("settings", {}) if entries else {}
+    protocol = tag(
+        "details", tag("summary", "Evaluation protocol"), tag("pre", yaml.safe_dump(redact(settings), sort_keys=True))
+    )
+    return section(
+        "accuracy", "Accuracy", table(columns, rows, "Accuracy by stage"), tag("p", note, class_="note"), protocol
+    )
+
+
+def _entry_row(name: str, entry: Mapping[str, Any], extra: Sequence[str]) -> tuple[Any, ...]:
+    """A line of the accuracy table; baselines have fewer facts."""
+    graded = percent(entry["d1_correct"] / max(1.0, entry["d1_out_of"])) if "d1_correct" in entry else ""
+    return (
+        name,
+        str(entry.get("completion_length") or ""),
+        str(entry["n"]),
+        percent(entry["accuracy"]),
+        percent_interval(Interval(entry["accuracy"], *entry["interval"])),
+        whisker(entry["accuracy"], *entry["interval"]),
+        graded,
+        *(percent(entry["extra"][name]["mean"]) if name in entry.get("extra", {}) else "" for name in extra),
+        f"{entry['effective_tokens']:.1f}" if "effective_tokens" in entry else "",
+        percent(entry.get("truncated_fraction", math.nan)),
+        percent(entry.get("unparsed_fraction", math.nan)),
+    )
+
+
+def _probes(run: Run) -> Markup | None:
+    """What the policy reaches under other conditions: words put in its mouth, several samples a row."""
+    rows = []
+    for probe in run.results.get("probes") or []:
+        if probe["probe"] == "pass_at_k":
+            for k, estimate in probe["pass_at_k"].items():
+                interval = Interval(estimate["mean"], *estimate["interval"])
+                rows.append((probe["stage"], f"pass@{k}", percent(estimate["mean"]), percent_interval(interval)))
+        else:
+            interval = Interval(probe["accuracy"], *probe["interval"])
+            what = f"begun with {probe.get('prefix', '')}"
+            rows.append((probe["stage"], what, percent(probe["accuracy"]), percent_interval(interval)))
+    if not rows:
+        return None
+    return table(
+        ["stage", "probe", "per cent", "95 % interval"], rows, "Probes: what the model can do when asked otherwise"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- curves
+
+CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("Reward", ("rollout/reward", "rollout/reward/")),
+    ("KL to the reference (nats)", ("train/kl",)),
+    ("Share of clipped tokens", ("train/clip_fraction",)),
+    ("Tokens up to the end", ("rollout/length",)),
+    ("Groups of equal reward (nothing to learn from)", ("rollout/zero_std_fraction",)),
+    ("Rollouts cut off before their end", ("rollout/truncated_fraction",)),
+    ("Entropy when a token is fixed (nats)", ("rollout/entropy",)),
+    ("Validation", ("val/accuracy", "val/loss")),
+    ("Loss", ("train/loss",)),
+    ("Loss per masked token (nats)", ("train/nll_per_masked_token",)),
+)
+"""Title, and the scalars of the chart; a name that ends in a slash stands for all below it."""
+
+
+def curves_section(run: Run) -> Markup:
+    """The training curves of every stage that has any."""
+    stages = []
+    for stage, scalars in run.curves.items():
+        figures = [chart(title, series_of(scalars, tags)) for title, tags in CHARTS]
+        drawn = [figure for figure in figures if figure is not None]
+        if drawn:
+            stages += [tag("h3", f"Stage {stage}"), tag("div", *drawn, class_="charts")]
+    note = "Faint: every update. Bold: a centred moving mean. Point at a chart to read it."
+    empty = tag("p", "This run kept no event files (logger=none).")
+    return section("curves", "Training curves", *(stages or [empty]), tag("p", note, class_="note") if stages else None)
+
+
+def series_of(scalars: Mapping[str, Any], tags: Sequence[str]) -> list[Series]:
+    """The lines of a chart."""
+    names = [
+        name
+        for wanted in tags
+        for name in sorted(scalars)
+        if name == wanted or (wanted.endswith("/") and name.startswith(wanted))
+    ]
+    total = "rollout/reward"
+    label = {
+        name: "total" if name == total and len(names) > 1 else name.rpartition("/")[2].replace("_", " ")
+        for name in names
+    }
+    return [Series(label[name], scalars[name], place) for place, name in enumerate(names)]
+
+
+# -------------------------------------------------------------------------------------------------------------- samples
+
+
+def player_section(run: Run) -> Markup | None:
+    """The recorded groups, if the run kept any."""
+    if not run.recordings:
+        return None
+    words = (
+        "Each token appears at the step that fixed it; boxes are the sampler's blocks. "
+        "These rows were sampled at the temperature of training."
+    )
+    return section("player", "How completions came to be", tag("p", words), player(run.recordings))
+
+
+def samples_section(run: Run) -> Markup | None:
+    """The last completions of training with every reward part."""
+    if not run.samples:
+        return None
+    cards = [_sample(row) for row in run.samples[-MOST_SAMPLES:][::-1]]
+    words = f"The last {len(cards)} of {len(run.samples)} completions kept in samples.jsonl, newest first."
+    return section("samples", "Samples from training", tag("p", words), tag("div", *cards, class_="cards"))
+
+
+def _sample(row: Row) -> Markup:
+    parts = row.get("parts", {})
+    parsed = next((part["parsed"] for part in parts.values() if part.get("parsed")), None)
+    facts = [("Parsed", parsed if parsed is not None else "nothing"), ("Gold", row.get("answer"))]
+    listed = [tag("li", part_words(name, part)) for name, part in parts.items()]
+    reward, advantage = number(row.get("reward")), number(row.get("advantage"))
+    head = f"{row.get('stage', '')}, rollout {row.get('rollout', '')}: reward {reward}, advantage {advantage}"
+    return tag(
+        "article",
+        tag("h3", head),
+        _labelled("Prompt", row.get("question")),
+        _labelled("Completion", row.get("completion")),
+        tag("dl", *(join(tag("dt", name), tag("dd", clipped(value))) for name, value in facts)),
+        tag("ul", *listed, class_="parts"),
+        class_="card",
+    )
+
+
+def _labelled(name: str, value: Any) -> Markup:
+    return join(tag("p", name, class_="label"), tag("pre", clipped(value)))
+
+
+# ----------------------------------------------------------------------------------------------------------------- rows
+
+
+def rows_section(run: Run) -> Markup | None:
+    """What training changed, row by row: the first evaluation against the last."""
+    if len(run.evaluations) < 2:
+        return None
+    first = run.evaluations[0]
+    same = [e for e in run.evaluations if e.get("completion_length") == first.get("completion_length")]
+    last = same[-1]
+    if last is first:
+        return None
+    grader = run.results.get("grader") or "strict"
+    lists = changes(run.rows(first), run.rows(last), grader, (first["stage"], last["stage"]))
+    return section("rows", f"Row by row: {first['stage']} against {last['stage']}", lists)
+
+
+def changes(before: Sequence[Row], after: Sequence[Row], grader: str, names: tuple[str, str]) -> Markup:
+    """Rows won, lost, and never solved, with both answers."""
+    old = {(row["index"], row["id"]): row for row in before}
+    both = [(old[key], row) for row in after if (key := (row["index"], row["id"])) in old]
+    scored = [(row_score(a, grader), row_score(b, grader), a, b) for a, b in both]
+    kinds = (
+        ("Won", [(a, b) for x, y, a, b in scored if y > x]),
+        ("Lost", [(a, b) for x, y, a, b in scored if y < x]),
+        ("Not solved by either", [(a, b) for x, y, a, b in scored if x == y and y < 1]),
+        ("Solved by both", [(a, b) for x, y, a, b in scored if x == y and y >= 1]),
+    )
+    lists = []
+    for title, found in kinds:
+        shown = [_change(a, b, names) for a, b in found[:MOST_ROWS]]
+        more = f", the first {MOST_ROWS}" if len(found) > MOST_ROWS else ""
+        lists.append(tag("details", tag("summary", f"{title}: {len(found)} of {len(scored)} rows{more}"), *shown))
+    return join(*lists)
+
+
+def _change(before: Row, after: Row, names: tuple[str, str]) -> Markup:
+    def cell(name: str, row: Row) -> Markup:
+        verdict = row["strict"]
+        found = verdict.get("parsed") or verdict["outcome"]
+        words = f"{name}: {'right' if verdict['value'] >= 1 else 'wrong'}, read as {found}"
+        return tag("div", tag("p", clipped(words), class_="label"), tag("pre", clipped(row["completion"])))
+
+    question = tag(
+        "p",
+        tag("b", f"Row {after['index']} "),
+        clipped(after["question"]),
+        tag("b", " Gold "),
+        clipped(after["answer"]),
+    )
+    return tag(
+        "div", question, tag("div", cell(names[0], before), cell(names[1], after), class_="two"), class_="change"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- how to repeat
+
+
+def repeat_section(run: Run) -> Markup:
+    """The command, the machine, and the whole configuration."""
+    environment = run.environment
+    said = " ".join(
+        shlex.quote(redact_text(word)) for word in run.overrides if not word.startswith(("run_dir=", "resume="))
+    )
+    commit = environment.get("commit")
+    steps = [f"git checkout {commit}"] if commit else []
+    command = "\n".join([*steps, f"python train.py {said}".strip()])
+    packages = environment.get("packages", {})
+    facts = {
+        **{key: environment[key] for key in ("python", "platform", "processor", "threads") if key in environment},
+        "devices": ", ".join(environment.get("devices", [])) or "CPU only",
+        **packages,
+    }
+    data = run.results.get("data") or {}
+    full = tag(
+        "details",
+        tag("summary", "The whole configuration"),
+        tag("pre", yaml.safe_dump(redact(dict(run.config)), sort_keys=False)),
+    )
+    return section(
+        "repeat",
+        "How to repeat this run",
+        tag("pre", command, class_="command"),
+        table(["machine and versions", ""], [(key, str(value)) for key, value in facts.items()], "Environment"),
+        table(["data", "rows"], [(key.replace("_", " "), str(value)) for key, value in data.items()], "Data")
+        if data
+        else None,
+        full,
+    )
+
+
+def cost_section(run: Run) -> Markup:
+    """What results.json says of cost, and where the time went, stage by stage."""
+    rows = [
+        (key.replace("_", " ").replace(".", ": "), _plain(v)) for key, v in flat(run.results.get("cost", {})).items()
+    ]
+    for stage, scalars in run.curves.items():
+        for name in sorted(scalars):
+            if name.startswith("time/"):
+                what = name.removeprefix("time/").removesuffix("_s")
+                rows.append((f"{stage}: seconds of {what}", f"{sum(v for _, v in scalars[name]):.1f}"))
+    return section("cost", "Cost", table(["what", "how much"], rows, "Cost"))
+
+
+def _plain(value: Any) -> str:
+    return f"{value:,.6g}" if isinstance(value, int | float) else str(value)
