@@ -6,12 +6,13 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "d1lit"
 
 LAYERS: list[set[str]] = [
-    {"types", "draws", "security"},
+    {"types", "draws", "security", "processes"},
     {"schedules", "masking", "estimators", "advantages", "losses", "rewards", "statistics", "costs"},
     {"models"},
     {"scoring", "sampling"},
-    {"tasks", "data"},
+    {"tasks", "data", "exact"},
     {"evaluation"},
+    {"strategies"},
     {"modules", "checkpoint"},
     {"callbacks", "recipes", "report"},
     {"validation"},
@@ -21,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"cli"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-HEAVY_FROM = {"lightning": LAYER["modules"], "hydra": LAYER["validation"], "omegaconf": LAYER["validation"]}
+HEAVY_FROM = {"lightning": LAYER["strategies"], "hydra": LAYER["validation"], "omegaconf": LAYER["validation"]}
 
 
 def room_of(file: Path) -> str:

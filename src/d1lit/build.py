@@ -18,6 +18,7 @@ from d1lit.data import BatchPlan, CompletionRows, EncodedRow, PromptCycles
 from d1lit.models import LoraSettings, Policy, build_policy, decode_completion
 from d1lit.modules import Corpus, Demonstrations, DiffuGRPO, MaskedSFT, Prompts, StageData
 from d1lit.modules.stage_data import prompt_rows
+from d1lit.processes import place
 from d1lit.recipes import Stage
 from d1lit.sampling import BlockSampler
 from d1lit.tasks import Task, graded_text
@@ -92,12 +93,14 @@ def plan_run(config: DictConfig) -> Plan:
     """
     task = build(config, "task", Task)
     sampler = build(config, "sampler", BlockSampler)
-    stages = [_stage(config, f"stages.{name}", name) for name in config.recipe.stages]
+    world_size = _world_size(config)
+    stages = [_stage(config, f"stages.{name}", name, world_size) for name in config.recipe.stages]
+    for stage in stages:
+        _check_stage(f"stages.{stage.name}", stage, world_size)
     base = None
-    if config.model.path is None:
-        base = _stage(config, "model.base", "base")
-    for key, stage in [(f"stages.{s.name}", s) for s in stages] + ([("model.base", base)] if base else []):
-        _check_stage(key, stage, config)
+    if config.model.path is None:  # the first process makes it for all
+        base = _stage(config, "model.base", "base", world_size=1)
+        _check_stage("model.base", base, world_size=1)
     _check_rows(task)
     return Plan(config, task, sampler, stages, base)
 
@@ -131,7 +134,7 @@ def _from_instantiation(error: InstantiationException, key: str) -> ConfigError:
     return ConfigError(place, text.removesuffix("."), f"--cfg job shows what stands at {place}")
 
 
-def _stage(config: DictConfig, key: str, name: str) -> StageParts:
+def _stage(config: DictConfig, key: str, name: str, world_size: int) -> StageParts:
     node = OmegaConf.select(config, key)
     if node is None:
         raise ConfigError("recipe.stages", f"no stage {name!r}", f"a defaults entry /stage@stages.{name}")
@@ -149,14 +152,14 @@ def _stage(config: DictConfig, key: str, name: str) -> StageParts:
         lora=settings,
         max_updates=node.max_updates,
         batch_size=node.batch_size,
-        micro_batch_size=node.micro_batch_size,
+        micro_batch_size=min(node.micro_batch_size, max(1, node.batch_size // world_size)),
         gradient_clip=node.gradient_clip,
         validate_every=node.validate_every,
         select=node.select,
     )
 
 
-def _check_stage(key: str, stage: StageParts, config: DictConfig) -> None:
+def _check_stage(key: str, stage: StageParts, world_size: int) -> None:
     for name, value in (
         ("max_updates", stage.max_updates),
         ("batch_size", stage.batch_size),
@@ -167,7 +170,6 @@ def _check_stage(key: str, stage: StageParts, config: DictConfig) -> None:
     if stage.gradient_clip is not None and stage.gradient_clip <= 0:
         raise ConfigError(f"{key}.gradient_clip", f"{stage.gradient_clip} is not above 0", "null for no clipping")
     try:
-        world_size = _world_size(config)
         BatchPlan(stage.batch_size, stage.micro_batch_size, world_size)
         check = getattr(stage.module.func, "check", None) if isinstance(stage.module, partial) else None
         if check is not None:
@@ -179,8 +181,29 @@ def _check_stage(key: str, stage: StageParts, config: DictConfig) -> None:
 
 
 def _world_size(config: DictConfig) -> int:
+    """Processes of the run: those that were started from outside, or those that are asked for."""
     devices = config.trainer.devices
-    return (devices if isinstance(devices, int) and devices > 0 else 1) * config.trainer.num_nodes
+    if not isinstance(devices, int) or devices < 1:
+        raise ConfigError("trainer.devices", f"{devices!r} is not a number of devices", "trainer.devices=1")
+    asked, there = devices * config.trainer.num_nodes, place().world_size
+    if there > 1 and asked not in (1, there):
+        cure = f"trainer.devices={there // config.trainer.num_nodes}, or leave it out"
+        raise ConfigError("trainer.devices", f"{asked} processes are asked for and {there} were started", cure)
+    return max(asked, there)
+
+
+def processes_to_start(config: DictConfig) -> int:
+    """How many processes this one has to start: those of a run that nobody else has started.
+
+    Raises:
+        ConfigError: for several machines, which only srun or torchrun can start.
+    """
+    if place().world_size > 1:
+        return 1
+    if config.trainer.num_nodes > 1:
+        cause = f"nobody has started the processes of {config.trainer.num_nodes} machines"
+        raise ConfigError("trainer.num_nodes", cause, "srun or torchrun on every machine (docs/scaling.md)")
+    return config.trainer.devices
 
 
 def _check_rows(task: Task) -> None:

@@ -46,6 +46,7 @@ Choices of each group (GROUP=CHOICE):
 
 _HYDRA_FLAGS = ("--cfg", "-c", "--info", "-i", "--resolve", "--package", "-p", "--shell-completion", "-sc")
 _MULTIRUN = ("-m", "--multirun")
+_ITSELF = (sys.executable, "-c", "from d1lit.cli import main; main()")
 
 
 def main() -> None:
@@ -70,7 +71,8 @@ def train(words: Sequence[str]) -> int:
         if any(word.split("=")[0] in _HYDRA_FLAGS for word in words):
             return _hydra(words)
         jobs = compose_jobs("train", words)
-        from d1lit.build import plan_run
+        from d1lit.build import plan_run, processes_to_start
+        from d1lit.processes import launch
         from d1lit.running import run_training
 
         for job in jobs.configs:
@@ -78,10 +80,11 @@ def train(words: Sequence[str]) -> int:
         if jobs.is_multirun:
             return _hydra(words)
         (config,) = jobs.configs
+        if processes_to_start(config) > 1 and not config.dry_run:
+            return launch([*_ITSELF, "train", *words], processes_to_start(config))
         return run_training(config, jobs.overrides[0])
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _refused(error)
 
 
 def evaluate(words: Sequence[str]) -> int:
@@ -94,14 +97,25 @@ def evaluate(words: Sequence[str]) -> int:
     _see_user_code(words)
     try:
         jobs = compose_jobs("evaluate", [*_overrides_of_run(words), *words])
+        from d1lit.build import processes_to_start
         from d1lit.evaluating import run_evaluation
+        from d1lit.processes import launch
 
+        if processes_to_start(jobs.configs[0]) > 1:
+            return launch([*_ITSELF, "evaluate", *words], processes_to_start(jobs.configs[0]))
         for config in jobs.configs:
             run_evaluation(config)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _refused(error)
     return 0
+
+
+def _refused(error: Exception) -> int:
+    from d1lit.processes import is_first
+
+    if is_first():
+        print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 def _hydra(words: Sequence[str]) -> int:

@@ -148,9 +148,10 @@ class PromptCycles(Dataset):
         step, inner = divmod(update, self.num_inner_updates)
         prompts = None
         if inner == 0 and micro == 0:
-            places = range(self.plan.batch_size)[self.plan.rank_slice()]
-            numbers = self.order.batch(step, self.plan.batch_size)
-            prompts = prompt_batch([self.rows[numbers[p]] for p in places], places, self.pad_id)
+            # Padded alike on every rank: masks of prompt tokens are drawn by place.
+            rows = [self.rows[n] for n in self.order.batch(step, self.plan.batch_size)]
+            mine = self.plan.rank_slice()
+            prompts = prompt_batch(rows, range(len(rows)), self.pad_id).rows(mine.start, mine.stop)
         return InnerUpdate(step, inner, micro, self.plan.num_micro, prompts)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -26,7 +27,8 @@ from d1lit.draws import CounterDraws
 from d1lit.evaluation import Protocol, append_records, check_coverage, evaluate, read_records, record, summarise
 from d1lit.models import Policy, add_lora, encode_text, load_adapter, load_weights, merge_lora
 from d1lit.modules.stage_data import prompt_rows
-from d1lit.report.console import show_table
+from d1lit.processes import Place, first_decides, gathered, is_first, join_world, wait_for_all, world
+from d1lit.report.console import console, show_table
 from d1lit.rewards.stored import published_row
 from d1lit.sampling import BlockSampler
 from d1lit.statistics import mean_over_seeds, pass_at_k
@@ -42,13 +44,17 @@ def run_evaluation(config: DictConfig) -> int:
     quiet_libraries()
     if config.rescore is not None:
         return _rescore(config)
+    console.quiet = not is_first()
     plan = plan_run(config)
-    folder = _output_folder(config)
+    join_world(config.trainer.accelerator)
+    folder = first_decides(partial(_output_folder, config))
     flag = StopFlag()
     with flag.installed():
         policy, tokenizer, stage = _policy(plan)
         evaluator = TaskEvaluator(plan, tokenizer, folder, flag)
         evaluations = [entry for seed in config.seeds for entry in evaluator.at_seed(policy, stage, seed)]
+    if not is_first():
+        return 0
     return _report(plan.config, plan.task.display_name, folder, evaluations)
 
 
@@ -254,7 +260,11 @@ class TaskEvaluator:
         file: Path | None,
         prefix: str,
     ) -> list[dict[str, Any]]:
-        return evaluate(
+        here = world()
+        if file is not None and is_first():
+            deal_records(file, here.world_size)
+        wait_for_all()
+        mine = evaluate(
             policy,
             sampler,
             rows,
@@ -263,10 +273,16 @@ class TaskEvaluator:
             CounterDraws(seed),
             batch_size=self.plan.config.evaluation.batch_size,
             device=self.plan.device,
-            file=file,
+            file=None if file is None else rank_file(file, here),
+            place=(here.rank, here.world_size),
             progress=self._progress,
             graded_prefix=prefix,
         )
+        records = sorted((record for part in gathered(mine) for record in part), key=lambda record: record["index"])
+        if file is not None and is_first():
+            collect_records(file, here.world_size)
+        wait_for_all()
+        return records
 
     def baselines(self) -> dict[str, dict[str, Any]]:
         """What needs no model, on the same rows."""
@@ -299,6 +315,40 @@ class TaskEvaluator:
         }
         task = self.plan.task
         return Protocol(task.display_name, num_rows, task.template.sha256, settings)
+
+
+def rank_file(file: Path, here: Place) -> Path:
+    """Where a process writes its rows of an evaluation while it runs: the file itself if it is alone."""
+    return file if here.world_size == 1 else file.with_name(f"{file.stem}.rank{here.rank}.jsonl")
+
+
+def deal_records(file: Path, world_size: int) -> None:
+    """Give every process the finished rows that are its own, however many processes an earlier attempt had."""
+    parts = sorted(file.parent.glob(f"{glob.escape(file.stem)}.rank*.jsonl"))
+    if not parts and (world_size == 1 or not file.exists()):
+        return
+    found = {r["index"]: r for source in [file, *parts] for r in read_records(source)}
+    write_records(file, [found[n] for n in sorted(found)])
+    for part in parts:
+        part.unlink()
+    if world_size > 1:
+        for rank in range(world_size):
+            mine = [found[n] for n in sorted(found) if n % world_size == rank]
+            write_records(rank_file(file, Place(rank, world_size, 0, world_size)), mine)
+
+
+def collect_records(file: Path, world_size: int) -> None:
+    """Put the rows of all processes into the one file."""
+    if world_size > 1:
+        deal_records(file, 1)
+
+
+def write_records(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Replace a file of records in one step."""
+    staging = file.with_suffix(".tmp")
+    staging.unlink(missing_ok=True)
+    append_records(staging, records)
+    os.replace(staging, file)
 
 
 def _plain(value: Any) -> Any:

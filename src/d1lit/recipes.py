@@ -14,6 +14,7 @@ import torch
 
 from d1lit.checkpoint import newest, read_facts
 from d1lit.models import LoraSettings, Policy, add_lora, load_weights, merge_lora, save_weights
+from d1lit.models.sharding import unsharded
 from d1lit.modules import StageData
 from d1lit.modules.accounting import Accounted
 
@@ -110,7 +111,11 @@ def run_stage(folder: StageFolder, policy: Policy, stage: Stage, seed: int, say:
         say(f"{stage.name}: finished earlier, taken from {folder.weights}")
         load_weights(policy, folder.weights)
         return policy
+    device = policy.device
     _fit(folder, policy, stage, say)
+    policy = unsharded(policy).to(device)
+    if stage.selects_best:
+        load_weights(policy, folder.best)
     if is_first_process():
         save_weights(policy, folder.weights)
     if torch.distributed.is_initialized():
@@ -136,8 +141,6 @@ def _fit(folder: StageFolder, policy: Policy, stage: Stage, say: Say) -> None:
         write_cost(folder, module.cost.record())
     say(f"{stage.name}: {trainer.global_step} updates in {time.perf_counter() - started:.0f} s")
     policy.reference_model = None
-    if stage.selects_best:
-        load_weights(policy, folder.best)
 
 
 def is_first_process() -> bool:

@@ -10,7 +10,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from omegaconf import DictConfig, OmegaConf
 
 from d1lit.build import Plan, StageParts, build, make_stage, plan_run
@@ -25,10 +27,12 @@ from d1lit.callbacks import ConsoleProgress, StopFlag, StopOnSignal, Validate
 from d1lit.checkpoint import FolderCheckpointIO, lock_run
 from d1lit.evaluating import PACKAGES, TaskEvaluator, quiet_libraries, write_results
 from d1lit.models import Policy, save_weights
+from d1lit.processes import ALONE, first_decides, is_first, join_world, place, slurm_job, wait_for_all, world
 from d1lit.recipes import StageFolder, is_first_process, read_costs, run_recipe, run_stage
 from d1lit.report.console import console, say, show_table
 from d1lit.report.events import cut_events
 from d1lit.security import redact, redact_text
+from d1lit.strategies import Setting
 from d1lit.validation import ConfigError
 
 
@@ -40,14 +44,19 @@ def run_training(config: DictConfig, overrides: Sequence[str]) -> int:
         overrides: what was said on the command line; kept in the folder, so that the run can be composed again.
     """
     quiet_libraries()
+    console.quiet = not is_first()
     plan = plan_run(config)
     tell_rows(plan)
     if config.dry_run:
         print(OmegaConf.to_yaml(config, resolve=True))
         return 0
-    folder = run_folder(config)
     flag = StopFlag()
-    with lock_run(folder), flag.installed():
+    if plan.base is not None and place().world_size > 1 and is_first():
+        with flag.installed():
+            make_shared_base(plan, flag)
+    join_world(config.trainer.accelerator)
+    folder = first_decides(partial(run_folder, config))
+    with held_by_first(folder), flag.installed():
         write_once(folder / "config.yaml", redact_text(OmegaConf.to_yaml(config, resolve=True)))
         write_once(folder / "overrides.json", json.dumps(redact(list(overrides))))
         write_once(folder / "environment.json", json.dumps(redact(environment()), indent=2))
@@ -60,7 +69,16 @@ def run_training(config: DictConfig, overrides: Sequence[str]) -> int:
         policy, evaluations = run_recipe(folder, policy, stages, evaluator, plan.seed, say)
         if is_first_process():
             finish(plan, folder, policy, tokenizer, evaluator, evaluations, time.time() - started)
+        wait_for_all()
     return 0
+
+
+@contextmanager
+def held_by_first(folder: Path) -> Iterator[None]:
+    """The run's lock, which the first process takes for all; where it is refused, it is refused to all."""
+    with ExitStack() as stack:
+        first_decides(lambda: stack.enter_context(lock_run(folder)))
+        yield
 
 
 def run_folder(config: DictConfig) -> Path:
@@ -76,6 +94,12 @@ def run_folder(config: DictConfig) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     words = (config.recipe.name, config.task.name, config.model.name, f"seed{config.seed}")
+    job = slurm_job()
+    if job is not None:  # a job that SLURM has queued again must find what it has done so far
+        digest = hashlib.sha256(OmegaConf.to_yaml(config, resolve=True).encode()).hexdigest()[:8]
+        folder = Path("outputs") / "-".join([f"slurm{job}", *words, digest])
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
     stem = Path("outputs") / "-".join([time.strftime("%Y%m%d-%H%M%S"), *words])
     folder, number = stem, 1
     while True:
@@ -128,18 +152,40 @@ def base_policy(plan: Plan, folder: Path, flag: StopFlag) -> tuple[Policy, Any]:
     """The model the stages start from: read from its place, or the tiny one, pretrained once and kept."""
     if plan.base is None:
         return plan.make_policy()
-    home = cache_folder() / "base" / base_hash(plan)
+    home = base_home(plan)
     if not home.exists():
-        say(f"base: pretraining the tiny model on {plan.task.name}; it will be kept in {home}")
-        policy, tokenizer = plan.make_policy()
-        stage = make_stage(plan, plan.base, tokenizer, partial(make_trainer, plan, flag, tokenizer))
-        work = StageFolder(folder / "stages" / "base")
-        run_stage(work, policy, stage, plan.seed, say)
-        if is_first_process():
-            keep_base(work.weights, tokenizer, home)
+        make_base(plan, folder / "stages" / "base", flag)
     else:
         say(f"base: the tiny model, taken from {home}")
     return plan.make_policy(home)
+
+
+def base_home(plan: Plan) -> Path:
+    """Where the plan's base model is kept once it is made."""
+    return cache_folder() / "base" / base_hash(plan)
+
+
+def make_base(plan: Plan, work: Path, flag: StopFlag) -> None:
+    """Pretrain the tiny model in this process alone, and keep it."""
+    assert plan.base is not None
+    home = base_home(plan)
+    say(f"base: pretraining the tiny model on {plan.task.name}; it will be kept in {home}")
+    policy, tokenizer = plan.make_policy()
+    stage = make_stage(plan, plan.base, tokenizer, partial(make_trainer, plan, flag, tokenizer))
+    folder = StageFolder(work)
+    run_stage(folder, policy, stage, plan.seed, say)
+    keep_base(folder.weights, tokenizer, home)
+
+
+def make_shared_base(plan: Plan, flag: StopFlag) -> None:
+    """The base for a run of several processes, made by the first before they meet: the one any run would make."""
+    home = base_home(plan)
+    if home.exists():
+        return
+    work = home.with_name(f"{home.name}.work")
+    with lock_run(work):
+        make_base(plan, work / "stages" / "base", flag)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def base_hash(plan: Plan) -> str:
@@ -176,7 +222,10 @@ def make_trainer(
     """A Trainer for one stage; accumulation follows from the global batch and the devices."""
     flags: dict[str, Any] = OmegaConf.to_container(plan.config.trainer, resolve=True)  # type: ignore[assignment]
     precision = flags.pop("precision") or ("bf16-true" if plan.config.model.dtype == "bfloat16" else "32-true")
-    world_size = flags["num_nodes"] * (flags["devices"] if isinstance(flags["devices"], int) else 1)
+    here = world()
+    flags |= {"devices": here.local_world_size, "num_nodes": here.num_nodes}
+    trains_large_model = parts.lora is None and plan.config.model.path is not None
+    strategy = build(plan.config, "strategy")(Setting(here.world_size, plan.device, trains_large_model))
     callbacks: list[L.Callback] = []
     watch = plan.config.callbacks
     if parts.validate_every is not None and plan.task.val_rows:
@@ -197,11 +246,12 @@ def make_trainer(
         precision=precision,
         max_steps=parts.max_updates,
         max_epochs=1,
-        accumulate_grad_batches=parts.batch_size // (parts.micro_batch_size * world_size),
+        strategy=strategy,
+        accumulate_grad_batches=parts.batch_size // (parts.micro_batch_size * here.world_size),
         gradient_clip_val=parts.gradient_clip,
         logger=make_logger(plan, folder.parent.parent, parts.name, first_step),
         callbacks=callbacks,
-        plugins=[FolderCheckpointIO(keep=2)],
+        plugins=[FolderCheckpointIO(keep=2), LightningEnvironment() if here == ALONE else TorchElasticEnvironment()],
         enable_checkpointing=watch.save is not None,
         enable_progress_bar=False,
         use_distributed_sampler=False,

@@ -15,6 +15,7 @@ from d1lit.data import InnerUpdate
 from d1lit.draws import CounterDraws
 from d1lit.losses import check_pair
 from d1lit.models import Policy
+from d1lit.models.sharding import gathered
 from d1lit.modules.accounting import Meter, StageCost, UpdateMetrics, cost_metrics, machine_peak, over_ranks
 from d1lit.modules.experience import Experience, detached, restored, reward_batch
 from d1lit.modules.optimizing import (
@@ -24,8 +25,10 @@ from d1lit.modules.optimizing import (
     seed_dropout,
     trainable_state,
 )
+from d1lit.processes import gathered_rows
 from d1lit.rewards.parts import RewardParts
 from d1lit.sampling import ApproximateSampler
+from d1lit.sampling.prediction import evaluation_mode
 from d1lit.scoring import score
 from d1lit.types import (
     Advantage,
@@ -140,7 +143,7 @@ class DiffuGRPO(L.LightningModule):
     def collect(self, prompts: PromptBatch, step: int, num_micro: int) -> list[Experience]:
         """Sample, judge and freeze: everything that does not change over the inner updates of this rollout."""
         self._sync_reference(step)
-        with self.meter("rollout"), self._rollout_weights():
+        with self.meter("rollout"), self._rollout_weights(), gathered(self.policy):
             rollout = self.sampler(self.policy, prompts, self.group_size, self.draws.at(step=step))
             rollout = replace(rollout, completions=tuple(self.decode(ids) for ids in rollout.completion_ids))
         with self.meter("reward"):
@@ -229,11 +232,7 @@ class DiffuGRPO(L.LightningModule):
 
     def _gathered(self, rewards: RewardBatch) -> RewardBatch:
         """Rewards of all ranks, in rank order: groups stay whole because a rank holds whole groups."""
-        parts = rewards.value.shape[-1]
-        value, valid = self.all_gather(rewards.value), self.all_gather(rewards.valid)
-        assert isinstance(value, Tensor)
-        assert isinstance(valid, Tensor)
-        return RewardBatch(value.reshape(-1, parts), valid.reshape(-1, parts), rewards.weights, rewards.step)
+        return replace(rewards, value=gathered_rows(rewards.value), valid=gathered_rows(rewards.valid))
 
     def _refuse_failed(self, rewards: RewardBatch) -> None:
         failed = 1.0 - float(rewards.valid.float().mean())
@@ -254,11 +253,11 @@ class DiffuGRPO(L.LightningModule):
         if not isinstance(sampler, ApproximateSampler):
             return
         if sampler.is_approximate:
-            with self.meter("replay"), self._rollout_weights():
+            with self.meter("replay"), self._rollout_weights(), gathered(self.policy):
                 nats = sampler.replay(self.policy, rollout, REPLAYED_ROWS)
             self.metrics.add_approximation("approximation_nats", nats)
         if self.merge_for_rollouts and self.policy.is_adapted and not self.policy.merges_exactly:
-            with self.meter("replay"):
+            with self.meter("replay"), gathered(self.policy):
                 nats = sampler.replay(self.policy, rollout, REPLAYED_ROWS)
             self.metrics.add_approximation("merge_nats", nats)
 
