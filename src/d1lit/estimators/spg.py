@@ -91,6 +91,7 @@ class SPGEstimator:
     ignore_negative: bool = False
     """Give rollouts without a positive advantage the constant likelihood 0 (the ablation without negative rows)."""
     unit: ClassVar[Unit] = "sequence"
+    parts: ClassVar[frozenset[str]] = frozenset({"elbo", "eubo"})
     needs_trace: ClassVar[bool] = False
     needs_advantages: ClassVar[bool] = True
 

@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class GivesParts(Protocol):
+    """An estimator whose likelihood comes with named parts beside its value."""
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """Their names."""
+        ...
+
+
+@runtime_checkable
+class NeedsParts(Protocol):
+    """A loss that reads such parts."""
+
+    @property
+    def needs_parts(self) -> frozenset[str]:
+        """Their names."""
+        ...
 
 
 def check_pair(estimator: Any, loss: Any, allow: bool = False) -> None:
@@ -17,8 +37,14 @@ def check_pair(estimator: Any, loss: Any, allow: bool = False) -> None:
         allow: put them together all the same.
 
     Raises:
-        ValueError: if the pair is refused and not allowed.
+        ValueError: if the pair is refused and not allowed, or if the loss reads a part that the estimator does not give.
     """
+    given = estimator.parts if isinstance(estimator, GivesParts) else frozenset()
+    if isinstance(loss, NeedsParts) and not loss.needs_parts <= given:
+        raise ValueError(
+            f"loss: {type(loss).__name__} with {type(estimator).__name__} is refused: the loss reads "
+            f"{', '.join(sorted(loss.needs_parts))}, which that estimator has not. Try: estimator=spg"
+        )
     if allow or estimator.unit in loss.units:
         return
     loss_name, estimator_name = type(loss).__name__, type(estimator).__name__

@@ -107,12 +107,13 @@ class StableDRLLoss:
 
         loss = -mean over groups of sum_i w_i A_i bound_i,   w = softmax over the group of min(ELBO - ELBO_old, log cap)
 
-    Wants an estimator whose likelihood has an "elbo" part (SPG). Differs from the authors' code: it normalises over the
+    Differs from the authors' code: it normalises over the
     micro-batch, whatever the groups; the two agree where a micro-batch is one group.
     """
 
     ratio_cap: float
     units: ClassVar[frozenset[str]] = frozenset({"sequence"})
+    needs_parts: ClassVar[frozenset[str]] = frozenset({"elbo"})
     needs_old: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = False
     needs_entropy: ClassVar[bool] = False
