@@ -39,13 +39,8 @@ def check_pair(estimator: Any, loss: Any, allow: bool = False) -> None:
     Raises:
         ValueError: if the pair is refused and not allowed, or if the loss reads a part that the estimator does not give.
     """
-    given = estimator.parts if isinstance(estimator, GivesParts) else frozenset()
-    if isinstance(loss, NeedsParts) and not loss.needs_parts <= given:
-        raise ValueError(
-            f"loss: {type(loss).__name__} with {type(estimator).__name__} is refused: the loss reads "
-            f"{', '.join(sorted(loss.needs_parts))}, which that estimator has not. Try: estimator=spg"
-        )
     if allow or estimator.unit in loss.units:
+        _check_parts(estimator, loss)
         return
     loss_name, estimator_name = type(loss).__name__, type(estimator).__name__
     if estimator.unit == "sequence":
@@ -55,3 +50,12 @@ def check_pair(estimator: Any, loss: Any, allow: bool = False) -> None:
         reason = f"takes {' or '.join(sorted(loss.units))} likelihoods, which are not {estimator.unit} ones"
         cure = "an estimator of that unit, or allow_unsound_pair=true"
     raise ValueError(f"loss: {loss_name} with {estimator_name} is refused: {loss_name} {reason}. Try: {cure}")
+
+
+def _check_parts(estimator: Any, loss: Any) -> None:
+    given = estimator.parts if isinstance(estimator, GivesParts) else frozenset()
+    if isinstance(loss, NeedsParts) and not loss.needs_parts <= given:
+        raise ValueError(
+            f"loss: {type(loss).__name__} with {type(estimator).__name__} is refused: the loss reads "
+            f"{', '.join(sorted(loss.needs_parts))}, which that estimator has not. Try: estimator=spg"
+        )
