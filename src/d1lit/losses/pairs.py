@@ -37,7 +37,7 @@ def check_pair(estimator: Any, loss: Any, allow: bool = False) -> None:
         allow: put them together all the same.
 
     Raises:
-        ValueError: if the pair is refused and not allowed, or if the loss reads a part that the estimator does not give.
+        ValueError: if the pair is refused and not allowed, or if the loss reads a part that the estimator lacks.
     """
     if allow or estimator.unit in loss.units:
         _check_parts(estimator, loss)
