@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,79 @@ def detached(logprobs: LogProbs) -> LogProbs:
     """The same likelihood as a constant."""
     parts = {name: value.detach() for name, value in logprobs.parts.items()}
     return LogProbs(logprobs.value.detach(), logprobs.weight, parts)
+
+
+def dealt(saved: Sequence[Sequence[Experience]], world_size: int, num_micro: int) -> list[list[Experience]]:
+    """The experience of every rank and micro-batch of one world, cut anew for another; the rows keep their order.
+
+    Raises:
+        ValueError: if the parts cannot be laid below each other, naming the way out.
+    """
+    if len(saved) == world_size and all(len(parts) in (0, num_micro) for parts in saved):
+        return [list(parts) for parts in saved]
+    parts = [part for rank in saved for part in rank]
+    if not parts:
+        return [[] for _ in range(world_size)]
+    try:
+        whole = _joined(parts)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"trainer.devices: the experience of {len(saved)} processes cannot be cut for {world_size} ({error}). "
+            f"Try: trainer.devices={len(saved)}, or a fresh run from the stage's start"
+        ) from None
+    rows = len(whole.rewards) // (world_size * num_micro)
+    pieces = [_cut(whole, n * rows, (n + 1) * rows) for n in range(world_size * num_micro)]
+    return [pieces[rank * num_micro : (rank + 1) * num_micro] for rank in range(world_size)]
+
+
+def _joined(parts: Sequence[Experience]) -> Experience:
+    rollouts = [part.rollout for part in parts]
+    names = [name for name, value in vars(rollouts[0]).items() if isinstance(value, Tensor) and name != "trace"]
+    tensors: dict[str, Any] = {name: torch.cat([vars(r)[name] for r in rollouts]) for name in names}
+    traces = [r.trace for r in rollouts if r.trace is not None]
+    rollout = replace(
+        rollouts[0],
+        **tensors,
+        trace=torch.cat(traces, dim=1) if traces else None,
+        completions=tuple(text for r in rollouts for text in r.completions),
+        examples=tuple(example for r in rollouts for example in r.examples),
+    )
+    return replace(
+        parts[0],
+        rollout=rollout,
+        advantages=torch.cat([part.advantages for part in parts]),
+        rewards=torch.cat([part.rewards for part in parts]),
+        old=tuple(_joined_logprobs(column) for column in zip(*(part.old for part in parts), strict=True)),
+        ref=tuple(_joined_logprobs(column) for column in zip(*(part.ref for part in parts), strict=True)),
+    )
+
+
+def _joined_logprobs(column: Sequence[LogProbs | None]) -> LogProbs | None:
+    there = [logprobs for logprobs in column if logprobs is not None]
+    if not there:
+        return None
+    if any(len(value) != len(logprobs.value) for logprobs in there for value in logprobs.parts.values()):
+        raise ValueError("a part of the likelihood is not one number or row for each rollout")
+    parts = {name: torch.cat([logprobs.parts[name] for logprobs in there]) for name in there[0].parts}
+    value, weight = (torch.cat([getattr(logprobs, name) for logprobs in there]) for name in ("value", "weight"))
+    return LogProbs(value, weight, parts)
+
+
+def _cut(whole: Experience, start: int, stop: int) -> Experience:
+    def cut(logprobs: LogProbs | None) -> LogProbs | None:
+        if logprobs is None:
+            return None
+        parts = {name: value[start:stop] for name, value in logprobs.parts.items()}
+        return LogProbs(logprobs.value[start:stop], logprobs.weight[start:stop], parts)
+
+    return replace(
+        whole,
+        rollout=whole.rollout.rows(start, stop),
+        advantages=whole.advantages[start:stop],
+        rewards=whole.rewards[start:stop],
+        old=tuple(map(cut, whole.old)),
+        ref=tuple(map(cut, whole.ref)),
+    )
 
 
 def restored(tree: dict[str, Any], device: torch.device) -> Experience:

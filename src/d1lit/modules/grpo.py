@@ -17,14 +17,16 @@ from d1lit.losses import check_pair
 from d1lit.models import Policy
 from d1lit.models.sharding import gathered
 from d1lit.modules.accounting import Meter, StageCost, UpdateMetrics, cost_metrics, machine_peak, over_ranks
-from d1lit.modules.experience import Experience, detached, restored, reward_batch
+from d1lit.modules.experience import Experience, dealt, detached, restored, reward_batch
 from d1lit.modules.optimizing import (
     OptimizerFactory,
     ScheduleFactory,
     configure,
+    refit_counters,
     seed_dropout,
     trainable_state,
 )
+from d1lit.processes import gathered as gathered_objects
 from d1lit.processes import gathered_rows
 from d1lit.rewards.parts import RewardParts
 from d1lit.sampling import ApproximateSampler
@@ -155,7 +157,7 @@ class DiffuGRPO(L.LightningModule):
         names, eos = list(self.verdicts), self.policy.eos_token_id
         self.metrics.add_rollout(rollout, rewards, advantages, names, self.group_size, eos)
         self._measure_approximation(rollout)
-        with self.meter("scoring"):
+        with self.meter("scoring"), evaluation_mode(self.policy):
             return self._freeze(rollout, rewards.total[here], advantages[here], step, num_micro)
 
     def update(self, experience: Experience, inner: int, num_micro: int) -> Tensor:
@@ -274,11 +276,6 @@ class DiffuGRPO(L.LightningModule):
         """Optimizer and schedule over the trainable parameters."""
         return configure(self.policy, self.optimizer_factory, self.schedule_factory, self.num_updates)
 
-    def on_train_batch_start(self, batch: InnerUpdate, batch_idx: int) -> None:
-        """Dropout is the one reader of the global generator."""
-        place = f"dropout.{self.global_rank}.{batch.micro}"
-        seed_dropout(self.policy, self.draws.at(step=batch.step, inner=batch.inner).torch_seed(place))
-
     def on_after_backward(self) -> None:
         """A micro-batch is done."""
         self.meter.stop()
@@ -294,7 +291,7 @@ class DiffuGRPO(L.LightningModule):
 
     def on_train_batch_start(self, batch: InnerUpdate, batch_idx: int) -> None:
         """Dropout is the one reader of the global generator."""
-        place = f"dropout.{self.global_rank}.{batch.micro}"
+        place = f"dropout.{self.global_rank * batch.num_micro + batch.micro}"  # the same rows in any world
         seed_dropout(self.policy, self.draws.at(step=batch.step, inner=batch.inner).torch_seed(place))
 
     def on_train_batch_end(self, outputs: Any, batch: InnerUpdate, batch_idx: int) -> None:
@@ -308,21 +305,14 @@ class DiffuGRPO(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the experience, so that a run stopped inside a cycle goes on inside it."""
         checkpoint["state_dict"] = trainable_state(self.policy, checkpoint["state_dict"])
-        mine = [asdict(e) for e in self.experience]
-        everyone: list[Any] = [mine]
-        if self.trainer.world_size > 1:
-            everyone = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(everyone, mine)
-        checkpoint["experience"] = everyone
+        checkpoint["experience"] = gathered_objects([asdict(e) for e in self.experience])
+        checkpoint["num_micro"] = self.trainer.accumulate_grad_batches
         checkpoint["cost"] = self.cost.record()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the experience of this rank, and the account."""
-        saved = checkpoint["experience"]
-        if len(saved) != self.trainer.world_size:
-            raise ValueError(
-                f"strategy: the checkpoint was written by {len(saved)} processes and this run has "
-                f"{self.trainer.world_size}. Try: the same number of devices, or a fresh run from the stage's start"
-            )
-        self.experience = [restored(tree, self.device) for tree in saved[self.global_rank]]
+        """Take up the experience of this rank, however many wrote it, and the account."""
+        num_micro, world_size = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        refit_counters(checkpoint, num_micro)
+        saved = [[restored(tree, self.device) for tree in trees] for trees in checkpoint["experience"]]
+        self.experience = dealt(saved, world_size, num_micro)[self.global_rank]
         self.cost.load(checkpoint["cost"])

@@ -74,3 +74,15 @@ def trainable_state(policy: torch.nn.Module, state: dict[str, Any]) -> dict[str,
     """A state dict without the frozen base: the stage's start already holds it. A kept reference stays in."""
     base = {f"policy.{name}" for name, p in policy.named_parameters() if not p.requires_grad}
     return {name: value for name, value in state.items() if name not in base or "reference" in name}
+
+
+def refit_counters(checkpoint: dict[str, Any], num_micro: int) -> None:
+    """Let Lightning's counters of batches say what they would if every update had had `num_micro` micro-batches.
+
+    A checkpoint stands between two updates, whose number is the same in any world; the batches of an update are not.
+    """
+    shift = checkpoint["global_step"] * (num_micro - checkpoint["num_micro"])
+    for counts in checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
+        if isinstance(counts, dict):
+            for name in counts:
+                counts[name] += shift

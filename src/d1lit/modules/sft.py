@@ -19,6 +19,7 @@ from d1lit.modules.optimizing import (
     OptimizerFactory,
     ScheduleFactory,
     configure,
+    refit_counters,
     seed_dropout,
     trainable_state,
 )
@@ -137,7 +138,9 @@ class MaskedSFT(L.LightningModule):
         """Leave out the frozen weights; keep the account."""
         checkpoint["state_dict"] = trainable_state(self.policy, checkpoint["state_dict"])
         checkpoint["cost"] = self.cost.record()
+        checkpoint["num_micro"] = self.trainer.accumulate_grad_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the account."""
+        """Go on with the account, and count batches as this run cuts them."""
+        refit_counters(checkpoint, self.trainer.accumulate_grad_batches)
         self.cost.load(checkpoint["cost"])
