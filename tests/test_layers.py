@@ -16,9 +16,14 @@ LAYERS: list[set[str]] = [
     {"modules", "checkpoint"},
     {"callbacks", "recipes", "report"},
     {"validation"},
+    {"components", "values"},
     {"build"},
     {"evaluating"},
+    {"opening"},
+    {"playing", "chatting", "handing_on", "doctor"},
+    {"presenting"},
     {"running"},
+    {"commands"},
     {"cli"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

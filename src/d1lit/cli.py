@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from d1lit.commands import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[2]
 
 TRAIN_HELP = """\
@@ -51,12 +53,20 @@ _ITSELF = (sys.executable, "-c", "from d1lit.cli import main; main()")
 
 def main() -> None:
     """The console script `d1lit`."""
-    commands: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "evaluate": evaluate}
+    commands: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+        "train": (train, "train a model: SFT, diffu-GRPO, or both (train.py)"),
+        "evaluate": (evaluate, "evaluate a run or a model (evaluate.py)"),
+        **COMMANDS,
+    }
     words = sys.argv[1:]
     if not words or words[0] not in commands:
-        print(f"usage: d1lit {{{','.join(commands)}}} ...", file=sys.stderr)
-        sys.exit(0 if words in (["--help"], ["-h"]) else 2)
-    sys.exit(commands[words[0]](words[1:]))
+        asked = words in (["--help"], ["-h"], ["help"])
+        lines = [f"  {name:<9} {text}" for name, (_, text) in commands.items()]
+        wrong = [] if asked or not words else [f"error: no command {words[0]!r}"]
+        text = "\n".join([*wrong, "usage: d1lit COMMAND ...", *lines, "d1lit COMMAND --help says more."])
+        print(text, file=sys.stdout if asked else sys.stderr)
+        sys.exit(0 if asked else 2)
+    sys.exit(commands[words[0]][0](words[1:]))
 
 
 def train(words: Sequence[str]) -> int:

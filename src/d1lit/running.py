@@ -27,6 +27,7 @@ from d1lit.callbacks import ConsoleProgress, StopFlag, StopOnSignal, Validate
 from d1lit.checkpoint import FolderCheckpointIO, lock_run
 from d1lit.evaluating import PACKAGES, TaskEvaluator, quiet_libraries, write_results
 from d1lit.models import Policy, save_weights
+from d1lit.presenting import present
 from d1lit.processes import ALONE, first_decides, is_first, join_world, place, slurm_job, wait_for_all, world
 from d1lit.recipes import StageFolder, is_first_process, read_costs, run_recipe, run_stage
 from d1lit.report.console import console, say, show_table
@@ -299,4 +300,6 @@ def finish(
     }
     write_results(folder / "results.json", results)
     show_table(results)
+    if plan.config.report:
+        present(plan, folder, policy, tokenizer)
     print(folder / "results.json")

@@ -1,0 +1,232 @@
+"""The commands of `d1lit` besides train and evaluate. Nothing heavy is imported before the words are understood."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+def _parser(name: str, text: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"d1lit {name}", description=text, allow_abbrev=False)
+
+
+def _guarded(act: Callable[[], int]) -> int:
+    """What a user can cause is one line and exit status 2."""
+    try:
+        return act()
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 0
+
+
+def compare(words: Sequence[str]) -> int:
+    """`d1lit compare RUN...`: tables over runs."""
+    parser = _parser("compare", "Accuracy over seeds, paired differences and what differs, from the folders of runs.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--csv", action="store_true", help="the accuracies, with all their digits")
+    form.add_argument("--markdown", action="store_true", help="all tables as Markdown")
+    form.add_argument("--latex", action="store_true", help="all tables as LaTeX (booktabs)")
+    given = parser.parse_args(list(words))
+
+    def act() -> int:
+        from d1lit.report import tables
+        from d1lit.report.comparing import compare as compared
+        from d1lit.report.comparing import compare_pairs
+        from d1lit.report.runs import read_runs
+
+        runs = read_runs(_finished(given.runs))
+        cells = compared(runs)
+        if given.csv:
+            print(tables.as_csv(cells), end="")
+            return 0
+        shown = [tables.results_table(cells), tables.pairs_table(compare_pairs(runs)), tables.differences_table(runs)]
+        shown = [table for table in shown if table.rows]
+        if given.markdown or given.latex:
+            print(
+                "\n".join((tables.as_markdown if given.markdown else tables.as_latex)(table) for table in shown), end=""
+            )
+            return 0
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console = Console(highlight=False, width=200)
+        for table in shown:
+            console.print(tables.as_rich(table))
+        return 0
+
+    return _guarded(act)
+
+
+def _finished(folders: Sequence[Path]) -> list[Path]:
+    """Without those that a shell's `outputs/*` picks up but that hold no results yet; they are named."""
+    finished = [folder for folder in folders if (folder / "results.json").is_file()]
+    if not finished or len(folders) == 1:
+        return list(folders)
+    for folder in folders:
+        if folder not in finished:
+            print(f"passed over, no results.json: {folder}", file=sys.stderr)
+    return finished
+
+
+def report(words: Sequence[str]) -> int:
+    """`d1lit report RUN...`: report.html."""
+    parser = _parser("report", "One self-contained page: of one run into its folder, of several into --output.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
+    parser.add_argument("-o", "--output", type=Path, help="default: RUN/report.html, or compare.html for several")
+    given = parser.parse_args(list(words))
+
+    def act() -> int:
+        from d1lit.report.page import comparison_page, run_page, write_page
+        from d1lit.report.runs import read_runs
+
+        runs = read_runs(_finished(given.runs))
+        page = run_page(runs[0]) if len(runs) == 1 else comparison_page(runs)
+        default = runs[0].folder / "report.html" if len(runs) == 1 else Path("compare.html")
+        print(write_page(given.output or default, page))
+        return 0
+
+    return _guarded(act)
+
+
+def play(words: Sequence[str]) -> int:
+    """`d1lit play RUN --row N`: the unmasking player."""
+    parser = _parser("play", "Sample one group of completions with a run's model, and write how they came to be.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--row", type=int, default=0, help="place of the row in its split (default 0)")
+    parser.add_argument("--split", choices=("train", "val", "test"), default="test")
+    parser.add_argument("--group", type=int, help="completions of the prompt (default: as in training)")
+    parser.add_argument("--gif", type=Path, metavar="FILE", help="write an animation too")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="default: RUN/player-SPLIT-ROW.html")
+    _add_open(parser)
+    given = parser.parse_args(list(words))
+
+    def act() -> int:
+        from d1lit.playing import play as played
+
+        if given.group is not None and given.group < 1:
+            raise ValueError(f"--group: {given.group} completions make no group. Try: --group 4")
+        files = played(
+            given.run,
+            given.row,
+            split=given.split,
+            group_size=given.group,
+            gif=given.gif,
+            html=given.html,
+            words=given.words,
+            trusted=given.trust,
+        )
+        print("\n".join(map(str, files)))
+        return 0
+
+    return _guarded(act)
+
+
+def _add_open(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="settings that now hold instead of the run's")
+    parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="a package of yours that the run's parts come from",
+    )
+
+
+def chat(words: Sequence[str]) -> int:
+    """`d1lit chat RUN`: talk to a trained model."""
+    parser = _parser("chat", "Ask a run's model; on a terminal its unmasking is shown live, else one answer a line.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--temperature", type=float, help="of the answers (default: as in evaluation)")
+    _add_open(parser)
+    given = parser.parse_args(list(words))
+
+    def act() -> int:
+        from d1lit.chatting import chat as talk
+
+        if given.temperature is not None and given.temperature < 0:
+            raise ValueError(f"--temperature: {given.temperature} is below 0. Try: --temperature 0")
+        return talk(given.run, temperature=given.temperature, words=given.words, trusted=given.trust)
+
+    return _guarded(act)
+
+
+def doctor(words: Sequence[str]) -> int:
+    """`d1lit doctor`: look at the machine; exit status 1 where a run would fail."""
+    parser = _parser(
+        "doctor", "Versions, devices, memory, disk, hub, model and write access; each fault with its cure."
+    )
+    parser.add_argument("--model", metavar="PATH", help="look at a model's folder or hub id too")
+    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where runs will be written")
+    parser.add_argument("--timeout", type=float, default=3.0, help="seconds to wait for the hub")
+    parser.add_argument("--json", action="store_true", help="the findings as JSON")
+    given = parser.parse_args(list(words))
+    import json
+
+    from rich.console import Console
+
+    from d1lit.doctor import examine, facts
+    from d1lit.doctor import report as tell
+
+    findings = examine(given.model, given.outputs, given.timeout)
+    if given.json:
+        print(json.dumps(facts(findings), indent=2))
+        return 1 if any(finding.level == "error" for finding in findings) else 0
+    console = Console(highlight=False)
+    return tell(findings, console if console.is_terminal else Console(highlight=False, width=160))
+
+
+def push(words: Sequence[str]) -> int:
+    """`d1lit push RUN REPO --yes`: upload a model; without --yes nothing is sent."""
+    parser = _parser(
+        "push", "Upload RUN/model with its card to the hub. Without --yes it only says what it would send."
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("repository", metavar="REPO", help="owner/name on the hub")
+    parser.add_argument("--yes", action="store_true", help="really send")
+    parser.add_argument("--public", action="store_true", help="a new repository is private unless this is said")
+    given = parser.parse_args(list(words))
+
+    def act() -> int:
+        from d1lit.handing_on import push as send
+
+        print(send(given.run, given.repository, yes=given.yes, private=not given.public))
+        return 0
+
+    return _guarded(act)
+
+
+def export(words: Sequence[str]) -> int:
+    """`d1lit export RUN FOLDER`: the final model as one whole."""
+    parser = _parser("export", "Write a run's final model as one whole, adapters merged in float32.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="is created")
+    parser.add_argument("--layout", choices=("d1lit", "official"), default="d1lit", help="names of the weights")
+    parser.add_argument(
+        "--trust", action="append", default=[], metavar="PACKAGE", help="a package of yours the run uses"
+    )
+    given = parser.parse_args(list(words))
+
+    def act() -> int:
+        from d1lit.handing_on import export as write
+
+        print(write(given.run, given.folder, given.layout, given.trust))
+        return 0
+
+    return _guarded(act)
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "compare": (compare, "tables over the folders of several runs: means over seeds, paired tests, what differs"),
+    "report": (report, "report.html of one run, or one page over several"),
+    "play": (play, "how completions came to be, step by step: a page, and a GIF"),
+    "chat": (chat, "talk to a run's model, watching it unmask"),
+    "doctor": (doctor, "look at this machine: what is missing for a run, and the cure"),
+    "export": (export, "write a run's final model as one whole, adapters merged"),
+    "push": (push, "upload a run's model to the hub, when told so twice"),
+}

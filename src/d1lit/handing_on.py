@@ -1,0 +1,235 @@
+"""Handing a model on: its card, its merged form, and the hub when asked."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from d1lit.models import export_model, merge_lora
+from d1lit.opening import open_run
+from d1lit.report.runs import Run, read_run
+from d1lit.security import redact
+from d1lit.validation import ConfigError
+
+LOADING = """\
+```python
+import d1lit.models  # makes the architecture known to transformers
+from transformers import AutoModel, AutoTokenizer
+
+model = AutoModel.from_pretrained("{path}")
+tokenizer = AutoTokenizer.from_pretrained("{path}")
+```
+"""
+ADAPTER_LOADING = """\
+This is a LoRA adapter for `{base}`; `d1lit export {run} FOLDER` writes the merged model.
+"""
+
+
+def write_card(folder: Path) -> Path:
+    """README.md beside the weights of a finished run, from what the run measured.
+
+    Raises:
+        ValueError: if the run has no results.
+    """
+    run = read_run(folder)
+    file = folder / "model" / "README.md"
+    staging = file.with_suffix(".tmp")
+    staging.write_text(model_card(run), encoding="utf-8")
+    staging.replace(file)
+    return file
+
+
+def model_card(run: Run, merged: bool = False) -> str:
+    """The card: what it is, how it was made, what it reaches and what that is worth, what it cannot do."""
+    results, config = run.results, run.config
+    head = yaml.safe_dump(card_data(run), sort_keys=False, allow_unicode=True)
+    title = f"{results['model']}, {results['recipe']} on {results['task']}"
+    adapter = not merged and (run.folder / "model" / "adapter_config.json").is_file()
+    base = _base(config)
+    loading = ADAPTER_LOADING.format(base=base, run=run.name) if adapter else LOADING.format(path="PATH_OR_HUB_ID")
+    parts = [
+        f"---\n{head}---\n\n# {title}\n",
+        f"A masked diffusion language model, trained from {base} by the recipe `{results['recipe']}` of d1lit "
+        f"(stages: {', '.join(_stages(config)) or 'none'}; seed {results['seed']}).\n",
+        "## Loading\n",
+        loading,
+        "It is not an autoregressive model: text comes from `d1lit chat`, `d1lit play` or `evaluate.py`, which run the "
+        "unmasking sampler it was trained with.\n",
+        "## Data\n",
+        _data(run),
+        "## Results\n",
+        _metrics(run),
+        "## How it was made\n",
+        _recipe(run),
+        "## Limits\n",
+        _limits(run),
+        "## Licence\n",
+        _licence(config),
+    ]
+    return "\n".join(parts)
+
+
+def card_data(run: Run) -> dict[str, Any]:
+    """The machine-readable head of a card, as model hubs read it."""
+    results = run.results
+    data: dict[str, Any] = {
+        "library_name": "d1lit",
+        "pipeline_tag": "text-generation",
+        "tags": ["masked-diffusion", "d1lit", str(results["recipe"])],
+    }
+    path = (run.config.get("model") or {}).get("path")
+    if path and str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")):
+        data["base_model"] = str(path)
+    else:
+        data["license"] = "apache-2.0"
+    return data
+
+
+def _stages(config: Mapping[str, Any]) -> list[str]:
+    return [str(name) for name in (config.get("recipe") or {}).get("stages") or []]
+
+
+def _base(config: Mapping[str, Any]) -> str:
+    model = config.get("model") or {}
+    path = model.get("path")
+    if path is None:
+        return "the tiny built-in model (pretrained on generated text of the task)"
+    return str(path) if str(path).count("/") == 1 else str(model.get("name"))
+
+
+def _data(run: Run) -> str:
+    task = run.config.get("task") or {}
+    lines = [f"Task: {run.results['task']}."]
+    if run.results["task"].endswith("-synthetic"):
+        lines.append(
+            "Its rows are generated and only stand in for the real data set; the numbers below say nothing about it."
+        )
+    for key, what in (("train_data", "Training rows"), ("test_data", "Test rows")):
+        where = str(task.get(key, "unknown"))
+        shown = where if where.count("/") <= 1 and not where.startswith("/") else Path(where).name
+        lines.append(f"{what}: {'generated' if where == 'builtin' else shown}.")
+    counts = run.results.get("data") or {}
+    told = "; ".join(f"{value} {key.replace('_', ' ')}" for key, value in counts.items() if value)
+    return "\n".join([*lines, *([f"Counts: {told}."] if told else []), ""])
+
+
+def _metrics(run: Run) -> str:
+    lines = [
+        "| stage | rows | accuracy % | 95 % interval | d1's grader % | completion tokens |",
+        "|---|---:|---:|---|---:|---:|",
+    ]
+    for name, entry in run.baselines.items():
+        low, high = entry["interval"]
+        lines.append(
+            f"| no model: {name} | {entry['n']} | {100 * entry['accuracy']:.1f} "
+            f"| {100 * low:.1f} to {100 * high:.1f} | | |"
+        )
+    for entry in run.evaluations:
+        low, high = entry["interval"]
+        paper = 100 * entry["d1_correct"] / max(1.0, entry["d1_out_of"])
+        lines.append(
+            f"| {entry['stage']} | {entry['n']} | {100 * entry['accuracy']:.1f} | {100 * low:.1f} to {100 * high:.1f} "
+            f"| {paper:.1f} | {entry['completion_length']} |"
+        )
+    note = (
+        f"{run.results['task']}, split {run.evaluations[-1].get('split', 'test')}, greedy unless the protocol says "
+        "otherwise; Wilson's interval over rows, one training seed. The last stage is this model."
+        if run.evaluations
+        else "This run was not evaluated."
+    )
+    return "\n".join([*lines, "", note, ""])
+
+
+def _recipe(run: Run) -> str:
+    said = " ".join(word for word in run.overrides if not word.startswith(("run_dir=", "resume=")))
+    environment = run.environment
+    packages = ", ".join(f"{name} {version}" for name, version in (environment.get("packages") or {}).items())
+    seconds = (run.results.get("cost") or {}).get("seconds")
+    lines = ["```", f"python train.py {said}".strip(), "```", ""]
+    if environment.get("commit"):
+        lines.append(f"Commit {environment['commit']}; {packages}.")
+    if seconds is not None:
+        where = ", ".join(environment.get("devices") or []) or "CPU"
+        lines.append(f"{seconds:.0f} seconds on {where}, evaluation included.")
+    sampler = redact(dict(run.config.get("sampler") or {}))
+    shape = {k: sampler[k] for k in ("completion_length", "num_steps", "block_length", "temperature") if k in sampler}
+    return "\n".join([*lines, f"Sampler: `{json.dumps(shape)}`.", ""])
+
+
+def _limits(run: Run) -> str:
+    lines = [
+        f"- It was trained and measured on {run.results['task']} alone; expect nothing of it elsewhere.",
+        "- One seed: the interval above is over test rows and does not hold what another seed would change.",
+        "- Numbers depend on sampler, steps, block length, precision and prompt; results.json states all of them.",
+    ]
+    truncated = [entry["truncated_fraction"] for entry in run.evaluations]
+    if truncated and not math.isnan(truncated[-1]) and truncated[-1] > 0:
+        lines.append(f"- {100 * truncated[-1]:.1f} % of its test answers did not end within the completion length.")
+    if (run.config.get("model") or {}).get("path") is None:
+        lines.append("- It is a toy: a few hundred thousand weights, which know no language beyond the task's form.")
+    return "\n".join([*lines, ""])
+
+
+def _licence(config: Mapping[str, Any]) -> str:
+    if (config.get("model") or {}).get("path") is None:
+        return "Apache-2.0, as d1lit.\n"
+    return f"That of the model it was trained from ({_base(config)}) and of the data above; look there before use.\n"
+
+
+def export(
+    folder: Path, target: Path, layout: Literal["d1lit", "official"] = "d1lit", trusted: Sequence[str] = ()
+) -> Path:
+    """The run's final model as one whole: adapters merged in float32, with tokenizer and card.
+
+    Args:
+        folder: of the run.
+        target: is created; refused if it holds a model already.
+        layout: our own names, which d1lit and transformers read, or those of the model's family.
+        trusted: packages whose components the run may name.
+
+    Raises:
+        ConfigError: without a finished run, or where the target is taken.
+    """
+    if (target / "config.json").exists():
+        raise ConfigError("export", f"{target} holds a model already", "another folder")
+    run = open_run(folder, (), trusted)
+    policy = merge_lora(run.policy)
+    export_model(policy.network, target, layout)
+    run.tokenizer.save_pretrained(target)
+    (target / "README.md").write_text(model_card(read_run(folder), merged=True), encoding="utf-8")
+    return target
+
+
+def push(folder: Path, repository: str, *, yes: bool, private: bool) -> str:
+    """Upload RUN/model to the hub; nothing leaves the machine without `yes`.
+
+    Returns:
+        What was done, or would be.
+
+    Raises:
+        ConfigError: without weights, or where the hub refuses.
+    """
+    model = folder / "model"
+    if not model.is_dir():
+        raise ConfigError("push", f"{folder} has no model folder", "a run that has ended")
+    write_card(folder)
+    names = sorted(str(file.relative_to(model)) for file in model.rglob("*") if file.is_file())
+    if not yes:
+        return f"would upload {', '.join(names)} from {model} to {repository}; nothing was sent. Add --yes to send it."
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        info = api.upload_folder(repo_id=repository, folder_path=model, commit_message="Model trained with d1lit")
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        cure = "hf auth login, a name of the form owner/name, and a connection"
+        raise ConfigError("push", f"the hub refused: {cause}", cure) from None
+    return f"uploaded {len(names)} files: {info}"
