@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from d1lit.report.markup import visible
-from d1lit.report.recording import Recording, one_line, shown_at, state_at
+from d1lit.report.recording import END, Recording, one_line, shown_at, state_at
 
 BACKGROUND, INK, FAINT, BLOCK = "#ffffff", "#1b1f24", "#57606a", "#8c959f"
 MASKED, NEW = "#d8dee4", "#bc4c00"
@@ -18,6 +18,8 @@ SHADES = ("#fde0c5", "#facba6", "#d7e3a8", "#a6d8b0", "#7fcdbb")
 FONT_SIZE, PAD, ROW_HEIGHT, MARGIN = 14, 3, 22, 12
 MOST_WIDTH = 460
 """Of one rollout's column."""
+COLUMNS = 2
+"""Rollouts side by side; more go below."""
 
 
 def write_gif(recording: Recording, file: Path, seconds_per_step: float = 0.25, most_rollouts: int = 4) -> None:
@@ -27,16 +29,18 @@ def write_gif(recording: Recording, file: Path, seconds_per_step: float = 0.25, 
         recording: one prompt's rollouts.
         file: where it goes.
         seconds_per_step: how long a frame stands.
-        most_rollouts: columns side by side.
+        most_rollouts: how many are drawn.
     """
     font = ImageFont.load_default(FONT_SIZE)
     rollouts = recording["rollouts"][:most_rollouts]
     layouts = [_layout(rollout, recording["block_length"], font) for rollout in rollouts]
-    width = sum(w for _, w, _ in layouts) + MARGIN * (len(layouts) + 1)
-    height = max(h for _, _, h in layouts) + 4 * ROW_HEIGHT
-    frames = [
-        _frame(recording, rollouts, layouts, step, (width, height), font) for step in range(-1, recording["steps"])
+    cell = (max(w for _, w, _ in layouts) + MARGIN, max(h for _, _, h in layouts) + ROW_HEIGHT + MARGIN)
+    places = [
+        (MARGIN + n % COLUMNS * cell[0], ROW_HEIGHT + MARGIN + n // COLUMNS * cell[1]) for n in range(len(layouts))
     ]
+    size = (places[-1 if len(places) < COLUMNS else COLUMNS - 1][0] + cell[0], places[-1][1] + cell[1])
+    columns = list(zip(rollouts, layouts, places, strict=True))
+    frames = [_frame(recording, columns, step, size, font) for step in range(-1, recording["steps"])]
     durations = [round(1000 * seconds_per_step)] * (len(frames) - 1) + [2000]
     palette = [frame.quantize(colors=64, dither=Image.Dither.NONE) for frame in frames]
     palette[0].save(file, save_all=True, append_images=palette[1:], duration=durations, loop=0, optimize=True)
@@ -61,7 +65,7 @@ def _layout(rollout: Mapping[str, Any], block_length: int, font: Any) -> Layout:
             if left + wide > MOST_WIDTH and left > PAD:
                 left, top = PAD, top + ROW_HEIGHT
             boxes.append((left, top, wide))
-            left += wide + 1
+            left += wide + 2
             widest = max(widest, left + PAD)
         blocks.append(boxes)
         top += ROW_HEIGHT + PAD + 4
@@ -70,28 +74,24 @@ def _layout(rollout: Mapping[str, Any], block_length: int, font: Any) -> Layout:
 
 def _shown(text: str) -> str:
     """What the built-in font can draw."""
-    text = visible(one_line(text)).replace("⏎", "\\n").replace("⇥", "\\t")
+    text = visible(one_line(text)).replace("⏎", "\\n").replace("⇥", "\\t").replace(END, "¶")
     return text.encode("latin-1", "replace").decode("latin-1")
 
 
-def _frame(
-    recording: Recording, rollouts: list[Any], layouts: list[Layout], step: int, size: tuple[int, int], font: Any
-) -> Image.Image:
+def _frame(recording: Recording, columns: list[Any], step: int, size: tuple[int, int], font: Any) -> Image.Image:
     image = Image.new("RGB", size, BACKGROUND)
     draw = ImageDraw.Draw(image)
     draw.text((MARGIN, 8), _shown(f"row {recording['index']}   step {step + 1} of {recording['steps']}"), INK, font)
-    x = MARGIN
     last = step == recording["steps"] - 1
-    for number, (rollout, (blocks, width, _)) in enumerate(zip(rollouts, layouts, strict=True)):
+    for number, (rollout, (blocks, width, _), (x, y)) in enumerate(columns):
         reward = f"rollout {number + 1}" + (f"   reward {rollout['reward']:.3g}" if last else "")
-        draw.text((x, 8 + ROW_HEIGHT), reward, FAINT, font)
+        draw.text((x, y), reward, FAINT, font)
         tokens = iter(rollout["tokens"])
+        y += ROW_HEIGHT
         for boxes in blocks:
-            top, bottom = boxes[0][1] - PAD, boxes[-1][1] + ROW_HEIGHT
-            draw.rectangle((x, 3 * ROW_HEIGHT + top, x + width, 3 * ROW_HEIGHT + bottom), outline=BLOCK)
-            for box, token in zip(boxes, tokens, strict=False):
-                _draw_token(draw, token, step, (x + box[0], 3 * ROW_HEIGHT + box[1], box[2]), font)
-        x += width + MARGIN
+            draw.rectangle((x, y + boxes[0][1] - PAD, x + width, y + boxes[-1][1] + ROW_HEIGHT), outline=BLOCK)
+            for box, token in zip(boxes, tokens, strict=False):  # boxes first: no token is taken that has none
+                _draw_token(draw, token, step, (x + box[0], y + box[1], box[2]), font)
     return image
 
 

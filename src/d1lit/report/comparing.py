@@ -95,7 +95,10 @@ def _cell(name: str, key: tuple[Any, ...], entries: Sequence[tuple[Run, Mapping[
     accuracies = [math.fsum(values) / len(values) for values in by_seed.values()]
     first = entries[0][1]
     if len(accuracies) > 1:
-        interval, over = mean_over_seeds(accuracies), f"{len(accuracies)} seeds"
+        over_seeds = mean_over_seeds(accuracies)
+        # Student's t knows nothing of shares, which end at 0 and 1.
+        interval = Interval(over_seeds.value, max(0.0, over_seeds.low), min(1.0, over_seeds.high))
+        over = f"{len(accuracies)} seeds"
     else:
         correct, total = (sum(entry[k] for _, entry in entries) for k in ("correct", "n"))
         interval, over = wilson_interval(correct, total), f"{first['n']} rows"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from d1lit.report.markup import Markup, tag
@@ -15,6 +15,7 @@ MOST_POINTS = 240
 NUM_COLOURS = 8
 
 Points = Sequence[tuple[float, float]]
+Place = Callable[[float, float], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Series:
     """Place in the page's palette; lines that belong together share one."""
 
 
-def chart(title: str, series: Sequence[Series], x_label: str = "update") -> Markup | None:
+def chart(title: str, series: Sequence[Series], x_label: str = "update", smooth: bool = True) -> Markup | None:
     """A figure with one line a series, smoothed over its raw points; None where there is nothing to draw."""
     drawn = [Series(s.label, finite(s.points), s.colour) for s in series]
     drawn = [s for s in drawn if s.points]
@@ -45,7 +46,7 @@ def chart(title: str, series: Sequence[Series], x_label: str = "update") -> Mark
 
     grid = [_y_tick(y, place(x_range[0], y)[1]) for y in y_ticks]
     grid += [_x_tick(x, place(x, y_range[0])[0]) for x in x_ticks if x_range[0] <= x <= x_range[1]]
-    lines = [line for s in drawn for line in _lines(s, place)]
+    lines = [line for s in drawn for line in _lines(s, place, smooth)]
     name = tag("text", x_label, x=WIDTH - RIGHT, y=HEIGHT - 3, class_="axis", text_anchor="end")
     cross = tag("line", class_="cross", x1=0, x2=0, y1=TOP, y2=HEIGHT - BOTTOM, visibility="hidden")
     svg = tag(
@@ -100,10 +101,10 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     return [n * step for n in range(first, last + 1)]
 
 
-def _lines(series: Series, place) -> list[Markup]:
+def _lines(series: Series, place: Place, smooth: bool) -> list[Markup]:
     points = thinned(series.points)
     colour = f"s{series.colour % NUM_COLOURS}"
-    if len(points) < 3:
+    if len(points) < 3 or not smooth:
         dots = [
             tag("circle", cx=_short(place(*p)[0]), cy=_short(place(*p)[1]), r=3, class_=f"dot {colour}") for p in points
         ]
@@ -111,7 +112,7 @@ def _lines(series: Series, place) -> list[Markup]:
     return [_polyline(points, place, f"raw {colour}"), _polyline(smoothed(points), place, f"line {colour}")]
 
 
-def _polyline(points: Points, place, name: str) -> Markup:
+def _polyline(points: Points, place: Place, name: str) -> Markup:
     return tag("polyline", points=" ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in points), class_=name)
 
 

@@ -11,7 +11,7 @@ from torch.utils.tensorboard.writer import FileWriter
 
 from d1lit.report.comparing import final_entry
 from d1lit.report.events import event_files
-from d1lit.report.runs import Run, read_run
+from d1lit.report.runs import FINAL_LOG, Run, read_run
 
 LAST_STEP = 1
 """Final metrics stand at one point of their own; training curves live in the stages' folders."""
@@ -23,7 +23,7 @@ def write_hparams(folder: Path) -> Path:
     Written by hand rather than by a logger's `log_hyperparams`, which adds a point of 0.0 at step 0 to every metric.
     """
     run = read_run(folder)
-    place = folder / "logs" / "final"
+    place = folder / "logs" / FINAL_LOG
     for old in event_files(place):
         old.unlink()
     place.mkdir(parents=True, exist_ok=True)

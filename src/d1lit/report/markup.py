@@ -62,9 +62,16 @@ def table(
     columns: tuple[str, ...] | list[str], rows: list[Any] | tuple[Any, ...], caption: str | None = None
 ) -> Markup:
     """A table that scrolls sideways where it is wider than the page; the first cell of a row is its heading."""
-    head = tag("tr", *(tag("th", column, scope="col") for column in columns))
+    numeric = [all(_is_number(row[place]) for row in rows) for place in range(len(columns))]
+    head = tag(
+        "tr", *(tag("th", c, scope="col", class_="n" if n else None) for c, n in zip(columns, numeric, strict=True))
+    )
     body = [
-        tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell, class_=_alignment(cell)) for cell in row[1:]))
+        tag(
+            "tr",
+            tag("th", row[0], scope="row"),
+            *(tag("td", cell, class_="n" if n else None) for cell, n in zip(row[1:], numeric[1:], strict=True)),
+        )
         for row in rows
     ]
     title = tag("caption", caption) if caption else None
@@ -72,5 +79,6 @@ def table(
     return tag("div", inner, class_="scroll", tabindex="0", role="region", aria_label=caption or ", ".join(columns[:4]))
 
 
-def _alignment(cell: Any) -> str | None:
-    return "n" if not isinstance(cell, Markup) and re.match(r"[-+−<]?\s?\d", str(cell)) else None
+def _is_number(cell: Any) -> bool:
+    """Whether a cell stands in a column of numbers: it begins like one, or is empty."""
+    return not isinstance(cell, Markup) and re.match(r"([-+−<]?\s?\d|$)", str(cell)) is not None

@@ -11,6 +11,8 @@ from d1lit.types import Example, Rollout, Verdict
 Recording = Mapping[str, Any]
 LEVELS = 5
 """Shades of confidence."""
+END = "∎"
+"""How the end token is shown."""
 
 
 def record_group(
@@ -43,6 +45,7 @@ def record_group(
     spelt = {int(token): decode_token(int(token)) for token in rollout.completion_ids.unique()}
     if rollout.trace is not None:
         spelt |= {int(token): decode_token(int(token)) for token in rollout.trace.unique()}
+    spelt[eos_token_id] = END
     rollouts = []
     for n in range(len(rollout.row_ids)):
         parts = {name: given[n] for name, given in verdicts.items()}

@@ -19,6 +19,8 @@ Scalars = Mapping[str, Sequence[tuple[int, float]]]
 
 NOT_THE_EXPERIMENT = ("seed", "run_dir", "resume", "dry_run", "report", "callbacks", "logger", "hydra", "debug")
 """Keys that may differ between two runs of one experiment."""
+FINAL_LOG = "final"
+"""Folder under logs/ that holds what was written at the end, and no curve."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Run:
         """Scalars of every stage that has event files, by tag, in the order of the stages."""
         logs = self.folder / "logs"
         names = [p.name for p in sorted(logs.iterdir()) if event_files(p)] if logs.is_dir() else []
+        names = [name for name in names if name != FINAL_LOG]
         order = {name: place for place, name in enumerate(["base", *stage_names(self.config)])}
         names.sort(key=lambda name: order.get(name, len(order)))
         return {name: read_scalars(logs / name) for name in names}

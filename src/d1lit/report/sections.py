@@ -43,8 +43,8 @@ def accuracy_section(run: Run) -> Markup:
     """Every stage and length with its interval, and what no model at all reaches."""
     entries = run.evaluations
     extra = sorted({name for entry in entries for name in entry.get("extra", {})})
-    columns = ["stage", "tokens asked", "rows", "accuracy", "95 % interval", "0 to 100 %", "d1's grader"]
-    columns += [*(name.replace("_", " ") for name in extra), "tokens used", "truncated", "unparsed"]
+    columns = ["stage", "accuracy", "95 % interval", "0 to 100 %", "rows", "d1's grader"]
+    columns += [*(name.replace("_", " ") for name in extra), "tokens asked", "tokens used", "truncated", "unparsed"]
     rows = [_entry_row(f"no model: {name}", entry, extra) for name, entry in run.baselines.items()]
     rows += [_entry_row(entry["stage"], entry, extra) for entry in entries]
     note = (
@@ -65,13 +65,13 @@ def _entry_row(name: str, entry: Mapping[str, Any], extra: Sequence[str]) -> tup
     graded = percent(entry["d1_correct"] / max(1.0, entry["d1_out_of"])) if "d1_correct" in entry else ""
     return (
         name,
-        str(entry.get("completion_length") or ""),
-        str(entry["n"]),
         percent(entry["accuracy"]),
         percent_interval(Interval(entry["accuracy"], *entry["interval"])),
         whisker(entry["accuracy"], *entry["interval"]),
+        str(entry["n"]),
         graded,
-        *(percent(entry["extra"][name]["mean"]) if name in entry.get("extra", {}) else "" for name in extra),
+        *(percent(entry["extra"][key]["mean"]) if key in entry.get("extra", {}) else "" for key in extra),
+        str(entry.get("completion_length") or ""),
         f"{entry['effective_tokens']:.1f}" if "effective_tokens" in entry else "",
         percent(entry.get("truncated_fraction", math.nan)),
         percent(entry.get("unparsed_fraction", math.nan)),
@@ -99,6 +99,7 @@ def _probes(run: Run) -> Markup | None:
 
 # --------------------------------------------------------------------------------------------------------------- curves
 
+VALIDATION = "Validation"
 CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Reward", ("rollout/reward", "rollout/reward/")),
     ("KL to the reference (nats)", ("train/kl",)),
@@ -107,7 +108,7 @@ CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Groups of equal reward (nothing to learn from)", ("rollout/zero_std_fraction",)),
     ("Rollouts cut off before their end", ("rollout/truncated_fraction",)),
     ("Entropy when a token is fixed (nats)", ("rollout/entropy",)),
-    ("Validation", ("val/accuracy", "val/loss")),
+    (VALIDATION, ("val/accuracy", "val/loss")),
     ("Loss", ("train/loss",)),
     ("Loss per masked token (nats)", ("train/nll_per_masked_token",)),
 )
@@ -118,7 +119,7 @@ def curves_section(run: Run) -> Markup:
     """The training curves of every stage that has any."""
     stages = []
     for stage, scalars in run.curves.items():
-        figures = [chart(title, series_of(scalars, tags)) for title, tags in CHARTS]
+        figures = [chart(title, series_of(scalars, tags), smooth=title != VALIDATION) for title, tags in CHARTS]
         drawn = [figure for figure in figures if figure is not None]
         if drawn:
             stages += [tag("h3", f"Stage {stage}"), tag("div", *drawn, class_="charts")]
@@ -271,7 +272,7 @@ def repeat_section(run: Run) -> Markup:
         "repeat",
         "How to repeat this run",
         tag("pre", command, class_="command"),
-        table(["machine and versions", ""], [(key, str(value)) for key, value in facts.items()], "Environment"),
+        table(["machine", "value"], [(key, str(value)) for key, value in facts.items()], "Environment"),
         table(["data", "rows"], [(key.replace("_", " "), str(value)) for key, value in data.items()], "Data")
         if data
         else None,

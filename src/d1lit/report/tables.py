@@ -41,7 +41,7 @@ def percent_interval(interval: Interval) -> str:
 
 def number(value: float | None) -> str:
     """A number with three digits that count."""
-    return "" if value is None else f"{value:.3g}"
+    return "" if value is None else f"{0.0 if abs(value) < 1e-7 else value:.3g}"
 
 
 def p_text(value: float) -> str:
