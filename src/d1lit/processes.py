@@ -243,7 +243,7 @@ def launch(command: Sequence[str], num_processes: int) -> int:
 def _first_failure(children: Sequence[subprocess.Popen[bytes]]) -> int:
     """Wait for all; after the first failure the others are ended."""
     failure, deadline = 0, float("inf")
-    while any(child.poll() is None for child in children):
+    while None in [child.poll() for child in children]:
         time.sleep(0.05)
         failed = [child.returncode for child in children if child.returncode not in (0, None)]
         if failed and not failure:

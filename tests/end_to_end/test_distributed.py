@@ -1,0 +1,216 @@
+"""Several processes do what one does: gradients, weights, rollouts, resume, evaluation; and how they are started."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from d1lit.checkpoint import newest, read_facts
+from d1lit.processes import launch
+from tests.end_to_end.distributed_worker import Record, main, read
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = (sys.executable, "-m", "tests.end_to_end.distributed_worker")
+TOLERANCE = 1e-5
+
+
+def together(num_processes: int, folder: Path, *names: str) -> None:
+    """Train cases in several processes."""
+    here = os.getcwd()
+    os.chdir(ROOT)
+    try:
+        assert launch([*WORKER, str(folder), *names], num_processes) == 0
+    finally:
+        os.chdir(here)
+
+
+def alone(folder: Path, *names: str) -> None:
+    """Train cases in this process."""
+    threads = torch.get_num_threads()
+    main(folder, names)
+    torch.set_num_threads(threads)
+
+
+def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The largest relative difference (of norms) of any tensor."""
+    assert one.keys() == other.keys()
+    assert one
+    shares = []
+    for name, value in one.items():
+        norm = value.double().norm()
+        shares.append(float((value.double() - other[name].double()).norm() / norm) if norm > 0 else 0.0)
+    return max(shares)
+
+
+def check_same(one: Record, other: Record, what: str, tolerance: float = TOLERANCE) -> None:
+    """Same rollouts row for row; gradients of every update and final weights within the tolerance."""
+    gradients, weights = difference(one.gradients, other.gradients), difference(one.weights, other.weights)
+    print(f"{what}: largest relative difference of gradients {gradients:.1e}, of weights {weights:.1e}")
+    for name, value in one.rollouts.items():
+        if value.dtype == torch.int64:
+            assert torch.equal(value, other.rollouts[name]), f"{what}: {name}"
+        else:
+            torch.testing.assert_close(value, other.rollouts[name])
+    assert gradients <= tolerance
+    assert weights <= tolerance
+
+
+# ---------------------------------------------------------------------------------------------------------------- quick
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> Path:
+    """Two processes train one small stage of each kind; the last is stopped within a cycle of inner updates."""
+    folder = tmp_path_factory.mktemp("two")
+    names = (
+        "sft-full-ddp-float32-3",
+        "grpo-lora-ddp-float32-4",
+        "sft-lora-fsdp-float32-3",
+        "grpo-full-fsdp-float32-4@3",
+    )
+    together(2, folder, *names)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["sft-full-ddp-float32-3", "grpo-lora-ddp-float32-4", "sft-lora-fsdp-float32-3"])
+def test_two_processes_are_one(name, quick, tmp_path):
+    single = name.replace("ddp", "single").replace("fsdp", "single")
+    alone(tmp_path, single)
+    check_same(read(tmp_path / single), read(quick / name), name)
+
+
+def test_one_process_goes_on_where_two_sharded_ones_stopped(quick, tmp_path):
+    """The experience of both is cut anew for one, and the end is that of a run nobody stopped."""
+    name = "grpo-full-fsdp-float32-4"
+    checkpoint, refused = newest(quick / name / "stage" / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.name == "step_3"
+    assert not refused
+    assert read_facts(checkpoint)["world_size"] == 2
+    alone(quick, name)
+    single = "grpo-full-single-float32-4"
+    alone(tmp_path, single)
+    gap = difference(read(tmp_path / single).weights, read(quick / name).weights)
+    print(f"resumed alone: weights differ by {gap:.1e}")
+    assert gap <= TOLERANCE
+    resumed = read(quick / name).gradients
+    assert {step.split(".")[0] for step in resumed} == {"003"}, "one update was left, and no other was repeated"
+
+
+def test_launcher_gives_every_process_its_place_and_returns_the_first_failure(tmp_path):
+    script = (
+        "import os, sys, time; from pathlib import Path; rank = os.environ['RANK'];"
+        "Path(sys.argv[1], rank).write_text(os.environ['WORLD_SIZE'] + os.environ['LOCAL_RANK']);"
+        "sys.exit(7) if rank == '1' else time.sleep(60)"
+    )
+    started = time.monotonic()
+    assert launch([sys.executable, "-c", script, str(tmp_path)], 3) == 7
+    assert time.monotonic() - started < 20, "the others were ended"
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"0": "30", "1": "31", "2": "32"}
+
+
+# ----------------------------------------------------------------------------------------------------------------- slow
+
+KINDS = [f"{stage}-{trains}" for stage in ("sft", "grpo") for trains in ("full", "lora")]
+
+
+@pytest.fixture(scope="module")
+def singles(tmp_path_factory) -> Path:
+    """One process, twenty updates of every kind."""
+    folder = tmp_path_factory.mktemp("one")
+    alone(folder, *[f"{kind}-single-{dtype}-20" for kind in KINDS for dtype in ("float32", "float64")])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp_offload"])
+def test_twenty_updates_in_two_processes_are_those_of_one(strategy, singles, tmp_path):
+    names = [f"{kind}-{strategy}-{dtype}-20" for kind in KINDS for dtype in ("float32", "float64")]
+    together(2, tmp_path, *names)
+    for name in names:
+        tolerance = TOLERANCE if "float32" in name else 1e-12
+        check_same(read(singles / name.replace(strategy, "single")), read(tmp_path / name), name, tolerance)
+
+
+@pytest.mark.slow
+def test_four_processes_are_one(singles, tmp_path):
+    names = ("grpo-full-ddp-float64-20", "grpo-lora-fsdp-float64-20")
+    together(4, tmp_path, *names)
+    for name in names:
+        single = name.replace("ddp", "single").replace("fsdp", "single")
+        check_same(read(singles / single), read(tmp_path / name), f"four, {name}", 1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_may_change_its_number_of_processes_at_every_resume(kind, singles, tmp_path):
+    """Two sharded processes, then four with whole copies, then one, then two again."""
+    for strategy, processes, stop in (("fsdp", 2, "@5"), ("ddp", 4, "@9"), ("single", 1, "@13"), ("fsdp", 2, "")):
+        name = f"{kind}-{strategy}-float64-20"
+        if processes == 1:
+            alone(tmp_path, name + stop)
+        else:
+            together(processes, tmp_path, name + stop)
+        for other in ("fsdp", "ddp", "single"):  # the run's folder goes from hand to hand
+            if stop and not (target := tmp_path / f"{kind}-{other}-float64-20").exists():
+                target.symlink_to(tmp_path / name)
+    gap = difference(
+        read(singles / f"{kind}-single-float64-20").weights, read(tmp_path / f"{kind}-fsdp-float64-20").weights
+    )
+    print(f"{kind} through four worlds: weights differ by {gap:.1e}")
+    assert gap <= 1e-12
+
+
+RUN = ("task=sudoku", "debug=fast", "trainer.accelerator=cpu", "scale.evaluation.batch_size=64", "report=false")
+
+
+def program(*words: str, launcher: tuple[str, ...] = (sys.executable,), **options) -> subprocess.CompletedProcess[str]:
+    """train.py as a user starts it."""
+    command = [*launcher, str(ROOT / "train.py"), *RUN, *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600, check=False, **options)
+
+
+@pytest.mark.slow
+def test_whole_recipe_in_two_processes(tmp_path):
+    """One process, two by our launcher and two by torchrun end with the same table, row by row."""
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    found = {}
+    for name, words, launcher in (
+        ("one", (), (sys.executable,)),
+        ("two", ("trainer.devices=2",), (sys.executable,)),
+        ("torchrun", ("strategy=fsdp",), torchrun),
+    ):
+        done = program(f"run_dir={tmp_path / name}", *words, launcher=launcher)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.splitlines()[-1] == str(tmp_path / name / "results.json")
+        assert done.stdout.count("results.json") == 1, "one process speaks"
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        files = sorted((tmp_path / name / "evaluations").glob("*.jsonl"))
+        rows = {f.name: [json.loads(line)["completion"] for line in f.read_text().splitlines()] for f in files}
+        found[name] = ([(e["stage"], e["n"], e["correct"]) for e in results["evaluations"]], rows)
+    assert found["one"] == found["two"]
+    assert found["one"] == found["torchrun"]
+
+
+@pytest.mark.slow
+def test_a_signal_stops_all_processes_with_a_checkpoint(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *RUN, "recipe=sft", "scale.sft.max_updates=100000"]
+    command += ["trainer.devices=2", f"run_dir={tmp_path / 'run'}", "evaluation.base=false"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "run" / "logs" / "sft"
+    deadline = time.monotonic() + 120
+    while not (folder.exists() and any(folder.iterdir())) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(3)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors[-2000:]
+    checkpoint, _ = newest(tmp_path / "run" / "stages" / "sft" / "checkpoints")
+    assert checkpoint is not None
