@@ -87,21 +87,21 @@ def chat(
         console: where answers go.
 
     Returns:
-        Exit status.
+        Exit status: 1 if a line could not be answered and nobody was there to see it.
     """
     console = console or Console(highlight=False, soft_wrap=True)
     run = open_run(folder, words, trusted)
     interactive = lines.isatty() and console.is_terminal
     if interactive:
         console.print(f"{run.plan.config.recipe.name} on {run.plan.task.display_name}. {HELP}", markup=False)
-    last, turn = "", 0
+    last, turn, failed = "", 0, False
     while True:
         if interactive:
             console.print("> ", end="")
         line = lines.readline()
         text = line.strip()
         if not line or text == "/quit":
-            return 0
+            return 1 if failed and not interactive else 0
         text = last if text == "/again" else text
         if not text:
             continue
@@ -109,7 +109,8 @@ def chat(
         try:
             answer(run, text, turn, temperature, console, live=interactive)
         except ValueError as error:
-            console.print(f"error: {error}", markup=False, style="red" if interactive else None)
+            failed = True
+            print(f"error: {error}", file=sys.stderr)
 
 
 def answer(run: OpenRun, text: str, turn: int, temperature: float | None, console: Console, live: bool) -> str:

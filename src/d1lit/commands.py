@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -104,7 +105,8 @@ def play(words: Sequence[str]) -> int:
     parser.add_argument("--gif", type=Path, metavar="FILE", help="write an animation too")
     parser.add_argument("--html", type=Path, metavar="FILE", help="default: RUN/player-SPLIT-ROW.html")
     _add_open(parser)
-    given = parser.parse_args(list(words))
+    given = parser.parse_intermixed_args(list(words))
+    _see(given.trust)
 
     def act() -> int:
         from d1lit.playing import play as played
@@ -138,13 +140,20 @@ def _add_open(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _see(trusted: Sequence[str]) -> None:
+    """Let a trusted package that stands in the working folder be found."""
+    if trusted:
+        sys.path.insert(0, os.getcwd())
+
+
 def chat(words: Sequence[str]) -> int:
     """`d1lit chat RUN`: talk to a trained model."""
     parser = _parser("chat", "Ask a run's model; on a terminal its unmasking is shown live, else one answer a line.")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("--temperature", type=float, help="of the answers (default: as in evaluation)")
     _add_open(parser)
-    given = parser.parse_args(list(words))
+    given = parser.parse_intermixed_args(list(words))
+    _see(given.trust)
 
     def act() -> int:
         from d1lit.chatting import chat as talk
@@ -211,6 +220,7 @@ def export(words: Sequence[str]) -> int:
         "--trust", action="append", default=[], metavar="PACKAGE", help="a package of yours the run uses"
     )
     given = parser.parse_args(list(words))
+    _see(given.trust)
 
     def act() -> int:
         from d1lit.handing_on import export as write

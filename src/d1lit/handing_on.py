@@ -104,18 +104,18 @@ def _base(config: Mapping[str, Any]) -> str:
 
 def _data(run: Run) -> str:
     task = run.config.get("task") or {}
-    lines = [f"Task: {run.results['task']}."]
+    lines = [f"- Task: {run.results['task']}."]
     if run.results["task"].endswith("-synthetic"):
         lines.append(
-            "Its rows are generated and only stand in for the real data set; the numbers below say nothing about it."
+            "- Its rows are generated and only stand in for the real data set; the numbers below say nothing about it."
         )
     for key, what in (("train_data", "Training rows"), ("test_data", "Test rows")):
         where = str(task.get(key, "unknown"))
         shown = where if where.count("/") <= 1 and not where.startswith("/") else Path(where).name
-        lines.append(f"{what}: {'generated' if where == 'builtin' else shown}.")
+        lines.append(f"- {what}: {'generated' if where == 'builtin' else shown}.")
     counts = run.results.get("data") or {}
     told = "; ".join(f"{value} {key.replace('_', ' ')}" for key, value in counts.items() if value)
-    return "\n".join([*lines, *([f"Counts: {told}."] if told else []), ""])
+    return "\n".join([*lines, *([f"- Counts: {told}."] if told else []), ""])
 
 
 def _metrics(run: Run) -> str:
@@ -167,6 +167,10 @@ def _limits(run: Run) -> str:
         "- One seed: the interval above is over test rows and does not hold what another seed would change.",
         "- Numbers depend on sampler, steps, block length, precision and prompt; results.json states all of them.",
     ]
+    reached = run.evaluations[-1]["accuracy"] if run.evaluations else math.nan
+    better = [name for name, entry in run.baselines.items() if entry["accuracy"] >= reached]
+    if better:
+        lines.append(f"- It does not beat what needs no model at all: {', '.join(better)}.")
     truncated = [entry["truncated_fraction"] for entry in run.evaluations]
     if truncated and not math.isnan(truncated[-1]) and truncated[-1] > 0:
         lines.append(f"- {100 * truncated[-1]:.1f} % of its test answers did not end within the completion length.")
