@@ -1,5 +1,6 @@
 """Tasks: rows, prompts, and the text a tiny model learns its trade from."""
 
+from d1lit.tasks.code import CodeSource
 from d1lit.tasks.countdown import CountdownSource
 from d1lit.tasks.demonstrations import read_demonstrations
 from d1lit.tasks.gsm8k import Gsm8kSource
@@ -21,6 +22,7 @@ from d1lit.tasks.task import Overlap, Task
 
 __all__ = [
     "METHOD_CHARACTER",
+    "CodeSource",
     "CountdownSource",
     "Gsm8kSource",
     "Math500Source",
