@@ -1,0 +1,108 @@
+"""Every benchmark runs in a tiny shape and says the same as its baseline; no speed is asserted here."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs a benchmark with --quick; gives what it printed and the JSON it wrote."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("D1LIT_CACHE", str(tmp_path / "cache"))
+    threads = torch.get_num_threads()
+
+    def run(name: str) -> tuple[str, dict[str, Any]]:
+        importlib.import_module(name).main(["--quick", "--out", str(tmp_path)])
+        printed = capsys.readouterr().out
+        return printed, json.loads((tmp_path / f"{name}.json").read_text())
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def is_table(printed: str, content: dict[str, Any]) -> bool:
+    """Every table was printed, and has a heading, a rule and at least one line of as many cells."""
+    for text in content["tables"]:
+        lines = [line for line in text.splitlines() if line.startswith("|")]
+        if text not in printed or len(lines) < 3 or len({line.count(" | ") for line in [lines[0], *lines[2:]]}) != 1:
+            return False
+    return bool(content["tables"])
+
+
+def test_rollout(run) -> None:
+    printed, content = run("rollout")
+    assert is_table(printed, content) and content["quick"] and content["machine"]["matmul_gflops"] > 0
+    exact = [record for record in content["records"] if not record["cached"]]
+    assert {record["temperature"] for record in exact} == {0.0, 0.9}
+    for record in exact:
+        assert record["equal_tokens"] in (None, record["tokens"])
+        assert record["flops_factor"] > 1 and record["measured"]["ours"]["peak_mb"] > 0
+    assert len(exact) < len(content["records"])
+
+
+def test_scoring(run) -> None:
+    printed, content = run("scoring")
+    assert is_table(printed, content)
+    assert all(max(record["largest_difference"].values()) < 1e-5 for record in content["records"])
+
+
+def test_update(run) -> None:
+    printed, content = run("update")
+    assert is_table(printed, content)
+    assert all(max(record["gradient_difference"].values()) < 1e-5 for record in content["records"])
+
+
+def test_step(run) -> None:
+    printed, content = run("step")
+    assert is_table(printed, content)
+    for record in content["records"]:
+        assert set(record["parts"]) == {"textbook", "exact, row", "exact, group", "dual cache, group"}
+        for parts in record["parts"].values():
+            assert set(parts) == {"rollout", "reward", "scoring", "update"}
+
+
+def test_growth(run, tmp_path: Path) -> None:
+    printed, content = run("growth")
+    assert is_table(printed, content) and len(content["records"]) == 6
+    assert (tmp_path / "growth.svg").read_text().count("<polyline") == 6 * 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trained", "gradient_noise"])
+def test_benchmarks_of_a_trained_model(tmp_path: Path, name: str) -> None:
+    """In a process of its own: it composes a run, whose YAML lists stand for tuples."""
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--out", str(tmp_path)],
+        env={**os.environ, "D1LIT_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / f"{name}.json").read_text())
+    assert is_table(done.stdout, content) and len(content["records"][0]["lines"]) >= 4
+
+
+def test_peak_memory_is_what_was_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    measuring = importlib.import_module("measuring")
+
+    def work() -> None:
+        first = torch.ones(2**20)  # 4 MB
+        second = first + 1  # 8 MB held
+        del first
+        third = second * 2  # 8 MB held
+        del second, third
+        torch.ones(2**19)
+
+    assert measuring.peak_bytes(work, "cpu") == pytest.approx(2 * 4 * 2**20, rel=1e-3)
