@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"validation"},
     {"components", "values"},
     {"build"},
-    {"evaluating"},
+    {"evaluating", "estimates"},
     {"opening"},
     {"playing", "chatting", "handing_on", "doctor"},
     {"presenting"},

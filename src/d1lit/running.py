@@ -24,7 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from d1lit.build import Plan, StageParts, build, make_stage, plan_run
 from d1lit.callbacks import ConsoleProgress, StopFlag, StopOnSignal, Validate
-from d1lit.checkpoint import FolderCheckpointIO, lock_run
+from d1lit.checkpoint import FolderCheckpointIO, differing_keys, flatten, lock_run
+from d1lit.estimates import estimate_run
 from d1lit.evaluating import PACKAGES, TaskEvaluator, quiet_libraries, write_results
 from d1lit.models import Policy, save_weights
 from d1lit.presenting import present
@@ -46,10 +47,11 @@ def run_training(config: DictConfig, overrides: Sequence[str]) -> int:
     """
     quiet_libraries()
     console.quiet = not is_first()
-    plan = plan_run(config)
+    plan = plan_run(config) if plan is None else plan
     tell_rows(plan)
     if config.dry_run:
-        print(OmegaConf.to_yaml(config, resolve=True))
+        _, lines = estimate_run(plan, config.trainer.devices * config.trainer.num_nodes)
+        print("\n".join(lines))
         return 0
     flag = StopFlag()
     if plan.base is not None and place().world_size > 1 and is_first():

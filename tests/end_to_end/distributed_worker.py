@@ -14,6 +14,8 @@ from typing import Any
 
 import lightning as L
 import torch
+import yaml
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -46,7 +48,7 @@ SMALL = (
     "logger=none",
     "callbacks.samples=null",
 )
-LORA = "lora={targets:all_linear,rank:2,alpha:4,dropout:0.0}"
+LORA = "lora={targets: all_linear, rank: 2, alpha: 4, dropout: 0.0}"
 SFT = (
     *SMALL,
     "recipe=sft",
@@ -60,7 +62,7 @@ GRPO = (
     "scale.grpo.batch_size=4",
     "scale.grpo.group_size=3",
     "scale.grpo.beta=0.04",
-    "scale.grpo.lr=1e-3",
+    "scale.grpo.lr=0.001",
 )
 
 
@@ -127,7 +129,12 @@ def train_case(folder: Path, name: str, stop_after: int | None = None) -> None:
         name: see `case`.
         stop_after: end with a checkpoint after so many updates, as a signal would.
     """
-    (config,) = compose_jobs("train", [*case(name), "callbacks.save.every_n_steps=1000"]).configs
+    words = [*case(name), "callbacks.save.every_n_steps=1000"]
+    (config,) = compose_jobs("train", [word for word in words if "." not in word.split("=")[0]]).configs
+    for word in words:  # one by one, because checking each on the command line composes again
+        key, _, value = word.partition("=")
+        if "." in key:
+            OmegaConf.update(config, key, yaml.safe_load(value), force_add=True)
     plan = plan_run(config)
     (parts,) = plan.stages
     if isinstance(parts.module, partial) and "reward" in parts.module.keywords:

@@ -1,0 +1,513 @@
+"""What a run would need, before anything is loaded: memory of each device, operations, hours, disk (`dry_run=true`).
+
+Memory is counted tensor by tensor as the network's code makes them, and checked against measured peaks; hours are
+counted operations over a stated or measured peak, times a stated share of it that is reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from omegaconf import OmegaConf
+
+from d1lit.build import Plan, StageParts, build
+from d1lit.costs import (
+    Extent,
+    NetworkShape,
+    RolloutPlan,
+    body_backward_flops,
+    body_flops,
+    exact_rollout_flops,
+    full,
+    logprob_flops,
+    matmul_peak,
+    scoring_flops,
+)
+from d1lit.data import InnerUpdate, PromptCycles
+from d1lit.draws import CounterDraws
+from d1lit.models import LoraSettings, MaskedDiffusionConfig, build_tiny_tokenizer
+from d1lit.models.head import DEFAULT_BUDGET, rows_per_chunk
+from d1lit.models.layouts import read_config
+from d1lit.models.loading import load_config
+from d1lit.models.lora import adapt, lora_layers
+from d1lit.models.presets import build_on_meta, tiny_config
+from d1lit.modules import Prompts
+from d1lit.modules.muon import MuonWithAdamW
+from d1lit.strategies import FullySharded, Setting
+from d1lit.types import Context, Rollout
+from d1lit.validation import ConfigError
+
+GIB = 2**30
+_ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+
+
+def shape_of(plan: Plan) -> MaskedDiffusionConfig:
+    """The model's configuration without its weights: from its folder, or as the YAML of a published model states it.
+
+    Raises:
+        ConfigError: for a hub id of which nothing is known here.
+    """
+    model = plan.config.model
+    if model.path is None:
+        ids = build_tiny_tokenizer()
+        special = (ids.mask_token_id, ids.eos_token_id, ids.pad_token_id)
+        return tiny_config(len(ids), *special, **OmegaConf.to_container(model.tiny))  # type: ignore[arg-type]
+    folder = Path(model.path).expanduser()
+    if folder.is_dir():
+        return load_config(folder)
+    if model.get("shape") is None:
+        raise ConfigError("model.path", f"{model.path} is no folder here, and its shape is not known", "a local folder")
+    return read_config(OmegaConf.to_container(model.shape, resolve=True), model.path)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters by what becomes of them."""
+
+    total: int
+    trainable: int
+    adapter: int
+    adapted: int
+    """Entries of the matrices under an adapter."""
+    block: int
+    """Of one block, adapter included."""
+    head: int
+    matrices: int
+    """Trainable entries of the blocks' matrices, which some optimizers treat apart."""
+    adapted_names: tuple[str, ...]
+
+
+def count_parameters(config: MaskedDiffusionConfig, lora: LoraSettings | None) -> Counts:
+    """Counted on the module tree itself, built without memory."""
+    network = build_on_meta(config)
+    body = sum(p.numel() for p in network.parameters())
+    adapter, adapted, names = 0, 0, ()
+    if lora is not None:
+        layers = list(lora_layers(adapt(network, lora, seed=0)))
+        adapted = sum(layer.get_base_layer().weight.numel() for _, layer in layers)  # type: ignore[operator]
+        adapter = sum(lora.rank * (sum(layer.get_base_layer().weight.shape)) for _, layer in layers)  # type: ignore[arg-type]
+        names = tuple(sorted({path.rsplit(".", 1)[-1] for path, _ in layers}))
+    block = sum(p.numel() for p in network.model.layers[0].parameters())
+    matrices = sum(p.numel() for layer in network.model.layers for p in layer.parameters() if p.dim() == 2)
+    head = config.vocab_size * config.hidden_size
+    trainable = body if lora is None else adapter
+    return Counts(body + adapter, trainable, adapter, adapted, block, head, matrices, names)
+
+
+# --------------------------------------------------------------------------------------------------------- the workload
+
+
+@dataclass(frozen=True)
+class Work:
+    """One stage on one device, as numbers."""
+
+    config: MaskedDiffusionConfig
+    counts: Counts
+    itemsize: int
+    optimizer_slots: float
+    """Numbers of state for each trainable parameter."""
+    world_size: int
+    is_sharded: bool
+    is_offloaded: bool
+    recomputes_blocks: bool
+    num_micro: int
+    views: int
+    """Views of one micro-batch that go through the network for an update."""
+    length: int
+    scored: int
+    """Positions of a view that the head looks at."""
+    views_per_chunk: int | None
+    keeps_reference: bool
+    is_masked_attention: bool
+    """Some rows are padded, so attention takes a mask."""
+    rollout: RolloutPlan | None = None
+    """One rank's rows of a rollout, all that fit one forward."""
+    rollout_rows: int = 0
+    """All of one rank's rows of a rollout."""
+    passes: int = 0
+    """Passes without gradient over each micro-batch of a rollout: old and reference log-probs."""
+    merges: bool = False
+
+    @property
+    def wide(self) -> int:
+        """Bytes of a number where the network insists on float32."""
+        return max(4, self.itemsize)
+
+    @property
+    def tokens(self) -> int:
+        """Token positions whose activations exist at a time."""
+        return min(self.views, self.views_per_chunk or self.views) * self.length
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    reference: int
+    update: int
+    """Activations and scratch at the widest moment of forward and backward."""
+    rollout: int
+    scoring: int
+    gradients_first: bool
+    """Gradients of an earlier micro-batch stand beside the activations."""
+    scratch: int
+    """The optimizer's, at its step."""
+
+    @property
+    def fixed(self) -> int:
+        """There all the time."""
+        return self.weights + self.optimizer + self.reference
+
+    @property
+    def peak(self) -> int:
+        """At the widest moment of the stage."""
+        beside = self.gradients if self.gradients_first else 0
+        update = max(self.update + beside, self.gradients + self.scratch)
+        return self.fixed + max(update, self.rollout, self.scoring)
+
+
+def memory(work: Work) -> Memory:
+    """Memory of one device."""
+    counts, item = work.counts, work.itemsize
+    share = work.world_size if work.is_sharded else 1
+    weights = counts.total * item // share
+    gathered = 0
+    if work.is_sharded:  # the block at work, the one fetched ahead, and what belongs to no block
+        blocks = counts.block * work.config.num_hidden_layers
+        gathered = (2 * counts.block + counts.total - blocks) * item
+    on_host = 0 if work.is_offloaded else 1
+    largest = max(counts.head, counts.block // 3)
+    return Memory(
+        weights=weights * on_host,
+        gradients=counts.trainable * item // share * on_host,
+        optimizer=int(counts.trainable * work.optimizer_slots * item) // share * on_host,
+        reference=(counts.total - counts.adapter) * item // share * on_host if work.keeps_reference else 0,
+        update=_update_bytes(work) + gathered,
+        rollout=_rollout_bytes(work) + (counts.total * item if work.is_sharded else 0),
+        scoring=_scoring_bytes(work) + gathered if work.passes else 0,
+        gradients_first=work.num_micro > 1,
+        scratch=2 * min(largest, counts.trainable) * item // share,
+    )
+
+
+def kept_by_block(work: Work) -> int:
+    """Bytes that a block keeps of each token for its backward pass (models/transformer.py, line by line)."""
+    width, mlp = work.config.hidden_size, work.config.intermediate_size
+    names = work.counts.adapted_names
+    both_norms = 2 * width * work.wide
+    attention = 4 * width  # queries, keys, values and what came of them
+    if not names:  # every weight trains: both norms' results, both inputs of products, four tensors of the MLP
+        return both_norms + (attention + 4 * width + 4 * mlp) * work.itemsize
+    inputs = width * (bool({"q_proj", "k_proj", "v_proj"} & {*names}) + bool({"gate_proj", "up_proj"} & {*names}))
+    inner = 3 * mlp + mlp * ("down_proj" in names)
+    ranks = work.counts.adapter // max(1, work.counts.adapted) if work.counts.adapted else 0
+    return both_norms + (attention + inputs + inner + ranks) * work.itemsize
+
+
+def block_scratch(work: Work, with_gradient: bool) -> int:
+    """Bytes of each token at the widest moment inside one block, beside what is kept."""
+    width, mlp = work.config.hidden_size, work.config.intermediate_size
+    if with_gradient:  # gradients of the four tensors of the MLP and of the residual stream
+        return (4 * mlp + 2 * width) * work.itemsize
+    attention = 5 * width * work.itemsize + 4 * width * work.wide
+    return max(attention, (2 * width + 3 * mlp) * work.itemsize + width * work.wide)
+
+
+def _update_bytes(work: Work) -> int:
+    config, tokens = work.config, work.tokens
+    layers = config.num_hidden_layers
+    chunked = work.views_per_chunk is not None and work.views_per_chunk < work.views
+    scratch = tokens * block_scratch(work, with_gradient=True)
+    if work.recomputes_blocks:
+        body = tokens * (layers * config.hidden_size * work.itemsize + kept_by_block(work)) + scratch
+    else:
+        body = tokens * layers * kept_by_block(work) + scratch
+    positions = work.views * work.scored
+    finals = positions * config.hidden_size * (work.itemsize + work.wide)  # hidden states and E_p[W] or its like
+    rows = min(positions, rows_per_chunk(config.vocab_size, DEFAULT_BUDGET, work.wide))
+    head = 2 * rows * config.vocab_size * work.wide
+    if work.counts.adapter == 0:
+        head += 2 * work.counts.head * work.wide  # the head's gradient, summed up in full precision
+    return finals + (max(body, head) if chunked else body + head - min(head, scratch))
+
+
+def _rollout_bytes(work: Work) -> int:
+    if work.rollout is None:
+        return 0
+    plan, config = work.rollout, work.config
+    body = plan.rows * plan.length * block_scratch(work, with_gradient=False)
+    logits = 3 * plan.rows * plan.block_length * config.vocab_size * work.wide
+    merged = work.counts.adapted * (work.itemsize + 2 * work.wide // config.num_hidden_layers) if work.merges else 0
+    return max(body, logits) + merged
+
+
+def _scoring_bytes(work: Work) -> int:
+    positions = min(work.views, work.views_per_chunk or work.views) * work.scored
+    rows = min(positions, rows_per_chunk(work.config.vocab_size, DEFAULT_BUDGET, work.wide))
+    head = 2 * rows * work.config.vocab_size * work.wide
+    return max(work.tokens * block_scratch(work, with_gradient=False), head)
+
+
+# ----------------------------------------------------------------------------------------------------------- operations
+
+
+def network_shape(config: MaskedDiffusionConfig) -> NetworkShape:
+    """The sizes that cost formulas read."""
+    head_width = config.hidden_size // config.num_attention_heads
+    kv_width = config.num_key_value_heads * head_width
+    return NetworkShape(
+        config.hidden_size, config.intermediate_size, kv_width, config.num_hidden_layers, config.vocab_size
+    )
+
+
+def update_flops(work: Work) -> int:
+    """One rank's operations of one optimizer step."""
+    shape, extent = network_shape(work.config), replace(full(work.views, work.length), kept=work.scored)
+    trains_weights = work.counts.adapter == 0
+    forward, backward = logprob_flops(shape, work.views * work.scored, True, trains_weights)
+    body = body_flops(shape, extent)
+    again = body if work.views_per_chunk is not None and work.views_per_chunk < work.views else 0
+    body_back = body_backward_flops(shape, extent, trains_weights, work.recomputes_blocks)
+    adapters = 3 * 2 * work.counts.adapter * work.views * work.length
+    return work.num_micro * (body + again + body_back + forward + backward + adapters)
+
+
+def cycle_flops(work: Work) -> int:
+    """One rank's operations of one rollout and the passes that follow it; no row is assumed to end early."""
+    if work.rollout is None:
+        return 0
+    shape = network_shape(work.config)
+    rollout = exact_rollout_flops(shape, replace(work.rollout, rows=work.rollout_rows))
+    completion = work.rollout.completion_length
+    once = scoring_flops(shape, work.views, work.length - completion, completion)
+    return rollout + work.passes * work.num_micro * once
+
+
+def forward_extent(work: Work) -> Extent:
+    """What one forward of an update computes."""
+    return full(min(work.views, work.views_per_chunk or work.views), work.length)
+
+
+# --------------------------------------------------------------------------------------------------- stages as workloads
+
+
+def stage_work(plan: Plan, parts: StageParts, world_size: int) -> Work:
+    """A stage of a plan as numbers."""
+    model = plan.config.model
+    config = shape_of(plan)
+    counts = count_parameters(config, parts.lora)
+    setting = Setting(world_size, plan.device, parts.lora is None and model.path is not None)
+    strategy = build(plan.config, "strategy")(setting)
+    keywords: Mapping[str, Any] = parts.module.keywords if isinstance(parts.module, partial) else {}
+    loss = keywords["loss"]
+    muon = isinstance(parts.optimizer, partial) and parts.optimizer.func is MuonWithAdamW
+    slots = 2.0 - counts.matrices / counts.trainable if muon else 2.0
+    common = Work(
+        config=config,
+        counts=counts,
+        itemsize=_ITEMSIZE[model.dtype],
+        optimizer_slots=slots,
+        world_size=world_size,
+        is_sharded=isinstance(strategy, FullySharded),
+        is_offloaded=isinstance(strategy, FullySharded) and strategy.offload,
+        recomputes_blocks=model.gradient_checkpointing,
+        num_micro=parts.batch_size // (parts.micro_batch_size * world_size),
+        views=parts.micro_batch_size,
+        length=0,
+        scored=0,
+        views_per_chunk=keywords.get("views_per_chunk"),
+        keeps_reference=False,
+        is_masked_attention=True,
+    )
+    if isinstance(parts.data, Prompts):
+        return _rl_work(plan, parts, common, keywords, bool(getattr(loss, "needs_reference", False)))
+    layout = parts.data.layout.keywords  # type: ignore[attr-defined]
+    completion = layout.get("completion_length", layout.get("max_length"))
+    prompt = plan.task.max_prompt_length if "completion_length" in layout else 0
+    return replace(common, length=prompt + completion, scored=completion)
+
+
+def _rl_work(
+    plan: Plan, parts: StageParts, common: Work, keywords: Mapping[str, Any], needs_reference: bool
+) -> Work:
+    sampler, group, inner = plan.sampler, keywords["group_size"], keywords["num_inner_updates"]
+    prompt, completion = plan.task.max_prompt_length, sampler.completion_length
+    rows = parts.batch_size // common.world_size * group
+    views, length = _views(keywords["estimator"], parts.micro_batch_size, group, prompt, completion, inner)
+    at_once = min(rows, sampler.rows_per_forward or rows)
+    exact_weights = common.itemsize >= 4
+    return replace(
+        common,
+        views=views,
+        length=length,
+        scored=completion,
+        keeps_reference=needs_reference and parts.lora is None,
+        rollout=RolloutPlan(at_once, prompt, completion, sampler.block_length, sampler.steps_per_block),
+        rollout_rows=rows,
+        passes=(inner - 1 if keywords["loss"].needs_old else 0) + (inner if needs_reference else 0),
+        merges=parts.lora is not None and (exact_weights or keywords["merge_for_rollouts"]),
+    )
+
+
+def _views(estimator: Any, prompts: int, group: int, prompt: int, completion: int, inner: int) -> tuple[int, int]:
+    """How many views the estimator makes of one micro-batch, and how long they are: by letting it make them."""
+    rows = prompts * group
+    ids = torch.zeros((rows, prompt), dtype=torch.int64)
+    tokens = torch.zeros((rows, completion), dtype=torch.int64)
+    numbers = torch.zeros((rows, completion))
+    order = torch.arange(completion).expand(rows, -1).clone()
+    everywhere = torch.ones_like(tokens, dtype=torch.bool)
+    row_ids = torch.arange(rows)
+    rollout = Rollout(
+        ids, torch.ones_like(ids, dtype=torch.bool), tokens, everywhere, row_ids, group, order, numbers, numbers, numbers
+    )
+    advantages = torch.where(torch.arange(rows) % 2 == 0, 1.0, -1.0)
+    corruption = estimator.corrupt(Context(rollout, advantages, 0, inner, 1, CounterDraws(0)))
+    return tuple(corruption.noised_ids.shape)  # type: ignore[return-value]
+
+
+# ------------------------------------------------------------------------------------------------------------- the verdict
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """What one stage would need."""
+
+    name: str
+    work: Work
+    memory: Memory
+    updates: int
+    rollouts: int
+    flops: int
+    """Over all devices and the whole stage."""
+    tokens: int
+    """Token positions through the network in updates, over all devices."""
+    hours: float
+    checkpoint_bytes: int
+
+
+def estimate_stage(plan: Plan, parts: StageParts, world_size: int, peak: float, utilisation: float) -> StageEstimate:
+    """One stage on the plan's devices.
+
+    Args:
+        plan: the run.
+        parts: the stage.
+        world_size: devices.
+        peak: operations a second that one device can do at most.
+        utilisation: share of the peak that is reached.
+    """
+    work = stage_work(plan, parts, world_size)
+    keywords: Mapping[str, Any] = parts.module.keywords if isinstance(parts.module, partial) else {}
+    inner = keywords.get("num_inner_updates", 1)
+    rollouts = -(-parts.max_updates // inner) if work.rollout is not None else 0
+    flops = world_size * (parts.max_updates * update_flops(work) + rollouts * cycle_flops(work))
+    kept = work.counts.trainable * work.itemsize * (1 + work.optimizer_slots)
+    return StageEstimate(
+        name=parts.name,
+        work=work,
+        memory=memory(work),
+        updates=parts.max_updates,
+        rollouts=rollouts,
+        flops=flops,
+        tokens=parts.max_updates * work.num_micro * work.views * work.length * world_size,
+        hours=flops / (world_size * peak * utilisation) / 3600,
+        checkpoint_bytes=int(3 * kept) + work.counts.trainable * work.itemsize,
+    )
+
+
+def smaller(work: Work) -> Iterator[tuple[str, Work]]:
+    """Ways to need less memory, the cheapest first, each with what it is set by."""
+    if not work.recomputes_blocks:
+        yield "model.gradient_checkpointing=true", replace(work, recomputes_blocks=True)
+    if work.rollout is not None:
+        yield "views_per_chunk=1 (in the stage's module)", replace(work, recomputes_blocks=True, views_per_chunk=1)
+        few = replace(work.rollout, rows=min(4, work.rollout.rows))
+        yield (
+            "views_per_chunk=1 and sampler.rows_per_forward=4",
+            replace(work, recomputes_blocks=True, views_per_chunk=1, rollout=few),
+        )
+    for devices in (2, 4, 8, 16, 32, 64):
+        if devices > work.world_size or not work.is_sharded:
+            sharded = replace(work, recomputes_blocks=True, is_sharded=True, world_size=max(devices, work.world_size))
+            yield f"strategy=fsdp trainer.devices={sharded.world_size}", sharded
+
+
+def cures(work: Work, limit: float) -> list[str]:
+    """What would make the stage fit: up to two ways."""
+    found = [words for words, changed in smaller(work) if memory(changed).peak <= limit]
+    return found[:2]
+
+
+def device_limits(plan: Plan) -> tuple[float, float, str]:
+    """Bytes and operations a second of one device, stated or measured here, and a word on where they come from."""
+    hardware, device = plan.config.hardware, plan.device
+    total = psutil.virtual_memory().total
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    limit = hardware.memory_gib * GIB if hardware.memory_gib is not None else total
+    if hardware.peak_tflops is not None:
+        return limit, hardware.peak_tflops * 1e12, "stated"
+    dtype = getattr(torch, plan.config.model.dtype)
+    return limit, matmul_peak(device.type, dtype), "measured on this machine"
+
+
+def estimate_run(plan: Plan, world_size: int) -> tuple[list[StageEstimate], list[str]]:
+    """Every stage of a plan, and what the dry run prints.
+
+    Raises:
+        ConfigError: for the first stage that does not fit, naming what would.
+    """
+    limit, peak, source = device_limits(plan)
+    utilisation = plan.config.hardware.utilisation
+    stages = [estimate_stage(plan, parts, world_size, peak, utilisation) for parts in plan.stages]
+    lines = [
+        f"estimates for {world_size} device{'s' if world_size > 1 else ''} with {limit / GIB:.1f} GiB and "
+        f"{peak / 1e12:.3g} TFLOP/s ({source}), of which {utilisation:.0%} is assumed to be reached"
+    ]
+    lines += [line for stage in stages for line in describe(stage)]
+    lines.append(f"all stages: {sum(stage.hours for stage in stages):.3g} hours, evaluation and judging apart")
+    for stage in stages:
+        if stage.memory.peak > limit:
+            print("\n".join(lines))
+            found = cures(stage.work, limit)
+            raise ConfigError(
+                f"stages.{stage.name}",
+                f"needs about {stage.memory.peak / GIB:.1f} GiB on each device, which has {limit / GIB:.1f}",
+                "; or ".join(found) if found else "an adapter (LoRA) instead of full training, or larger devices",
+            )
+    return stages, lines
+
+
+def describe(stage: StageEstimate) -> list[str]:
+    """A stage in a few lines."""
+    work, need = stage.work, stage.memory
+    parts = {
+        "weights": need.weights,
+        "gradients": need.gradients,
+        "optimizer": need.optimizer,
+        "reference": need.reference,
+        "update": need.update,
+        "rollout": need.rollout,
+        "scoring": need.scoring,
+    }
+    sizes = ", ".join(f"{name} {size / GIB:.3g}" for name, size in parts.items() if size)
+    steps = f"{stage.updates} updates" + (f" on {stage.rollouts} rollouts" if stage.rollouts else "")
+    return [
+        f"{stage.name}: {work.counts.total:,} parameters, {work.counts.trainable:,} of them trained; {steps}",
+        f"  memory of each device, GiB: {need.peak / GIB:.3g} at most ({sizes})",
+        f"  {work.num_micro} micro-batches of {work.views} views x {work.length} tokens on each device",
+        f"  {stage.tokens:.3g} tokens in updates, {stage.flops:.3g} operations, {stage.hours:.3g} hours; "
+        f"checkpoints and weights {stage.checkpoint_bytes / GIB:.3g} GiB of disk",
+    ]
