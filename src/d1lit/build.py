@@ -4,25 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from d1lit.components import (
+    build,
+    check_advantage,
+    check_module,
+    check_optimizer,
+    check_targets,
+    check_trainer,
+    check_watchers,
+)
 from d1lit.data import BatchPlan, CompletionRows, EncodedRow, PromptCycles
-from d1lit.models import LoraSettings, Policy, build_policy, decode_completion
+from d1lit.models import (
+    LoraSettings,
+    Policy,
+    build_policy,
+    build_tiny_tokenizer,
+    decode_completion,
+    load_tokenizer,
+)
+from d1lit.models.loading import find_folder, load_config, shard_files
 from d1lit.modules import Corpus, Demonstrations, DiffuGRPO, MaskedSFT, Prompts, StageData
 from d1lit.modules.stage_data import prompt_rows
 from d1lit.processes import place
 from d1lit.recipes import Stage
+from d1lit.rewards.parts import RewardParts
 from d1lit.sampling import BlockSampler
 from d1lit.tasks import Task, graded_text
-from d1lit.validation import ConfigError, as_config_error
+from d1lit.types import LogProbEstimator, PolicyLoss, Sampler, Schedule
+from d1lit.validation import ConfigError, as_config_error, under
+from d1lit.values import check_values
+
+KINDS: dict[str, type] = {
+    "sampler": Sampler,
+    "reward": RewardParts,
+    "estimator": LogProbEstimator,
+    "loss": PolicyLoss,
+    "schedule": Schedule,
+}
+"""What the arguments of a stage's module of these names have to be."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +96,25 @@ class Plan:
             return torch.device("cpu")
         return torch.device("cuda", torch.cuda.current_device())
 
+    def tokenizer_here(self) -> Any | None:
+        """The model's tokenizer, if nothing need be fetched for it.
+
+        Raises:
+            ConfigError: if the model's folder holds none that fits.
+        """
+        path = self.config.model.path
+        if path is None:
+            return build_tiny_tokenizer()
+        is_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+        if is_hub_id and not Path(path).is_dir():
+            return None
+        try:
+            folder = find_folder(path)
+            shard_files(folder)
+            return load_tokenizer(str(folder), load_config(folder))
+        except ValueError as error:
+            raise as_config_error(error, "model.path") from None
+
     def make_policy(self, path: Path | str | None = None) -> tuple[Policy, Any]:
         """A policy with all weights trainable and its tokenizer, from `path` or from the configured place."""
         model = self.config.model
@@ -91,47 +137,26 @@ def plan_run(config: DictConfig) -> Plan:
     Raises:
         ConfigError: for the first part that refuses its values.
     """
-    task = build(config, "task", Task)
+    check_values(config)
+    check_targets(config)
+    check_trainer(config)
+    check_watchers(config, Path("checked"))
+    build(config, "strategy")
+    task = _task(OmegaConf.to_yaml(config.task, resolve=True))
     sampler = build(config, "sampler", BlockSampler)
     world_size = _world_size(config)
     stages = [_stage(config, f"stages.{name}", name, world_size) for name in config.recipe.stages]
     for stage in stages:
-        _check_stage(f"stages.{stage.name}", stage, world_size)
+        _check_stage(config, f"stages.{stage.name}", stage, world_size)
     base = None
     if config.model.path is None:  # the first process makes it for all
         base = _stage(config, "model.base", "base", world_size=1)
-        _check_stage("model.base", base, world_size=1)
-    _check_rows(task)
-    return Plan(config, task, sampler, stages, base)
-
-
-def build(config: DictConfig, key: str, kind: type | None = None) -> Any:
-    """Instantiate the node at `key`.
-
-    Raises:
-        ConfigError: naming the key and what it refused.
-    """
-    node = OmegaConf.select(config, key)
-    try:
-        built = instantiate(node, _convert_="all")
-    except InstantiationException as error:
-        raise _from_instantiation(error, key) from error
-    if kind is not None and not isinstance(built, kind):
-        raise ConfigError(
-            key, f"{type(built).__name__} is not a {kind.__name__}", f"a _target_ that makes a {kind.__name__}"
-        )
-    return built
-
-
-def _from_instantiation(error: InstantiationException, key: str) -> ConfigError:
-    cause: BaseException | None = error.__cause__
-    while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
-        cause = cause.__cause__
-    place = str(error).rpartition("full_key: ")[2].strip() if "full_key: " in str(error) else key
-    if isinstance(cause, ValueError):
-        return as_config_error(cause, place)
-    text = " ".join(str(cause or error).split())
-    return ConfigError(place, text.removesuffix("."), f"--cfg job shows what stands at {place}")
+        _check_stage(config, "model.base", base, world_size=1)
+    plan = Plan(config, task, sampler, stages, base)
+    _check_prompts(plan)
+    for length in config.evaluation.lengths or ():
+        evaluation_sampler(plan, length)
+    return plan
 
 
 def _stage(config: DictConfig, key: str, name: str, world_size: int) -> StageParts:
@@ -142,7 +167,7 @@ def _stage(config: DictConfig, key: str, name: str, world_size: int) -> StagePar
     try:
         settings = None if lora is None else LoraSettings(**OmegaConf.to_container(lora, resolve=True))  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
-        raise as_config_error(ValueError(str(error)), f"{key}.lora") from None
+        raise under(ValueError(str(error)), key) from None
     return StageParts(
         name=name,
         module=build(config, f"{key}.module"),
@@ -159,25 +184,32 @@ def _stage(config: DictConfig, key: str, name: str, world_size: int) -> StagePar
     )
 
 
-def _check_stage(key: str, stage: StageParts, world_size: int) -> None:
-    for name, value in (
-        ("max_updates", stage.max_updates),
-        ("batch_size", stage.batch_size),
-        ("micro_batch_size", stage.micro_batch_size),
-    ):
-        if value < 1:
-            raise ConfigError(f"{key}.{name}", f"{value} is below 1", "1 or more")
-    if stage.gradient_clip is not None and stage.gradient_clip <= 0:
-        raise ConfigError(f"{key}.gradient_clip", f"{stage.gradient_clip} is not above 0", "null for no clipping")
+def _check_stage(config: DictConfig, key: str, stage: StageParts, world_size: int) -> None:
+    given = {"layout"} if not isinstance(stage.data, Prompts) else {"decode"}
+    check_module(f"{key}.module", stage.module, {"policy", "optimizer", "lr_schedule", "num_updates", "seed", *given})
+    arguments = stage.module.keywords  # type: ignore[attr-defined]
+    for name, kind in KINDS.items():
+        # SFT's loss is another one than RL's; only RL has an estimator.
+        if name in arguments and not (name == "loss" and "estimator" not in arguments):
+            _check_kind(config, f"{key}.module", name, arguments[name], kind)
+    if "advantage" in arguments:
+        check_advantage("advantage", arguments["advantage"])
+    check_optimizer(key, stage.optimizer, stage.lr_schedule, stage.max_updates)
     try:
         BatchPlan(stage.batch_size, stage.micro_batch_size, world_size)
         check = getattr(stage.module.func, "check", None) if isinstance(stage.module, partial) else None
         if check is not None:
             check(**stage.module.keywords)  # type: ignore[union-attr]
     except ValueError as error:
-        wrong = as_config_error(error, key)
-        full = wrong.key if "." in wrong.key else f"{key}.{wrong.key}"
-        raise ConfigError(full, wrong.cause, wrong.cure) from None
+        raise under(error, key) from None
+
+
+def _check_kind(config: DictConfig, key: str, name: str, built: Any, kind: type) -> None:
+    node = OmegaConf.select(config, key)
+    place = name if OmegaConf.is_interpolation(node, name) else f"{key}.{name}"
+    if not isinstance(built, kind):
+        cause = f"{node[name]._target_} makes a {type(built).__name__}, which is no {kind.__name__}"
+        raise ConfigError(f"{place}._target_", cause, f"a choice of the group {name}")
 
 
 def _world_size(config: DictConfig) -> int:
@@ -206,10 +238,31 @@ def processes_to_start(config: DictConfig) -> int:
     return config.trainer.devices
 
 
-def _check_rows(task: Task) -> None:
+@lru_cache(maxsize=8)
+def _task(yaml: str) -> Task:
+    """The task with its rows read; the jobs of a sweep share it."""
+    task = build(OmegaConf.create({"task": OmegaConf.create(yaml)}), "task", Task)
     try:
         task.template  # noqa: B018  (reads and parses the file)
         task.rows("train")
+    except ValueError as error:
+        raise as_config_error(error, "task") from None
+    return task
+
+
+def _check_prompts(plan: Plan) -> None:
+    """Prompts and demonstrations fit, where the tokenizer is at hand; else the start of the run finds out."""
+    tokenizer = plan.tokenizer_here()
+    if tokenizer is None:
+        return
+    try:
+        if not evaluation_rows(plan, tokenizer):
+            split = plan.config.evaluation.split
+            raise ConfigError("evaluation.split", f"the {split} rows are none", "test, or task.val_rows above 0")
+        for stage in plan.stages:
+            stage.data.rows(plan.task, tokenizer, plan.seed)
+    except ConfigError:
+        raise
     except ValueError as error:
         raise as_config_error(error, "task") from None
 

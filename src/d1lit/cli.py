@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -74,26 +75,29 @@ def train(words: Sequence[str]) -> int:
     if _asks_help(words):
         print(TRAIN_HELP.format(groups=_groups()))
         return 0
-    from d1lit.validation import ConfigError, compose_jobs
+    from d1lit.validation import compose_jobs
+    from d1lit.values import check_values
 
     _see_user_code(words)
     try:
         if any(word.split("=")[0] in _HYDRA_FLAGS for word in words):
+            compose_jobs("train", [word for word in words if "=" in word and not word.startswith("-")])
             return _hydra(words)
         jobs = compose_jobs("train", words)
+        for config in jobs.configs:
+            check_values(config)  # before the heavy imports: most mistakes are answered at once
         from d1lit.build import plan_run, processes_to_start
         from d1lit.processes import launch
         from d1lit.running import run_training
 
-        for job in jobs.configs:
-            plan_run(job)
+        plans = [plan_run(config) for config in jobs.configs]
         if jobs.is_multirun:
             return _hydra(words)
         (config,) = jobs.configs
         if processes_to_start(config) > 1 and not config.dry_run:
             return launch([*_ITSELF, "train", *words], processes_to_start(config))
-        return run_training(config, jobs.overrides[0])
-    except ConfigError as error:
+        return run_training(config, jobs.overrides[0], plans[0])
+    except ValueError as error:
         return _refused(error)
 
 
@@ -102,11 +106,17 @@ def evaluate(words: Sequence[str]) -> int:
     if _asks_help(words):
         print(EVALUATE_HELP.format(groups=_groups()))
         return 0
-    from d1lit.validation import ConfigError, compose_jobs
+    from d1lit.validation import compose_jobs
+    from d1lit.values import check_values
 
     _see_user_code(words)
     try:
-        jobs = compose_jobs("evaluate", [*_overrides_of_run(words), *words])
+        said_by_run = _overrides_of_run(words)
+        jobs = compose_jobs("evaluate", [*said_by_run, *words])
+        for config in jobs.configs:
+            check_values(config)
+            if said_by_run:
+                _check_foreign(config, words)
         from d1lit.build import processes_to_start
         from d1lit.evaluating import run_evaluation
         from d1lit.processes import launch
@@ -115,16 +125,20 @@ def evaluate(words: Sequence[str]) -> int:
             return launch([*_ITSELF, "evaluate", *words], processes_to_start(jobs.configs[0]))
         for config in jobs.configs:
             run_evaluation(config)
-    except ConfigError as error:
+    except ValueError as error:
         return _refused(error)
     return 0
 
 
-def _refused(error: Exception) -> int:
+def _refused(error: ValueError) -> int:
+    """Say what is wrong in one line; an error that is no user's keeps its traceback."""
     from d1lit.processes import is_first
+    from d1lit.validation import as_config_error, is_about_configuration
 
+    if not is_about_configuration(error):
+        raise error
     if is_first():
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_config_error(error)}", file=sys.stderr)
     return 2
 
 
@@ -139,7 +153,15 @@ def _hydra(words: Sequence[str]) -> int:
     def job(config) -> None:
         from d1lit.running import run_training
 
-        run_training(config, HydraConfig.get().overrides.task)
+        said = list(HydraConfig.get().overrides.task)
+        if config.run_dir is not None:  # a folder for each job of a sweep
+            words = [word for word in said if not word.startswith("run_dir=")]
+            config.run_dir = str(Path(config.run_dir) / (re.sub(r"[^\w=.,+-]+", "_", ",".join(words)) or "default"))
+        try:
+            run_training(config, said)
+        except Exception as error:
+            print(f"error: the job {' '.join(said)} failed: {error}", file=sys.stderr)
+            raise
 
     job()
     return 0
@@ -155,8 +177,27 @@ def _overrides_of_run(words: Sequence[str]) -> list[str]:
     file = Path(run) / "overrides.json"
     if not file.is_file():
         raise ConfigError("run", f"{run} is not a run's folder", "a folder that train.py has made")
-    said = {word.split("=", 1)[0] for word in words} | {"run_dir", "resume"}
-    return [word for word in json.loads(file.read_text()) if word.split("=", 1)[0] not in said]
+    said = {word.split("=", 1)[0].lstrip("+~") for word in words} | {"run_dir", "resume", "dry_run"}
+    try:
+        stored = [str(word) for word in json.loads(file.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError) as error:
+        raise ConfigError("run", f"{file} is not what train.py wrote ({error})", "another run") from None
+    keys = [(word, word.split("=", 1)[0].lstrip("+~")) for word in stored]
+    return [word for word, key in keys if key not in said and not key.startswith("hydra.")]
+
+
+def _check_foreign(config: Any, words: Sequence[str]) -> None:
+    """What another run's folder says is data: it may name d1lit's components and those of folders named here."""
+    from omegaconf import OmegaConf
+
+    from d1lit.security import check_config
+    from d1lit.validation import as_config_error
+
+    own = [file.stem for folder in _user_folders(words) for file in folder.iterdir() if not file.stem.startswith(".")]
+    try:
+        check_config(OmegaConf.to_container(config, resolve=True), ("d1lit.strategies", *own))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise as_config_error(error, "run") from None
 
 
 def _asks_help(words: Sequence[str]) -> bool:
@@ -175,8 +216,16 @@ def _groups() -> str:
 def _see_user_code(words: Sequence[str]) -> None:
     """Let YAMLs in a folder of the user's name classes that stand beside them."""
     sys.path.insert(0, os.getcwd())
-    for word in words:
+    sys.path += [str(folder) for folder in _user_folders(words)]  # last: they hide nothing that is installed
+
+
+def _user_folders(words: Sequence[str]) -> list[Path]:
+    """The folders named by hydra.searchpath or --config-dir, where they are, and those they stand in."""
+    named = []
+    for before, word in zip(["", *words], words, strict=False):
         if word.startswith("hydra.searchpath="):
-            for entry in word.split("=", 1)[1].strip("[]'\"").split(","):
-                folder = Path(entry.strip().removeprefix("file://"))
-                sys.path[1:1] = [str(folder.resolve()), str(folder.resolve().parent)]
+            named += word.split("=", 1)[1].strip("[]'\"").split(",")
+        elif word.startswith("--config-dir=") or before in ("--config-dir", "-cd"):
+            named.append(word.split("=", 1)[-1])
+    folders = [Path(entry.strip().strip("'\"").removeprefix("file://")).resolve() for entry in named]
+    return [place for folder in folders if folder.is_dir() for place in (folder.parent, folder)]

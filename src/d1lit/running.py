@@ -9,18 +9,21 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
+import yaml
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from d1lit.build import Plan, StageParts, build, make_stage, plan_run
 from d1lit.callbacks import ConsoleProgress, StopFlag, StopOnSignal, Validate
@@ -37,13 +40,17 @@ from d1lit.security import redact, redact_text
 from d1lit.strategies import Setting
 from d1lit.validation import ConfigError
 
+OUTPUTS = Path("outputs")
+"""Where runs stand that name no folder of their own."""
 
-def run_training(config: DictConfig, overrides: Sequence[str]) -> int:
+
+def run_training(config: DictConfig, overrides: Sequence[str], plan: Plan | None = None) -> int:
     """`train.py`: run the recipe and print where its results are.
 
     Args:
         config: composed and resolved.
         overrides: what was said on the command line; kept in the folder, so that the run can be composed again.
+        plan: what `plan_run` has made of the configuration, if it was asked already.
     """
     quiet_libraries()
     console.quiet = not is_first()
@@ -58,8 +65,9 @@ def run_training(config: DictConfig, overrides: Sequence[str]) -> int:
         with flag.installed():
             make_shared_base(plan, flag)
     join_world(config.trainer.accelerator)
-    folder = first_decides(partial(run_folder, config))
-    with held_by_first(folder), flag.installed():
+    folder, is_new = first_decides(partial(run_folder, config))
+    with removed_if_refused(folder, is_new), held_by_first(folder), flag.installed():
+        first_decides(partial(refuse_changes, config, folder))
         write_once(folder / "config.yaml", redact_text(OmegaConf.to_yaml(config, resolve=True)))
         write_once(folder / "overrides.json", json.dumps(redact(list(overrides))))
         write_once(folder / "environment.json", json.dumps(redact(environment()), indent=2))
@@ -84,12 +92,77 @@ def held_by_first(folder: Path) -> Iterator[None]:
         yield
 
 
-def run_folder(config: DictConfig) -> Path:
-    """The run's folder: the one named, or a new one under outputs/.
+@contextmanager
+def removed_if_refused(folder: Path, is_new: bool) -> Iterator[None]:
+    """A new run that is refused before its first stage has begun leaves nothing behind."""
+    try:
+        yield
+    except ValueError:
+        if is_new and is_first() and not any(folder.glob("stages/*/*")):
+            shutil.rmtree(folder, ignore_errors=True)
+            if folder.parent == OUTPUTS and not any(OUTPUTS.iterdir()):
+                OUTPUTS.rmdir()
+        raise
+
+
+MAY_CHANGE = (
+    "run_dir", "resume", "dry_run", "debug", "logger", "logger.", "callbacks.", "evaluation.", "strategy.", "hydra.",
+    "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.log_every_n_steps",
+    "trainer.enable_model_summary",
+)  # fmt: skip
+"""Keys that say where and how a run goes on, not what it computes."""
+
+
+def refuse_changes(config: DictConfig, folder: Path) -> None:
+    """An existing run goes on only with the values it was started with, unless `resume=force` says otherwise.
 
     Raises:
-        ConfigError: if it holds a run already and `resume=never`.
+        ConfigError: listing the keys that differ.
     """
+    file = folder / "config.yaml"
+    if not file.exists():
+        return
+    now = redact_text(OmegaConf.to_yaml(config, resolve=True))
+    old, new = (flatten(_as_tree(text)) for text in (file.read_text(encoding="utf-8"), now))
+    changed = differing_keys(old, new, MAY_CHANGE)
+    if not changed:
+        return
+    if config.resume != "force":
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        cause = f"{folder} was started with other values: {'; '.join(changed[:5])}{more}"
+        raise ConfigError("resume", cause, "another run_dir, or resume=force to go on with the new values")
+    say(f"going on with other values, as resume=force says: {'; '.join(changed)}")
+    for name in ("config.yaml", "overrides.json"):
+        before = folder / name
+        if before.exists():  # the new ones are written in their place
+            os.replace(before, before.with_name(f"{before.stem}.until-{time.strftime('%Y%m%d-%H%M%S')}{before.suffix}"))
+
+
+def _as_tree(text: str) -> dict[str, Any]:
+    try:
+        tree = OmegaConf.to_container(OmegaConf.create(text))
+    except (yaml.YAMLError, OmegaConfBaseException):
+        tree = None
+    return cast("dict[str, Any]", tree) if isinstance(tree, dict) else {"config.yaml": "(not readable)"}
+
+
+def run_folder(config: DictConfig) -> tuple[Path, bool]:
+    """The run's folder: the one named, or a new one under outputs/; and whether nothing was in it.
+
+    Raises:
+        ConfigError: if it holds a run already and `resume=never`, or if it cannot be made or written.
+    """
+    try:
+        folder = _made_folder(config)
+        is_new = not any(folder.iterdir())
+        with tempfile.TemporaryFile(dir=folder):
+            return folder, is_new
+    except OSError as error:
+        cause = f"{error.filename or config.run_dir or 'outputs'}: {error.strerror}"
+        raise ConfigError("run_dir", cause, "a folder that can be made and written") from None
+
+
+def _made_folder(config: DictConfig) -> Path:
     if config.run_dir is not None:
         folder = Path(config.run_dir)
         if config.resume == "never" and (folder / "config.yaml").exists():
@@ -100,10 +173,10 @@ def run_folder(config: DictConfig) -> Path:
     job = slurm_job()
     if job is not None:  # a job that SLURM has queued again must find what it has done so far
         digest = hashlib.sha256(OmegaConf.to_yaml(config, resolve=True).encode()).hexdigest()[:8]
-        folder = Path("outputs") / "-".join([f"slurm{job}", *words, digest])
+        folder = OUTPUTS / "-".join([f"slurm{job}", *words, digest])
         folder.mkdir(parents=True, exist_ok=True)
         return folder
-    stem = Path("outputs") / "-".join([time.strftime("%Y%m%d-%H%M%S"), *words])
+    stem = OUTPUTS / "-".join([time.strftime("%Y%m%d-%H%M%S"), *words])
     folder, number = stem, 1
     while True:
         try:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -167,14 +168,11 @@ def check_leaves(config: DictConfig, name: str, overrides: Sequence[str]) -> Non
         ConfigError: naming the key.
     """
     plain = [o for o in overrides if re.match(r"[\w.@/-]+=", o)]
-    keys = [o.split("=", 1)[0] for o in plain if "." in o.split("=", 1)[0]]
-    groups = [o for o in overrides if o.split("=", 1)[0].split(".")[0].lstrip("+~") not in keys and o not in plain]
-    choices = [o for o in plain if "." not in o.split("=", 1)[0]]
-    for key in keys:
-        value = OmegaConf.select(config, key)
-        default = _default_of(key, name, [*groups, *choices])
-        if default is not None and not _same_kind(value, default):
-            raise ConfigError(key, f"{value!r} is not {_kind(default)}", f"{key}={default}")
+    keys = [o.split("=", 1)[0] for o in plain if "." in o.split("=", 1)[0] and not o.startswith("hydra.")]
+    if keys:
+        defaults = _composed(name, tuple(o for o in overrides if o.split("=", 1)[0].lstrip("+~") not in keys))
+        for key in keys if defaults is not None else ():
+            _check_kind(key, config, defaults)
     for key, node in _leaves(config):
         if key.startswith("hydra"):
             continue
@@ -187,30 +185,49 @@ def check_leaves(config: DictConfig, name: str, overrides: Sequence[str]) -> Non
             raise ConfigError(key, f"refers to a value that is not there ({node})", _one_line(error)) from None
 
 
-def _default_of(key: str, name: str, choices: Sequence[str]) -> Any:
+@lru_cache(maxsize=32)
+def _composed(name: str, overrides: tuple[str, ...]) -> DictConfig | None:
+    """What the choices alone give, to compare single values with; None where they give nothing."""
     try:
-        return OmegaConf.select(compose(name, list(choices)), key)
+        return compose(name, list(overrides))
     except (HydraException, OmegaConfBaseException):
         return None
 
 
-def _same_kind(value: Any, default: Any) -> bool:
-    if value is None or default is None:
-        return True
+def _check_kind(key: str, config: DictConfig, defaults: DictConfig) -> None:
+    try:
+        value, default = OmegaConf.select(config, key), OmegaConf.select(defaults, key)
+    except OmegaConfBaseException:
+        return  # found out below, with its cause
+    if value is None or default is None or _same_kind(value, default, key):
+        return
+    last = key.rpartition(".")[2]
+    if isinstance(default, DictConfig):
+        cure = f"{last}@{key}=CHOICE" if (CONF / last).is_dir() else f"{key}.NAME=VALUE"
+        raise ConfigError(key, f"{value!r} is not a block of values", cure)
+    raise ConfigError(key, f"{shown(value)} is not {_kind(default)}", f"{key}={shown(default)}")
+
+
+def _same_kind(value: Any, default: Any, key: str) -> bool:
     if isinstance(default, bool) or isinstance(value, bool):
         return isinstance(default, bool) and isinstance(value, bool)
     if isinstance(default, int | float):
         return isinstance(value, int | float) and not (isinstance(default, int) and isinstance(value, float))
+    if key.endswith(".targets") or "columns." in key:  # one name, or several
+        return isinstance(value, str | ListConfig)
     if isinstance(default, str):
         return isinstance(value, str | int | float)
-    if isinstance(default, ListConfig):
-        return isinstance(value, ListConfig | str)
-    return True
+    return isinstance(value, type(default))
 
 
 def _kind(value: Any) -> str:
     kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text", ListConfig: "a list"}
-    return kinds.get(type(value), "of its kind")
+    return kinds[type(value)]
+
+
+def shown(value: Any) -> str:
+    """A value as it would be typed."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -244,11 +261,8 @@ def _unknown_key(key: str, name: str, overrides: Sequence[str]) -> ConfigError:
     key = key.lstrip("+~")
     last = key.rpartition(".")[2]
     elsewhere = KNOWN_ELSEWHERE.get(key) or KNOWN_ELSEWHERE.get(last)
-    choices = [o for o in overrides if "." not in o.split("=", 1)[0] and o.split("=", 1)[0].strip("+~") != key]
-    try:
-        known = [k for k, _ in _leaves(compose(name, choices))]
-    except HydraException:
-        known = [k for k, _ in _leaves(compose(name, []))]
+    choices = tuple(o for o in overrides if "." not in o.split("=", 1)[0] and o.split("=", 1)[0].strip("+~") != key)
+    known = [k for k, _ in _leaves(_composed(name, choices) or compose(name, []))]
     known += [p.name for p in CONF.iterdir() if p.is_dir()]
     nearest = _nearest(key, known) or _nearest_last(last, known)
     if nearest is None and elsewhere is not None:
@@ -259,8 +273,17 @@ def _unknown_key(key: str, name: str, overrides: Sequence[str]) -> ConfigError:
 
 
 def _syntax_error(error: Exception, overrides: Sequence[str]) -> ConfigError:
-    guilty = next((o for o in overrides if o in str(error)), " ".join(overrides) or "command line")
-    return ConfigError(guilty.split("=")[0], _one_line(error), "quotes around the value: 'KEY=\"VALUE\"'")
+    guilty = next((o for o in overrides if not _parses(o)), None) or next((o for o in overrides if o in str(error)), "")
+    cause = _one_line(error).split(" See https:")[0]
+    return ConfigError(guilty.split("=")[0] or "command line", cause, "quotes around the value: 'KEY=\"VALUE\"'")
+
+
+def _parses(override: str) -> bool:
+    try:
+        OverridesParser.create().parse_overrides([override])
+    except HydraException:
+        return False
+    return True
 
 
 def _one_line(error: Exception) -> str:
@@ -287,16 +310,41 @@ def _nearest_last(last: str, known: Sequence[str]) -> str | None:
 
 def as_config_error(error: ValueError, prefix: str = "") -> ConfigError:
     """The ValueError of a component, whose message is `key: cause. Try: cure`, under its full key."""
-    text = _one_line(error)
-    head, _, cure = text.partition(" Try: ")
+    if isinstance(error, ConfigError):
+        return error
+    head, cure = _split_cure(_one_line(error))
     key, separator, cause = head.partition(": ")
     if not separator or " " in key:
         words = head.split(" ", 1)
         key, cause = (words[0], words[1]) if "." in words[0] and len(words) == 2 else (prefix or "configuration", head)
-    return ConfigError(key, cause.rstrip("."), cure or "see the key's YAML in conf/")
+    return ConfigError(key, cause.rstrip("."), cure)
 
 
-def flat(config: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
-    """Dotted keys to plain values, resolved."""
-    resolved = DictConfig(OmegaConf.to_container(config, resolve=True)) if isinstance(config, DictConfig) else config
-    return dict(_leaves(DictConfig(resolved)))
+def _split_cure(text: str) -> tuple[str, str]:
+    """Cause and cure; components say `Try: X`, `Try X`, or another sentence in the imperative at their end."""
+    match = re.match(r"(.*?)[.;,]? (?:Try:? )(.*)", text) or re.match(
+        r"(.*[^.])\. ((?:Set|Name|Give|Keep|Merge|Choose|Use|Write) .*)", text
+    )
+    return (match[1], match[2].rstrip(".")) if match else (text, "another value; the key's YAML in conf/ says more")
+
+
+@lru_cache(maxsize=1)
+def _first_words() -> frozenset[str]:
+    """What the keys of a configuration begin with."""
+    groups = [folder.name for folder in CONF.iterdir() if folder.is_dir()]
+    keys = [str(key) for file in ("train.yaml", "evaluate.yaml") for key in OmegaConf.load(CONF / file)]
+    return frozenset({"stages", *groups, *keys})
+
+
+def is_about_configuration(error: ValueError) -> bool:
+    """Whether a ValueError speaks of a key of ours, so that its one line is all a user needs."""
+    first = re.match(r"([a-z_0-9]+)[.:]", str(error))
+    return isinstance(error, ConfigError) or (first is not None and first[1] in _first_words())
+
+
+def under(error: ValueError, key: str) -> ConfigError:
+    """A part's error under the full key: parts of a stage do not know where it stands."""
+    wrong = as_config_error(error, key)
+    if wrong.key.split(".")[0] in _first_words():
+        return wrong
+    return ConfigError(f"{key}.{wrong.key}", wrong.cause, wrong.cure)

@@ -38,7 +38,7 @@ class SaveCheckpoints(Checkpoint):
     def __init__(self, folder: Path | str, every_n_steps: int | None, every_n_minutes: float | None) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("every_n_minutes", every_n_minutes)):
             if value is not None and value <= 0:
-                raise ValueError(f"callbacks.{name} must be positive or null, got {value}")
+                raise ValueError(f"callbacks.save.{name}: must be positive or null, got {value}. Try: null")
         self.folder = Path(folder)
         self.every_n_steps = every_n_steps
         self.every_n_minutes = every_n_minutes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ class MuonWithAdamW(Optimizer):
         params: Iterable[tuple[str, Tensor]],
         lr: float,
         matrix_lr: float,
-        betas: tuple[float, float],
+        betas: Sequence[float],
         weight_decay: float,
     ) -> None:
         everything = list(params)

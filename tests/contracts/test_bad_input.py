@@ -1,0 +1,154 @@
+"""Configurations that cannot run: one line that names key, cause and cure, status 2, and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+
+import pytest
+
+from d1lit.checkpoint import lock_run
+from d1lit.cli import evaluate, train
+
+ROOT = Path(__file__).resolve().parents[2]
+LINE = re.compile(r"error: (?P<key>\S+): (?P<cause>.+)\. Try: (?P<cure>.+)")
+
+# What is typed, the key that the answer names, and a word of cause or cure.
+CASES: dict[str, tuple[str, str, str]] = {
+    # unknown keys and choices
+    "unknown key": ("nonsense=1", "nonsense", "no such key"),
+    "misspelt key": ("sed=1", "sed", "seed"),
+    "misspelt nested key": ("stages.grpo.module.group_siz=4", "stages.grpo.module.group_siz", "group_size"),
+    "misspelt component key": ("sampler.temprature=1.0", "sampler.temprature", "sampler.temperature"),
+    "unknown choice": ("estimator=one_stepp", "estimator", "one_step"),
+    "unknown choice, nothing near": ("loss=xyzzy", "loss", "clipped"),
+    "unknown task": ("task=gsm8", "task", "gsm8k"),
+    "unknown recipe": ("recipe=sfft", "recipe", "sft"),
+    "misspelt group": ("estimater=one_step", "estimater", "estimator"),
+    "no value": ("seed", "seed", "KEY=VALUE"),
+    "unknown option": ("--multirum", "--multirum", "--multirun"),
+    "unknown argument of a component": ("+loss.epsilonn=0.2", "loss.epsilonn", "epsilon_low"),
+    "unknown argument of the module": ("+stages.grpo.module.group=4", "stages.grpo.module.group", "group_size"),
+    "unknown flag of the Trainer": ("+trainer.profilers=simple", "trainer.profilers", "profiler"),
+    "a flag that the stage decides": ("+trainer.max_steps=3", "trainer.max_steps", "max_updates"),
+    # names from other projects
+    "num_generations": ("num_generations=6", "num_generations", "stages.grpo.module.group_size"),
+    "num_iterations": ("num_iterations=12", "num_iterations", "stages.grpo.module.num_inner_updates"),
+    "max_completion_length": ("max_completion_length=256", "max_completion_length", "sampler.completion_length"),
+    "gen_length": ("gen_length=256", "gen_length", "sampler.completion_length"),
+    "diffusion_steps": ("diffusion_steps=128", "diffusion_steps", "sampler.num_steps"),
+    "p_mask_prompt": ("p_mask_prompt=0.15", "p_mask_prompt", "estimator.prompt_mask_prob"),
+    "sync_ref_model": ("sync_ref_model=true", "sync_ref_model", "reference_sync_every"),
+    "scale_rewards": ("scale_rewards=false", "scale_rewards", "advantage"),
+    "loss_type": ("loss_type=grpo", "loss_type", "loss"),
+    "learning_rate": ("learning_rate=1e-5", "learning_rate", "optimizer.lr"),
+    "num_generations, nested": ("stages.grpo.num_generations=6", "stages.grpo.num_generations", "group_size"),
+    # wrong types
+    "text for a number": ("sampler.temperature=warm", "sampler.temperature", "a number"),
+    "fraction for a whole number": ("stages.grpo.max_updates=2.5", "stages.grpo.max_updates", "a whole number"),
+    "list for a number": ("sampler.num_steps=[1,2]", "sampler.num_steps", "a whole number"),
+    "number for a truth": ("evaluation.base=1", "evaluation.base", "true"),
+    "text for a truth": ("paper_compat=perhaps", "paper_compat", "true nor false"),
+    "text where null stood": ("evaluation.rows=many", "evaluation.rows", "whole number"),
+    "number for a list": ("evaluation.lengths=64", "evaluation.lengths", "list"),
+    "text for a block": ("stages.grpo.optimizer=muon", "stages.grpo.optimizer", "optimizer@stages.grpo.optimizer=CHOICE"),
+    "text for the seed": ("seed=one", "seed", "whole number"),
+    # impossible values
+    "temperature below 0": ("sampler.temperature=-0.5", "sampler.temperature", "below 0"),
+    "epsilon below 0": ("loss.epsilon_low=-0.1", "loss.epsilon_low", "[0, 1)"),
+    "beta below 0": ("loss.beta=-1.0", "loss.beta", ">= 0"),
+    "block length not dividing": ("sampler.block_length=7", "sampler.block_length", "divi"),
+    "no steps": ("sampler.num_steps=0", "sampler.num_steps", "at least 1"),
+    "group of one": ("stages.grpo.module.group_size=1", "stages.grpo.module.group_size", "2 or more"),
+    "no inner updates": ("stages.grpo.module.num_inner_updates=0", "stages.grpo.module.num_inner_updates", "1 or more"),
+    "batch not divisible": ("stages.grpo.batch_size=6 stages.grpo.micro_batch_size=4", "stages.grpo.batch_size", "multiple"),
+    "learning rate below 0": ("stages.grpo.optimizer.lr=-1e-4", "stages.grpo.optimizer.lr", "0 or more"),
+    "beta of Adam at 2": ("stages.grpo.optimizer.betas=[0.9,2.0]", "stages.grpo.optimizer", "beta"),
+    "mask probability of 2": ("estimator.prompt_mask_prob=2.0", "estimator.prompt_mask_prob", "[0, 1]"),
+    "no updates": ("stages.sft.max_updates=0", "stages.sft.max_updates", "1 or more"),
+    "no row to evaluate": ("evaluation.rows=0", "evaluation.rows", "1 or more"),
+    "length no multiple of the block": ("evaluation.lengths=[30]", "evaluation.lengths", "block length"),
+    "prompts longer than allowed": ("task.max_test_prompt_length=3 task.max_prompt_length=3", "task.max_test_prompt_length", "18"),
+    "split that is not there": ("evaluation.split=dev", "evaluation.split", "val"),
+    "no validation rows": ("evaluation.split=val task.val_rows=0", "evaluation.split", "val_rows"),
+    "grader that is not there": ("task.grader=lenient", "task.grader", "strict"),
+    "resume by another word": ("resume=always", "resume", "auto"),
+    "dtype that is not there": ("model.dtype=float8", "model.dtype", "float32"),
+    "precision that is not there": ("trainer.precision=fp16", "trainer.precision", "16-mixed"),
+    "no device": ("trainer.devices=0", "trainer.devices", "trainer.devices=1"),
+    "checkpoints every 0 steps": ("callbacks.save.every_n_steps=0", "callbacks.save.every_n_steps", "null"),
+    "alarm without a bound": ("callbacks.alarms.alarms=[{_target_:d1lit.callbacks.Alarm,metric:train/kl}]", "callbacks.alarms.alarms", "bound"),
+    "negative warm-up": ("stages.sft.lr_schedule.warmup_updates=-1", "stages.sft.lr_schedule.warmup_updates", "0 or more"),
+    "lora that fits nothing": ("stages.grpo.lora={targets:paper,rank:0,alpha:1,dropout:0.0}", "stages.grpo.lora.rank", "1"),
+    "stage that is not there": ("recipe.stages=[sft,dpo]", "recipe.stages", "dpo"),
+    # impossible pairs
+    "sequence bound under a token clip": ("estimator=espo loss=clipped", "loss", "allow_unsound_pair"),
+    "steps under a sequence loss": ("estimator=one_step loss=dmpo", "loss", "refused"),
+    "StableDRL without its bound": ("estimator=elbo loss=stable_drl", "loss", "spg"),
+    "reward without a weight": ("~reward.weights.solved", "reward.weights", "solved"),
+    # missing things
+    "missing data file": ("task.train_data=/nowhere/rows.jsonl", "task.train_data", "/nowhere/rows.jsonl"),
+    "missing prompt file": ("task.prompt=/nowhere/prompt.txt", "task.prompt", "/nowhere/prompt.txt"),
+    "missing model folder": ("model.path=/nowhere/model", "model.path", "/nowhere/model"),
+    "unreachable hub, model": ("model.path=nobody/nothing", "model.path", "nobody/nothing"),
+    "unreachable hub, data": ("task.train_data=nobody/nothing", "task.train_data", "nobody/nothing"),
+    "missing value": ("stages.grpo.optimizer.lr=???", "stages.grpo.optimizer.lr", "has no value"),
+    "folder of YAMLs that is not there": ("--config-dir=/nowhere", "--config-dir", "/nowhere"),
+    # _target_ and interpolation
+    "target that is not there": ("loss._target_=d1lit.losses.clipped.ClipedPolicyLoss", "loss._target_", "ClippedPolicyLoss"),
+    "target in no module": ("loss._target_=nowhere.Loss", "loss._target_", "nowhere"),
+    "target of another kind": ("estimator=unigrpo estimator._target_=d1lit.schedules.LinearSchedule", "estimator._target_", "LogProbEstimator"),
+    "schedule for an estimator": ("stages.grpo.module.estimator={_target_:d1lit.schedules.LinearSchedule}", "stages.grpo.module.estimator._target_", "LogProbEstimator"),
+    "callback of another kind": ("+callbacks.mine={_target_:d1lit.schedules.LinearSchedule}", "callbacks.mine._target_", "Callback"),
+    "logger of another kind": ("~logger.default_hp_metric logger._target_=d1lit.modules.optimizing.constant", "logger._target_", "Logger"),
+    "optimizer of another kind": ("stages.grpo.optimizer._target_=torch.nn.Linear", "stages.grpo.optimizer.lr", "argument"),
+    "cyclic interpolation": ("sampler.num_steps=${sampler.block_length} sampler.block_length=${sampler.num_steps}", "sampler", "num_steps"),
+    "interpolation into nothing": ("sampler.num_steps=${nowhere.to.be.found}", "sampler.num_steps", "nowhere"),
+    "unbalanced brackets": ("evaluation.lengths=[1,2", "evaluation.lengths", "quotes"),
+    "bad job of a sweep": ("-m seed=0,1 sampler.temperature=1.0,-1.0", "sampler.temperature", "below 0"),
+    "bad key beside --cfg": ("--cfg job num_generations=3", "num_generations", "group_size"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_hub(tmp_path_factory):
+    """No network, and a cache of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("D1LIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        with contextlib.suppress(ImportError):
+            import datasets.config
+            import huggingface_hub.constants
+
+            patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+            patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        yield
+
+
+def refusal(capsys, command, words: list[str]) -> re.Match[str]:
+    """The one line of an error; status 2, no traceback."""
+    assert command(words) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in (out + err).splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, out + err
+    assert "Traceback" not in out + err
+    assert err.rstrip().splitlines()[-1] == lines[0]
+    match = LINE.fullmatch(lines[0])
+    assert match is not None, lines[0]
+    return match
+
+
+def words_of(typed: str) -> list[str]:
+    return [word for word in typed.split(" ") if word]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused_in_one_line(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    typed, key, word = CASES[name]
+    match = refusal(capsys, train, ["task=sudoku", "debug=fast", *words_of(typed)])
+    print(match[0])
+    assert match["key"] == key or (key == "sampler" and match["key"].startswith("sampler."))
+    assert word in match["cause"] + " " + match["cure"]
+    assert not list(tmp_path.iterdir())
