@@ -87,13 +87,19 @@ def test_task(name):
     assert task.rows("test")
 
 
-@pytest.mark.parametrize("name", choices("recipe"))
-@pytest.mark.parametrize("model", choices("model"))
+def recipes_and_models():
+    """All combinations; quick are one model of either scale with every recipe, and d1's recipe with every model."""
+    for recipe in choices("recipe"):
+        for model in choices("model"):
+            quick = model in ("tiny", "llada_8b") or recipe == "d1"
+            yield pytest.param(recipe, model, marks=() if quick else pytest.mark.slow, id=f"{recipe}-{model}")
+
+
+@pytest.mark.parametrize(("name", "model"), recipes_and_models())
 def test_recipe_builds_for_every_model(name, model):
-    """Everything but the network: hub ids of data are replaced by the built-in rows."""
-    config = config_with(
-        f"recipe={name}", f"model={model}", "task=gsm8k", "task.train_data=builtin", "task.test_data=builtin"
-    )
+    """Everything but the network: hub ids of data are replaced by a few built-in rows."""
+    data = ("train_data=builtin", "test_data=builtin", "num_builtin.train=96", "num_builtin.test=16", "val_rows=16")
+    config = config_with(f"recipe={name}", f"model={model}", "task=gsm8k", *(f"task.{key}" for key in data))
     plan = plan_run(config)
     assert [stage.name for stage in plan.stages] == list(config.recipe.stages)
     assert (plan.base is not None) == (model == "tiny")
