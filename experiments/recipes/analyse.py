@@ -1,0 +1,106 @@
+"""The tables of this study from its run folders: `python experiments/recipes/analyse.py outputs/recipes`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d1lit.draws import CounterDraws
+from d1lit.statistics import Interval, paired_bootstrap
+
+Results = dict[str, dict[int, dict[str, Any]]]
+METRIC = "cell_accuracy"
+
+
+def read(folder: Path) -> Results:
+    """results.json of every run, by recipe and seed; each knows its folder."""
+    found: Results = {}
+    for file in sorted(folder.glob("*/results.json")):
+        results = json.loads(file.read_text())
+        found.setdefault(results["recipe"], {})[results["seed"]] = {**results, "folder": file.parent}
+    return found
+
+
+def cells(run: dict[str, Any], stage: str) -> torch.Tensor:
+    """Share of right cells of every test row after a stage, in row order."""
+    (entry,) = [e for e in run["evaluations"] if e["stage"] == stage]
+    rows = [json.loads(line) for line in (run["folder"] / entry["rows_file"]).read_text().splitlines()]
+    return torch.tensor([row["extra"][METRIC] for row in sorted(rows, key=lambda row: row["index"])])
+
+
+def probe(run: dict[str, Any], stage: str, kind: str) -> dict[str, Any]:
+    """One of the run's probes."""
+    return next(p for p in run["probes"] if p["probe"] == kind and p["stage"] == stage)
+
+
+def difference(first: torch.Tensor, second: torch.Tensor) -> Interval:
+    """Mean of first - second over the same rows, with a paired bootstrap interval."""
+    return paired_bootstrap(first, second, CounterDraws(0))
+
+
+def shown(interval: Interval) -> str:
+    """In per cent, with the interval; bold where zero lies outside it."""
+    text = f"{100 * interval.value:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
+    return f"**{text}**" if interval.low > 0 or interval.high < 0 else text
+
+
+ARMS = (("base", "sft", "base"), ("sft", "sft", "sft"), ("sft_more", "sft_more", "sft_more"), ("grpo", "grpo", "grpo"),
+        ("grpo_shuffled", "grpo_shuffled", "grpo"), ("d1", "d1", "grpo"))  # fmt: skip
+"""Column, recipe, stage."""
+
+
+def main(folder: Path) -> None:
+    """Print the tables as Markdown."""
+    runs = read(folder)
+    seeds = sorted(runs["d1"])
+    print("Cell accuracy, per cent of the empty cells, greedy
+")
+    print("| seed | " + " | ".join(name for name, _, _ in ARMS) + " | forced-x: base | forced-x: sft | forced-x: d1 |")
+    print("|---" * (len(ARMS) + 4) + "|")
+    for seed in seeds:
+        values = [100 * cells(runs[recipe][seed], stage).mean().item() for _, recipe, stage in ARMS]
+        forced = [
+            probe(runs["sft"][seed], "base", "forced"),
+            probe(runs["sft"][seed], "sft", "forced"),
+            probe(runs["d1"][seed], "grpo", "forced"),
+        ]
+        values += [100 * entry["extra"][METRIC]["mean"] for entry in forced]
+        print(f"| {seed} | " + " | ".join(f"{value:.1f}" for value in values) + " |")
+    print("\nDifferences on the same rows, points of cell accuracy with paired 95 % intervals\n")
+    print("| seed | d1: GRPO stage - its start | grpo: GRPO stage - its start | d1 - grpo_shuffled | d1 - sft_more |")
+    print("|---|---|---|---|---|")
+    for seed in seeds:
+        trained = cells(runs["d1"][seed], "grpo")
+        pairs = [
+            (trained, cells(runs["d1"][seed], "sft")),
+            (cells(runs["grpo"][seed], "grpo"), cells(runs["grpo"][seed], "base")),
+            (trained, cells(runs["grpo_shuffled"][seed], "grpo")),
+            (trained, cells(runs["sft_more"][seed], "sft_more")),
+        ]
+        print(f"| {seed} | " + " | ".join(shown(difference(*pair)) for pair in pairs) + " |")
+    print("\nWhole puzzles solved (greedy), and pass@k of 16 samples at temperature 1, per cent\n")
+    print("| seed | base | sft | d1 | pass@1 sft | pass@16 sft | pass@1 d1 | pass@16 d1 |")
+    print("|---|---|---|---|---|---|---|---|")
+    for seed in seeds:
+        solved = [
+            100 * next(e["accuracy"] for e in run["evaluations"] if e["stage"] == stage)
+            for run, stage in ((runs["sft"][seed], "base"), (runs["sft"][seed], "sft"), (runs["d1"][seed], "grpo"))
+        ]
+        for run, stage in ((runs["sft"][seed], "sft"), (runs["d1"][seed], "grpo")):
+            estimates = probe(run, stage, "pass_at_k")["pass_at_k"]
+            solved += [100 * estimates[k]["mean"] for k in ("1", "16")]
+        print(f"| {seed} | " + " | ".join(f"{value:.2f}" for value in solved) + " |")
+    print("\nWithout a model, on the same rows: ", end="")
+    baselines = runs["d1"][seeds[0]]["baselines"].items()
+    print("; ".join(f"{name} {100 * b['extra'][METRIC]['mean']:.1f} % of cells" for name, b in baselines))
+    costs = {name: runs[name][seeds[0]]["cost"] for name in runs}
+    print(f"\nCost of the stages after the base (seed {seeds[0]}): ", end="")
+    print("; ".join(f"{name} {cost['flops']:.2e} FLOPs" for name, cost in costs.items()))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/recipes"))
