@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"build"},
     {"evaluating", "estimates"},
     {"opening"},
-    {"playing", "chatting", "handing_on", "doctor"},
+    {"playing", "chatting", "handing_on", "doctor", "harness", "verify"},
     {"presenting"},
     {"running"},
     {"commands"},

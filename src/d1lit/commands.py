@@ -231,11 +231,77 @@ def export(words: Sequence[str]) -> int:
     return _guarded(act)
 
 
+def harness(words: Sequence[str]) -> int:
+    """`d1lit harness TASK...`: generation tasks of lm-evaluation-harness."""
+    parser = _parser("harness", "Generation tasks of lm-evaluation-harness (the extra `harness`) through our sampler.")
+    parser.add_argument("tasks", nargs="+", metavar="TASK or KEY=VALUE", help="tasks, and settings (model.path=FOLDER)")
+    parser.add_argument("--run", type=Path, metavar="RUN", help="folder of a finished run; else model=... names one")
+    parser.add_argument("--include", type=Path, metavar="FOLDER", help="task YAMLs of your own")
+    parser.add_argument("--limit", type=int, help="first rows of each task only")
+    parser.add_argument("--no-chat", action="store_true", help="prompts without the model's chat template")
+    parser.add_argument("-o", "--output", type=Path, default=Path("outputs/harness"), help="default outputs/harness")
+    given = parser.parse_intermixed_args(list(words))
+
+    def act() -> int:
+        from d1lit.harness import run_harness
+
+        tasks = [word for word in given.tasks if "=" not in word]
+        if not tasks:
+            raise ValueError("harness: no task is named. Try: d1lit harness gsm8k --run RUN")
+        print(
+            run_harness(
+                tasks,
+                [word for word in given.tasks if "=" in word],
+                run=given.run,
+                include=given.include,
+                limit=given.limit,
+                chat=not given.no_chat,
+                output=given.output,
+            )
+        )
+        return 0
+
+    return _guarded(act)
+
+
+def verify(words: Sequence[str]) -> int:
+    """`d1lit verify model=llada_8b`: regenerate what d1 published."""
+    parser = _parser("verify", "Generate d1's published rows again with LLaDA's weights, and compare (docs/verify.md).")
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="model=llada_8b, model.path=FOLDER, ...")
+    parser.add_argument("--published", type=Path, required=True, metavar="FOLDER", help="holds TASK_128.jsonl")
+    parser.add_argument("--tasks", nargs="+", default=["countdown", "math500"], metavar="TASK")
+    parser.add_argument("--rows", type=int, help="first rows of each task only")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TASK=FILE", help="the paper's own wording")
+    parser.add_argument("--run-official-code", metavar="COMMIT", help="RUN the model repository's code at this commit")
+    parser.add_argument("-o", "--output", type=Path, default=Path("outputs/verify"), help="default outputs/verify")
+    given = parser.parse_intermixed_args(list(words))
+
+    def act() -> int:
+        from d1lit.verify import run_verify
+
+        print(
+            run_verify(
+                given.words,
+                published=given.published,
+                tasks=given.tasks,
+                rows=given.rows,
+                prompts=dict(word.split("=", 1) for word in given.prompt if "=" in word),
+                official_revision=given.run_official_code,
+                output=given.output,
+            )
+        )
+        return 0
+
+    return _guarded(act)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "compare": (compare, "tables over the folders of several runs: means over seeds, paired tests, what differs"),
     "report": (report, "report.html of one run, or one page over several"),
     "play": (play, "how completions came to be, step by step: a page, and a GIF"),
     "chat": (chat, "talk to a run's model, watching it unmask"),
+    "harness": (harness, "tasks of lm-evaluation-harness through our sampler (an extra)"),
+    "verify": (verify, "generate the paper's published rows again with LLaDA's weights, and compare"),
     "doctor": (doctor, "look at this machine: what is missing for a run, and the cure"),
     "export": (export, "write a run's final model as one whole, adapters merged"),
     "push": (push, "upload a run's model to the hub, when told so twice"),

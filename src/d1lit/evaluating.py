@@ -6,6 +6,7 @@ import glob
 import json
 import logging
 import os
+import platform
 import time
 import warnings
 from collections import Counter
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import transformers
 from omegaconf import DictConfig
 
@@ -127,7 +129,9 @@ def read_generations(file: Path) -> list[tuple[str, Example]]:
     if not file.is_file():
         raise ConfigError("rescore", f"no file {file}", "a samples.jsonl, or a file of published generations")
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             if "ground_truth" in row:
@@ -309,6 +313,7 @@ class TaskEvaluator:
             "batch_size": config.evaluation.batch_size,
             "dtype": config.model.dtype,
             "device": str(self.plan.device.type),
+            "device_name": torch.cuda.get_device_name() if self.plan.device.type == "cuda" else platform.machine(),
             "attend_padding": config.model.attend_padding,
             "packages": {name: version(name) for name in PACKAGES},
             **prompt_protocol(self.plan.task.template),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from d1lit.data import EncodedRow, prompt_batch
 from d1lit.rewards.parts import Grade, Grader
-from d1lit.statistics import mean_over_seeds, wilson_interval
+from d1lit.statistics import Interval, mcnemar_exact, mean_over_seeds, paired_bootstrap, wilson_interval
 from d1lit.types import Draws, Example, MaskPredictor, Sampler
 
 Progress = Callable[[int, int], None]
@@ -156,7 +156,7 @@ def append_records(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Append JSON lines and push them to the disk."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as handle:
-        handle.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        handle.writelines(json.dumps(record) + "\n" for record in records)  # ASCII: half surrogates are text too
         handle.flush()
         os.fsync(handle.fileno())
 
@@ -169,7 +169,7 @@ def read_records(file: Path) -> list[dict[str, Any]]:
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         file.write_text(whole, encoding="utf-8")
-    return [json.loads(line) for line in whole.splitlines()]
+    return [json.loads(line) for line in whole.split("\n") if line]  # splitlines would break at U+2028 too
 
 
 def check_coverage(records: Sequence[Mapping[str, Any]], num_rows: int) -> None:
@@ -218,6 +218,55 @@ def summarise(records: Sequence[Mapping[str, Any]], grader: Literal["strict", "d
         failed_fraction=sum(r["strict"]["outcome"] in ("timeout", "error") for r in records) / rows,
         extra=extra,
     )
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """Two evaluations of the same rows."""
+
+    n: int
+    only_first: int
+    """Rows that only the first got right."""
+    only_second: int
+    p_value: float
+    """McNemar's exact test, two-sided."""
+    difference: Interval
+    """Mean score of the second less that of the first, with its 95 % bootstrap interval over rows."""
+
+
+def compare_records(
+    first: Sequence[Mapping[str, Any]],
+    second: Sequence[Mapping[str, Any]],
+    draws: Draws,
+    grader: Literal["strict", "d1"] = "strict",
+) -> PairedComparison:
+    """Paired comparison of two lists of records of the same rows, in any order.
+
+    Args:
+        first: records of one evaluation, one a row.
+        second: records of the other.
+        draws: source of the resampling.
+        grader: whose verdict counts; a row's score is the share of what it can reach.
+
+    Raises:
+        ValueError: rows that are missing on one side, stand twice, or differ in question or gold answer.
+    """
+    sides = [{(r["index"], r["id"], r["question"], r["answer"]): r for r in records} for records in (first, second)]
+    if len(sides[0]) != len(first) or len(sides[1]) != len(second) or sides[0].keys() != sides[1].keys():
+        odd = sorted({key[0] for key in sides[0].keys() ^ sides[1].keys()})
+        raise ValueError(
+            f"compare: {len(first)} and {len(second)} records are not of the same rows (row {odd[0] if odd else '?'}). "
+            "Try: two evaluations of one task, split and number of rows"
+        )
+    order = sorted(sides[0])
+    scores = [
+        torch.tensor([side[key][grader]["value"] / side[key][grader]["out_of"] for key in order], dtype=torch.float64)
+        for side in sides
+    ]
+    right = [score >= 1.0 for score in scores]
+    only_first, only_second = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
+    difference = paired_bootstrap(scores[0], scores[1], draws)
+    return PairedComparison(len(order), only_first, only_second, mcnemar_exact(only_first, only_second), difference)
 
 
 def at_length(sampler: Any, completion_length: int, num_steps: int, block_length: int, temperature: float) -> Any:
