@@ -14,8 +14,9 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 34
 MOST_POINTS = 240
 NUM_COLOURS = 8
 
-Points = Sequence[tuple[float, float]]
-Place = Callable[[float, float], tuple[float, float]]
+Number = float | int
+Points = Sequence[tuple[Number, Number]]
+Place = Callable[[Number, Number], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def chart(title: str, series: Sequence[Series], x_label: str = "update", smooth:
     x_ticks, y_ticks = ticks(min(xs), max(xs), 5), ticks(min(ys), max(ys), 5)
     x_range, y_range = (min(xs), max(max(xs), min(xs) + 1e-9)), (min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys)))
 
-    def place(x: float, y: float) -> tuple[float, float]:
+    def place(x: Number, y: Number) -> tuple[float, float]:
         across = (x - x_range[0]) / (x_range[1] - x_range[0])
         up = (y - y_range[0]) / ((y_range[1] - y_range[0]) or 1.0)
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
@@ -90,7 +91,7 @@ def smoothed(points: Points, share: float = 0.08) -> list[tuple[float, float]]:
     return found
 
 
-def ticks(low: float, high: float, count: int) -> list[float]:
+def ticks(low: Number, high: Number, count: int) -> list[float]:
     """Round numbers from at or below `low` to at or above `high`."""
     if high <= low:
         low, high = (0.0, 1.0) if low == 0 else (min(0.0, 2 * low), max(0.0, 2 * low))
@@ -116,20 +117,20 @@ def _polyline(points: Points, place: Place, name: str) -> Markup:
     return tag("polyline", points=" ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in points), class_=name)
 
 
-def _y_tick(value: float, y: float) -> Markup:
+def _y_tick(value: Number, y: Number) -> Markup:
     line = tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=_short(y), y2=_short(y), class_="grid")
     return Markup(line + tag("text", _label(value), x=LEFT - 6, y=_short(y + 4), class_="axis", text_anchor="end"))
 
 
-def _x_tick(value: float, x: float) -> Markup:
+def _x_tick(value: Number, x: Number) -> Markup:
     return tag("text", _label(value), x=_short(x), y=HEIGHT - BOTTOM + 16, class_="axis", text_anchor="middle")
 
 
-def _label(value: float) -> str:
+def _label(value: Number) -> str:
     return "0" if abs(value) < 1e-12 else f"{value:.6g}" if abs(value) >= 1e-4 else f"{value:.1e}"
 
 
-def _short(value: float) -> str:
+def _short(value: Number) -> str:
     return f"{value:.5g}"
 
 
@@ -147,11 +148,11 @@ def _words(title: str, series: Sequence[Series]) -> str:
     return f"{title}. " + "; ".join(said)
 
 
-def whisker(value: float, low: float, high: float) -> Markup:
+def whisker(value: Number, low: Number, high: Number) -> Markup:
     """A share between 0 and 1 with its interval, drawn small."""
     width, height = 120, 16
 
-    def x(share: float) -> str:
+    def x(share: Number) -> str:
         return f"{4 + min(1.0, max(0.0, share)) * (width - 8):.1f}"
 
     axis = tag("line", x1=x(0), x2=x(1), y1=8, y2=8, class_="grid")

@@ -27,7 +27,7 @@ class Table:
     note: str = ""
 
 
-def percent(value: float) -> str:
+def percent(value: float | int) -> str:
     """A share as per cent with one decimal."""
     return "" if math.isnan(value) else f"{100 * value:.1f}"
 
@@ -39,12 +39,12 @@ def percent_interval(interval: Interval) -> str:
     return f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
 
 
-def number(value: float | None) -> str:
+def number(value: float | int | None) -> str:
     """A number with three digits that count."""
     return "" if value is None else f"{0.0 if abs(value) < 1e-7 else value:.3g}"
 
 
-def p_text(value: float) -> str:
+def p_text(value: float | int) -> str:
     """A p-value; very small ones as a bound."""
     return "< 0.0001" if value < 1e-4 else f"{value:.2g}"
 

@@ -1,0 +1,183 @@
+"""Tables over runs: numbers against longhand, names against what was said, forms against what reads them."""
+
+import csv
+import io
+import math
+import statistics
+
+import pytest
+from scipy import stats
+
+from d1lit import commands
+from d1lit.report.comparing import compare, compare_pairs
+from d1lit.report.runs import differing_settings, read_run, read_runs, variants
+from d1lit.report.tables import Table, as_csv, as_latex, as_markdown, differences_table, pairs_table, results_table
+from d1lit.statistics import wilson_interval
+from tests.real_runs import copy_of, known_run, real_run
+
+T, F = True, False
+
+
+def test_a_single_seed_has_the_interval_of_its_rows(tmp_path):
+    (cell,) = compare([read_run(known_run(tmp_path / "a", [T, T, F, F, F]))])
+    expected = wilson_interval(2, 5)
+    assert (cell.accuracy.value, cell.accuracy.low, cell.accuracy.high) == (0.4, expected.low, expected.high)
+    assert cell.over == "5 rows"
+
+
+def test_several_seeds_have_students_interval_of_their_accuracies(tmp_path):
+    shares = [[T] * k + [F] * (20 - k) for k in (8, 10, 9, 11)]
+    runs = [read_run(known_run(tmp_path / str(s), right, seed=s)) for s, right in enumerate(shares)]
+    (cell,) = compare(runs)
+    accuracies = [0.40, 0.50, 0.45, 0.55]
+    half = stats.t.ppf(0.975, 3) * statistics.stdev(accuracies) / 2
+    assert cell.seeds == (0, 1, 2, 3)
+    assert cell.accuracy.value == pytest.approx(0.475)
+    assert cell.accuracy.low == pytest.approx(0.475 - half)
+    assert cell.accuracy.high == pytest.approx(0.475 + half)
+    assert cell.seconds == pytest.approx(11.5)
+
+
+def test_an_interval_of_accuracies_ends_at_zero_and_one(tmp_path):
+    runs = [read_run(known_run(tmp_path / str(s), right, seed=s)) for s, right in enumerate([[F, F], [T, T]])]
+    (cell,) = compare(runs)
+    assert (cell.accuracy.low, cell.accuracy.high) == (0.0, 1.0)
+
+
+def test_pairs_count_wins_and_losses_on_equal_rows(tmp_path):
+    first = known_run(tmp_path / "a", [T, F, F, F, F, F, T, T, F, F], recipe="sft")
+    second = known_run(tmp_path / "b", [F, T, T, T, T, T, T, T, F, F])
+    (pair,) = compare_pairs(read_runs([first, second]))
+    assert (pair.first, pair.second, pair.rows) == ("sft", "d1", 10)
+    assert (pair.wins, pair.losses) == (5, 1)
+    assert pair.difference.value == pytest.approx(0.4)
+    assert pair.p_value == pytest.approx(stats.binomtest(1, 6).pvalue)
+    assert pair.difference.low < 0.4 < pair.difference.high
+    assert pair.over_seeds is None
+
+
+def test_pairs_over_seeds_take_each_rows_mean_and_equal_seeds(tmp_path):
+    first = [
+        known_run(tmp_path / f"a{s}", right, recipe="sft", seed=s) for s, right in enumerate([[T, F, F], [T, F, T]])
+    ]
+    second = [known_run(tmp_path / f"b{s}", right, seed=s) for s, right in enumerate([[T, T, F], [T, T, F]])]
+    (pair,) = compare_pairs(read_runs(first + second))
+    # Row means: sft 1, 0, 1/2 and d1 1, 1, 0.
+    assert (pair.wins, pair.losses, pair.seeds) == (1, 1, 2)
+    assert pair.difference.value == pytest.approx((0 + 1 - 0.5) / 3)
+    assert pair.over_seeds is not None
+    assert pair.over_seeds.value == pytest.approx(statistics.mean([1 / 3, 0.0]))
+
+
+def test_holm_is_the_longhand_correction(tmp_path):
+    rights = {"a": [T] * 12, "b": [F] * 12, "c": [T] * 7 + [F] * 5}
+    pairs = compare_pairs(read_runs([known_run(tmp_path / n, r, recipe=n) for n, r in rights.items()]))
+    ordered = sorted(pairs, key=lambda pair: pair.p_value)
+    floor = 0.0
+    for place, pair in enumerate(ordered):
+        floor = max(floor, min(1.0, (3 - place) * pair.p_value))
+        assert pair.p_holm == pytest.approx(floor)
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_not_pooled(tmp_path):
+    folders = [
+        known_run(tmp_path / "a", [T, F], seed=0, settings={"loss": {"beta": 0.0}}),
+        known_run(tmp_path / "b", [T, T], seed=1, settings={"loss": {"beta": 0.0}}),
+        known_run(tmp_path / "c", [F, F], seed=0, settings={"loss": {"beta": 0.1}}, overrides=["loss.beta=0.1"]),
+    ]
+    named = variants(read_runs(folders))
+    assert [(name, len(group)) for name, group in named] == [("d1", 2), ("d1 (loss.beta=0.1)", 1)]
+    assert differing_settings([group[0] for _, group in named]) == [("loss.beta", [0.0, 0.1])]
+
+
+def test_equal_words_with_other_values_get_numbers(tmp_path):
+    folders = [known_run(tmp_path / str(b), [T], settings={"loss": {"beta": b}}) for b in (0.0, 0.1)]
+    assert [name for name, _ in variants(read_runs(folders))] == ["d1 #1", "d1 #2"]
+
+
+def test_a_value_interpolated_into_many_places_is_listed_once(tmp_path):
+    folders = [
+        known_run(tmp_path / str(b), [T], settings={"loss": {"beta": b}, "stages": {"grpo": {"loss": {"beta": b}}}})
+        for b in (0.0, 0.1)
+    ]
+    runs = read_runs(folders)
+    assert [key for key, _ in differing_settings(runs)] == ["loss.beta"]
+
+
+def test_secrets_are_not_compared_in_the_open(tmp_path):
+    folders = [known_run(tmp_path / str(i), [T], settings={"hub": {"token": f"hf_{'abcdef'[i] * 34}"}}) for i in (0, 1)]
+    shown = str(differences_table(read_runs(folders)))
+    assert "hf_a" not in shown
+    assert "hf_b" not in shown
+
+
+def test_csv_holds_every_digit(tmp_path):
+    runs = read_runs([known_run(tmp_path / "a", [T, F, F])])
+    (line,) = csv.DictReader(io.StringIO(as_csv(compare(runs))))
+    assert float(line["accuracy"]) == 1 / 3
+    assert (line["recipe"], line["stage"], line["rows"], line["seeds"]) == ("d1", "grpo", "3", "0")
+
+
+def test_markdown_and_latex_have_as_many_cells_as_columns():
+    table = Table("A | title_", ("name", "a_b", "50 %"), (("x|y", "1.0", "<b>"), ("z", "2.5", "&")), "Note $x$.")
+    body = [line for line in as_markdown(table).splitlines() if line.startswith("|")]
+    assert all(line.replace("\\|", "").count("|") == 4 for line in body)
+    assert "<b>" not in as_markdown(table)
+    latex = as_latex(table)
+    rows = [line for line in latex.splitlines() if line.endswith(r"\\")]
+    assert len(rows) == 3
+    assert all(row.replace(r"\&", "").count("&") == 2 for row in rows)
+    assert r"a\_b & 50 \%" in latex
+    assert "{lrl}" in latex
+
+
+def test_the_command_prints_the_real_runs_numbers(tmp_path, capsys):
+    run = real_run()
+    assert commands.compare([str(run), "--csv"]) == 0
+    lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    entries = read_run(run).evaluations
+    assert [line["stage"] for line in lines] == [entry["stage"] for entry in entries] == ["base", "sft", "grpo"]
+    assert [float(line["accuracy"]) for line in lines] == [entry["accuracy"] for entry in entries]
+    reward = [value for _, value in read_run(run).curves["grpo"]["rollout/reward"]]
+    assert float(lines[-1]["rollout/reward"]) == pytest.approx(reward[-1])
+    for form in ([], ["--markdown"], ["--latex"]):
+        assert commands.compare([str(run), str(copy_of(run, tmp_path / f"copy{len(form)}{form[:1]}")), *form]) == 0
+        assert "sudoku" in capsys.readouterr().out
+
+
+def test_the_same_folder_twice_counts_once():
+    run = real_run()
+    assert len(read_runs([run, run / ".." / run.name])) == 1
+
+
+def test_unfinished_runs_are_passed_over_by_name(tmp_path, capsys):
+    (tmp_path / "half").mkdir()
+    finished = known_run(tmp_path / "whole", [T])
+    assert commands.compare([str(tmp_path / "half"), str(finished)]) == 0
+    assert "half" in capsys.readouterr().err
+    assert commands.compare([str(tmp_path / "half")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "Try:" in error
+    assert error.count("\n") == 1
+
+
+def test_a_folder_with_other_json_is_refused_in_one_line(tmp_path, capsys):
+    (tmp_path / "results.json").write_text('{"hello": 1}')
+    assert commands.compare([str(tmp_path)]) == 2
+    assert "is not a run's results" in capsys.readouterr().err
+
+
+def test_nothing_is_written_while_comparing():
+    run = real_run()
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
+    runs = read_runs([run])
+    results_table(compare(runs))
+    pairs_table(compare_pairs(runs))
+    assert before == {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
+
+
+def test_a_table_never_shows_an_endless_interval(tmp_path):
+    cells = compare(read_runs([known_run(tmp_path / "a", [T, F])]))
+    assert not any("inf" in cell for row in results_table(cells).rows for cell in row)
+    assert math.isfinite(cells[0].accuracy.low)
