@@ -57,8 +57,7 @@ def main(folder: Path) -> None:
     """Print the tables as Markdown."""
     runs = read(folder)
     seeds = sorted(runs["d1"])
-    print("Cell accuracy, per cent of the empty cells, greedy
-")
+    print("Cell accuracy, per cent of the empty cells, greedy\n")
     print("| seed | " + " | ".join(name for name, _, _ in ARMS) + " | forced-x: base | forced-x: sft | forced-x: d1 |")
     print("|---" * (len(ARMS) + 4) + "|")
     for seed in seeds:
