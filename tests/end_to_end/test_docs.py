@@ -50,8 +50,8 @@ def test_every_training_command_composes(page, command, tmp_path, monkeypatch):
 
 
 def _users_folder(folder: Path) -> Path:
-    """The files of README's own-part example, written out."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    """The files of README's own-part example and of docs/adding-parts.md, written out."""
+    text = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/adding-parts.md"))
     blocks = re.findall(r"^```(?:python|yaml)\n# my_idea/(\S+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     assert {Path(name).suffix for name, _ in blocks} == {".py", ".yaml"}
     for name, body in blocks:
