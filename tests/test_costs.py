@@ -194,6 +194,7 @@ def test_the_meter_charges_work_to_the_open_section() -> None:
     assert metrics["cost/forwards"] == 3 and metrics["cost/flops"] == 3 * one
     busy = sections["rollout"].seconds + sections["update"].seconds
     assert metrics["cost/mfu"] == pytest.approx(3 * one / busy / 1e12)
+    assert cost_metrics({}, 1e12, known=["rollout"])["time/rollout_s"] == 0.0
     assert {"time/rollout_s", "time/update_s", "cost/peak_memory_mb", "cost/tokens"} <= set(metrics)
 
 

@@ -1,12 +1,14 @@
 """Log-probabilities and entropies from hidden states without a [M, V] tensor in memory.
 
-Rows go through the vocabulary in chunks. With a frozen head the backward pass needs the vocabulary no more: the
-gradient of sum_j c_j log p(y_j) with respect to the hidden state is sum_j c_j W[y_j] - (sum_j c_j) E_p[W], and the
-expectation E_p[W], one vector a position, is kept from the forward pass. With a trainable head a chunk is recomputed.
+The logits are formed tile by tile, many positions times a part of the vocabulary, with a running maximum and sum. With
+a frozen head the backward pass needs the vocabulary no more: the gradient of sum_j c_j log p(y_j) with respect to the
+hidden state is sum_j c_j W[y_j] - (sum_j c_j) E_p[W], and the expectation E_p[W], one vector a position, is kept from
+the forward pass. With a trainable head a tile is recomputed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-DEFAULT_BUDGET = 64 * 2**20  # bytes for the logits of one chunk
+DEFAULT_BUDGET = 16 * 2**20  # bytes for the logits of one tile
+_ROWS, _COLUMNS = 1024, 4096  # a tile of this size keeps products of matrices efficient; taller or wider gains nothing
 _SLICE = 8192  # rows of a low-precision head cast at a time where the device cannot accumulate in fp32 by itself
 
 
@@ -60,11 +63,55 @@ def _mix(probabilities: Tensor, weight: Tensor) -> Tensor:
     return mixed
 
 
-def _softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """In place: logits become probabilities; returns them and the log of the normaliser."""
-    top = logits.amax(-1, keepdim=True)
-    total = logits.sub_(top).exp_().sum(-1, keepdim=True)
-    return logits.div_(total), (top + total.log()).squeeze(-1)
+def tile_shape(positions: int, vocab_size: int, budget: int, itemsize: int = 4) -> tuple[int, int]:
+    """Positions and tokens whose logits are formed at a time, within `budget` bytes where that is at all possible."""
+    room = max(1, budget // itemsize)
+    rows = max(1, min(positions, _ROWS, room // min(vocab_size, _COLUMNS)))
+    return rows, max(1, min(vocab_size, room // rows))
+
+
+def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    logits = _project(hidden, weight)
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _tiles(weight: Tensor, columns: int) -> Iterator[tuple[int, Tensor]]:
+    """Parts of the vocabulary, with the id of their first token."""
+    for start in range(0, len(weight), columns):
+        yield start, weight[start : start + columns]
+
+
+def _within(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
+    """Which targets lie in a tile, and their place in it (any place for the others)."""
+    place = targets - start
+    return (place >= 0) & (place < width), place.clamp(0, width - 1)
+
+
+def _walk(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, columns: int, expectation: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Logits of the targets and log of the normaliser; fills `expectation` with E_p[W] where it is given.
+
+    One pass over the vocabulary: sums are kept relative to the largest logit so far, as in streaming softmax.
+    """
+    exact = _exact(weight.dtype)
+    chosen = hidden.new_zeros(targets.shape, dtype=exact)
+    top = hidden.new_full((len(hidden), 1), -torch.inf, dtype=exact)
+    total = torch.zeros_like(top)
+    for start, part in _tiles(weight, columns):
+        logits = _logits(hidden, part, temperature)
+        inside, place = _within(targets, start, len(part))
+        chosen = torch.where(inside, logits.gather(1, place), chosen)
+        higher = torch.maximum(top, logits.amax(-1, keepdim=True))
+        shrink = (top - higher).exp_()
+        logits.sub_(higher).exp_()
+        total = total * shrink + logits.sum(-1, keepdim=True)
+        if expectation is not None:
+            expectation.mul_(shrink).add_(_mix(logits, part))
+        top = higher
+    if expectation is not None:
+        expectation.div_(total)
+    return chosen, top + total.log_()
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -72,21 +119,17 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, rows: int, keep: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, tile: tuple[int, int], keep: bool
     ) -> Tensor:
+        rows, columns = tile
         with torch.autocast(hidden.device.type, enabled=False):
             values = hidden.new_empty(targets.shape, dtype=_exact(weight.dtype))
-            expectation = hidden.new_empty(hidden.shape, dtype=values.dtype) if keep else None
+            expectation = hidden.new_zeros(hidden.shape, dtype=values.dtype) if keep else None
             for start in range(0, len(hidden), rows):
-                stop = start + rows
-                logits = _project(hidden[start:stop], weight).div_(temperature)
-                chosen = logits.gather(1, targets[start:stop])
-                if expectation is None:
-                    values[start:stop] = chosen - _log_normaliser_(logits)[:, None]
-                    continue
-                probabilities, normaliser = _softmax_(logits)
-                values[start:stop] = chosen - normaliser[:, None]
-                expectation[start:stop] = _mix(probabilities, weight)
+                part = slice(start, start + rows)
+                mean = None if expectation is None else expectation[part]
+                chosen, normaliser = _walk(hidden[part], weight, targets[part], temperature, columns, mean)
+                values[part] = chosen - normaliser
         if expectation is not None:
             ctx.save_for_backward(weight, targets, expectation)
             ctx.temperature, ctx.dtype, ctx.rows = temperature, hidden.dtype, rows
@@ -110,42 +153,43 @@ class _FrozenHead(torch.autograd.Function):
 
 
 class _TrainableHead(torch.autograd.Function):
-    """Recomputes each chunk in the backward pass, which also yields the gradient of the head."""
+    """Recomputes each tile in the backward pass, which also yields the gradient of the head."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, rows: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, tile: tuple[int, int]
+    ) -> Tensor:
+        rows, columns = tile
         with torch.autocast(hidden.device.type, enabled=False):
             values = hidden.new_empty(targets.shape, dtype=_exact(weight.dtype))
+            normaliser = hidden.new_empty((len(hidden), 1), dtype=values.dtype)
             for start in range(0, len(hidden), rows):
-                logits = _project(hidden[start : start + rows], weight).div_(temperature)
-                chosen = logits.gather(1, targets[start : start + rows])
-                values[start : start + rows] = chosen - _log_normaliser_(logits)[:, None]
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature, ctx.rows = temperature, rows
+                part = slice(start, start + rows)
+                chosen, normaliser[part] = _walk(hidden[part], weight, targets[part], temperature, columns, None)
+                values[part] = chosen - normaliser[part]
+        ctx.save_for_backward(hidden, weight, targets, normaliser)
+        ctx.temperature, ctx.tile = temperature, tile
         return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = grad_outputs
-        hidden, weight, targets = ctx.saved_tensors
+        hidden, weight, targets, normaliser = ctx.saved_tensors
+        rows, columns = ctx.tile
         exact = _exact(weight.dtype)
-        to_hidden = torch.empty_like(hidden)
+        to_hidden = hidden.new_zeros(hidden.shape, dtype=exact)
         to_weight = weight.new_zeros(weight.shape, dtype=exact)
-        for start in range(0, len(hidden), ctx.rows):
-            part = slice(start, start + ctx.rows)
+        for begin in range(0, len(hidden), rows):
+            part = slice(begin, begin + rows)
             share = gradient[part].to(exact) / ctx.temperature
-            probabilities, _ = _softmax_(_project(hidden[part], weight).div_(ctx.temperature))
-            pull = probabilities.mul_(-share.sum(-1, keepdim=True)).scatter_add_(1, targets[part], share)
-            to_hidden[part] = _mix(pull, weight).to(hidden.dtype)
-            to_weight.addmm_(pull.T, hidden[part].to(exact))
-        return to_hidden, to_weight.to(weight.dtype), None, None, None
-
-
-def _log_normaliser_(logits: Tensor) -> Tensor:
-    """logsumexp over the vocabulary, overwriting the logits; faster than torch.logsumexp, which copies them."""
-    top = logits.amax(-1, keepdim=True)
-    return (top + logits.sub_(top).exp_().sum(-1, keepdim=True).log()).squeeze(-1)
+            for start, tokens in _tiles(weight, columns):
+                inside, place = _within(targets[part], start, len(tokens))
+                pull = _logits(hidden[part], tokens, ctx.temperature).sub_(normaliser[part]).exp_()
+                pull.mul_(-share.sum(-1, keepdim=True)).scatter_add_(1, place, share * inside)
+                to_hidden[part] += _mix(pull, tokens)
+                to_weight[start : start + len(tokens)].addmm_(pull.T, hidden[part].to(exact))
+        return to_hidden.to(hidden.dtype), to_weight.to(weight.dtype), None, None, None
 
 
 def chunked_logprobs(
@@ -162,19 +206,26 @@ def chunked_logprobs(
         weight: the head; its gradient is returned only where it requires one.
         targets: token ids.
         temperature: divides the logits.
-        budget: bytes that the logits of one chunk may take.
+        budget: bytes that the logits of one tile may take.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be positive to score tokens, got {temperature}. Use 1 for the plain model.")
-    rows = rows_per_chunk(len(weight), budget, torch.finfo(_exact(weight.dtype)).bits // 8)
+    tile = tile_shape(len(hidden), len(weight), budget, torch.finfo(_exact(weight.dtype)).bits // 8)
     wants_gradient = torch.is_grad_enabled()
     if wants_gradient and weight.requires_grad:
-        values = _TrainableHead.apply(hidden, _working_weight(weight), targets, temperature, rows)
+        values = _TrainableHead.apply(hidden, _working_weight(weight), targets, temperature, tile)
     else:
         keep = wants_gradient and hidden.requires_grad
-        values = _FrozenHead.apply(hidden, _working_weight(weight), targets, temperature, rows, keep)
+        values = _FrozenHead.apply(hidden, _working_weight(weight), targets, temperature, tile, keep)
     assert isinstance(values, Tensor)
     return values
+
+
+def _softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """In place: logits become probabilities; returns them and the log of the normaliser."""
+    top = logits.amax(-1, keepdim=True)
+    total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+    return logits.div_(total), (top + total.log()).squeeze(-1)
 
 
 @torch.no_grad()

@@ -175,15 +175,17 @@ def over_ranks(sections: dict[str, SectionCost], strategy: Strategy, world_size:
     }
 
 
-def cost_metrics(sections: Mapping[str, SectionCost], peak: float) -> dict[str, float]:
+def cost_metrics(sections: Mapping[str, SectionCost], peak: float, known: Iterable[str] = ()) -> dict[str, float]:
     """The costs of an optimizer step under their fixed names.
 
     Args:
         sections: what it took.
         peak: operations a second that all devices together could do.
+        known: sections of earlier steps; those without work now are 0, because Lightning would repeat their last value.
     """
     whole = total(sections)
-    busy = sum(spent.seconds for spent in sections.values() if spent.work.flops)
+    sections = {name: SectionCost() for name in known} | dict(sections)
+    busy = sum((spent.seconds for spent in sections.values() if spent.work.flops), 0.0)
     metrics = {
         "cost/forwards": float(whole.work.forwards),
         "cost/tokens": float(whole.work.tokens),
@@ -194,8 +196,7 @@ def cost_metrics(sections: Mapping[str, SectionCost], peak: float) -> dict[str, 
     for name, spent in sections.items():
         metrics[f"time/{name}_s"] = spent.seconds
         metrics[f"cost/{name}_peak_memory_mb"] = spent.peak_memory_mb
-        if spent.work.flops:
-            metrics[f"cost/{name}_flops"] = float(spent.work.flops)
+        metrics[f"cost/{name}_flops"] = float(spent.work.flops)
     return metrics
 
 

@@ -299,7 +299,7 @@ class DiffuGRPO(L.LightningModule):
         if batch.micro == batch.num_micro - 1:
             spent = over_ranks(self.meter.read(), self.trainer.strategy, self.trainer.world_size)
             self.cost.add(spent)
-            costs = cost_metrics(spent, machine_peak(self, self.policy.dtype))
+            costs = cost_metrics(spent, machine_peak(self, self.policy.dtype), self.cost.sections)
             self.log_dict(self.metrics.finish() | costs, rank_zero_only=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

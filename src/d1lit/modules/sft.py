@@ -131,7 +131,7 @@ class MaskedSFT(L.LightningModule):
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
             spent = over_ranks(self.meter.read(), self.trainer.strategy, self.trainer.world_size)
             self.cost.add(spent)
-            costs = cost_metrics(spent, machine_peak(self, self.policy.dtype))
+            costs = cost_metrics(spent, machine_peak(self, self.policy.dtype), self.cost.sections)
             self.log_dict(self.metrics.finish() | costs, rank_zero_only=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -17,13 +17,14 @@ _CHUNK = 512
 def most_probable(logits: Float[Tensor, "c V"], mask_token_id: int) -> Int[Tensor, " c"]:
     """The arg-max over all tokens but the mask token, leftmost on ties.
 
-    Two reads of a view instead of a copy with -inf written into it: at a large vocabulary the copy is the cost.
+    Two reads of a view instead of a copy with -inf written into it: at a large vocabulary the copy is the cost. And
+    `max` rather than `argmax`, which takes twice as long on a CPU and also gives the first of equal values.
     """
     vocabulary = logits.shape[-1]
     if mask_token_id >= vocabulary - 1:
-        return logits[:, :mask_token_id].argmax(-1)
+        return logits[:, :mask_token_id].max(-1).indices
     if mask_token_id == 0:
-        return logits[:, 1:].argmax(-1) + 1
+        return logits[:, 1:].max(-1).indices + 1
     below, low = logits[:, :mask_token_id].max(-1)
     above, high = logits[:, mask_token_id + 1 :].max(-1)
     return torch.where(above > below, high + mask_token_id + 1, low)
