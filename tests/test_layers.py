@@ -9,7 +9,7 @@ LAYERS: list[set[str]] = [
     {"types", "draws", "security", "processes"},
     {"schedules", "masking", "estimators", "advantages", "losses", "rewards", "statistics", "costs"},
     {"models"},
-    {"scoring", "sampling"},
+    {"scoring", "sampling", "footprint"},
     {"tasks", "data", "exact"},
     {"evaluation"},
     {"strategies"},
@@ -64,7 +64,8 @@ def test_imports_point_down():
             if parts[0] != "d1lit" or len(parts) < 2 or parts[1] == room:
                 continue
             if LAYER[parts[1]] >= LAYER[room]:
-                wrong.append(f"{room} (layer {LAYER[room]}) imports {parts[1]} (layer {LAYER[parts[1]]}) in {file.name}")
+                above, below = f"{room} (layer {LAYER[room]})", f"{parts[1]} (layer {LAYER[parts[1]]})"
+                wrong.append(f"{above} imports {below} in {file.name}")
     assert not wrong, "\n".join(wrong)
 
 
