@@ -49,10 +49,10 @@ def run_evaluation(config: DictConfig) -> int:
     console.quiet = not is_first()
     plan = plan_run(config)
     join_world(config.trainer.accelerator)
-    folder = first_decides(partial(_output_folder, config))
     flag = StopFlag()
     with flag.installed():
         policy, tokenizer, stage = _policy(plan)
+        folder = first_decides(partial(_output_folder, config))  # only now: what cannot be read leaves no folder
         evaluator = TaskEvaluator(plan, tokenizer, folder, flag)
         evaluations = [entry for seed in config.seeds for entry in evaluator.at_seed(policy, stage, seed)]
     if not is_first():
@@ -99,7 +99,10 @@ def _output_folder(config: DictConfig) -> Path:
     else:
         name = "rescore" if config.rescore is not None else "evaluation"
         folder = Path("outputs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{config.task.name}-{os.getpid()}"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("output", f"{folder}: {error.strerror}", "a folder that can be made") from None
     return folder
 
 
@@ -107,14 +110,20 @@ def _rescore(config: DictConfig) -> int:
     """Grade stored generations: samples and evaluation rows of ours, or the files that d1 published."""
     task = build(config, "task", Task)
     rows = read_generations(Path(config.rescore))
-    folder = _output_folder(config)
     texts, examples = [text for text, _ in rows], [example for _, example in rows]
-    grades = task.judges.grade(texts, examples)
+    try:
+        grades = task.judges.grade(texts, examples)
+    except (KeyError, TypeError, ValueError) as error:
+        cause = f"{config.rescore}: its rows are not those of {task.name} ({error!r})"
+        raise ConfigError("rescore", cause, "the task that they were generated for") from None
+    folder = _output_folder(config)
     records = [
         record(n, example, text, grade, length=0, truncated=False)
         for n, (text, example, grade) in enumerate(zip(texts, examples, grades, strict=True))
     ]
-    append_records(folder / "evaluations" / "rescored.jsonl", records)
+    file = folder / "evaluations" / "rescored.jsonl"
+    file.unlink(missing_ok=True)
+    append_records(file, records)
     summary = summarise(records, task.grader)
     entry = {"stage": "stored", "task": task.name, "split": Path(config.rescore).name, "completion_length": None}
     return _report(config, task.name, folder, [{**entry, **asdict(summary)}])
