@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"opening"},
     {"playing", "chatting", "handing_on", "doctor", "harness", "verify"},
     {"presenting"},
-    {"running"},
+    {"running", "sweeps"},
     {"commands"},
     {"cli"},
 ]

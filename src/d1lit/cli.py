@@ -5,14 +5,20 @@ Nothing heavy is imported at the top: `--help` has to answer at once.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from d1lit.commands import COMMANDS
+
+if TYPE_CHECKING:
+    from d1lit.validation import Jobs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,7 +98,7 @@ def train(words: Sequence[str]) -> int:
 
         plans = [plan_run(config) for config in jobs.configs]
         if jobs.is_multirun:
-            return _hydra(words)
+            return _sweep(words, jobs)
         (config,) = jobs.configs
         if processes_to_start(config) > 1 and not config.dry_run:
             return launch([*_ITSELF, "train", *words], processes_to_start(config))
@@ -142,6 +148,21 @@ def _refused(error: ValueError) -> int:
     return 2
 
 
+def _sweep(words: Sequence[str], jobs: Jobs) -> int:
+    """All jobs, then a table of how each ended; 1 if any failed."""
+    from d1lit.sweeps import FOLDER, notes_of, show_sweep
+
+    run_dir = jobs.configs[0].run_dir
+    folder = Path(run_dir or Path("outputs") / f"{time.strftime('%Y%m%d-%H%M%S')}-sweep-{os.getpid()}").resolve()
+    os.environ[FOLDER] = str(folder)
+    notes_of(folder, fresh=True)
+    try:
+        _hydra(words)
+    except Exception as error:  # a launcher whose worker was killed; the table says what became of the jobs
+        print(f"error: the sweep was cut short: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+    return show_sweep(folder, jobs.overrides)
+
+
 def _hydra(words: Sequence[str]) -> int:
     """Hand over to Hydra itself, for sweeps and for printing configurations."""
     import hydra
@@ -151,20 +172,31 @@ def _hydra(words: Sequence[str]) -> int:
 
     @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")
     def job(config) -> None:
+        from d1lit.processes import place
         from d1lit.running import run_training
+        from d1lit.sweeps import FOLDER, run_job
 
         said = list(HydraConfig.get().overrides.task)
-        if config.run_dir is not None:  # a folder for each job of a sweep
-            words = [word for word in said if not word.startswith("run_dir=")]
-            config.run_dir = str(Path(config.run_dir) / (re.sub(r"[^\w=.,+-]+", "_", ",".join(words)) or "default"))
-        try:
+        own = [word for word in said if not word.startswith("run_dir=")]
+        name = re.sub(r"[^\w=.,+-]+", "_", ",".join(own)) or "default"
+        config.run_dir = str(Path(os.environ[FOLDER]) / name)  # a folder for each job of a sweep
+        if place().world_size > 1:  # the launcher has started the processes of this job: it is one of them
             run_training(config, said)
-        except Exception as error:
-            print(f"error: the job {' '.join(said)} failed: {error}", file=sys.stderr)
-            raise
+        else:
+            command = [*_ITSELF, "train", *_where_to_look(words), "hydra.mode=RUN"]
+            run_job(command, HydraConfig.get().job.num, said, Path(config.run_dir))
 
     job()
     return 0
+
+
+def _where_to_look(words: Sequence[str]) -> list[str]:
+    """The words that name folders with YAMLs of the user's own."""
+    found = [word for word in words if word.startswith(("hydra.searchpath=", "--config-dir=", "-cd="))]
+    for option, folder in itertools.pairwise(words):
+        if option in ("--config-dir", "-cd"):
+            found += [option, folder]
+    return found
 
 
 def _overrides_of_run(words: Sequence[str]) -> list[str]:

@@ -1,0 +1,244 @@
+"""What one stage needs on one device, by formula: bytes, counted as the network's code makes them, and operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from d1lit.costs import (
+    NetworkShape,
+    RolloutPlan,
+    body_backward_flops,
+    body_flops,
+    exact_rollout_flops,
+    full,
+    logprob_flops,
+    scoring_flops,
+)
+from d1lit.models import LoraSettings, MaskedDiffusionConfig
+from d1lit.models.head import DEFAULT_BUDGET, rows_per_chunk
+from d1lit.models.lora import adapt, lora_layers
+from d1lit.models.presets import build_on_meta
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters by what becomes of them."""
+
+    total: int
+    trainable: int
+    adapter: int
+    adapted: int
+    """Entries of the matrices under an adapter."""
+    block: int
+    """Of one block, adapter included."""
+    head: int
+    matrices: int
+    """Trainable entries of the blocks' matrices, which some optimizers treat apart."""
+    adapted_names: tuple[str, ...]
+
+
+def count_parameters(config: MaskedDiffusionConfig, lora: LoraSettings | None) -> Counts:
+    """Counted on the module tree itself, built without memory."""
+    network = build_on_meta(config)
+    body = sum(p.numel() for p in network.parameters())
+    adapter, adapted, names = 0, 0, ()
+    if lora is not None:
+        layers = list(lora_layers(adapt(network, lora, seed=0)))
+        adapted = sum(layer.get_base_layer().weight.numel() for _, layer in layers)  # type: ignore[operator]
+        adapter = sum(lora.rank * (sum(layer.get_base_layer().weight.shape)) for _, layer in layers)  # type: ignore[arg-type]
+        names = tuple(sorted({path.rsplit(".", 1)[-1] for path, _ in layers}))
+    block = sum(p.numel() for p in network.model.layers[0].parameters())
+    matrices = sum(p.numel() for layer in network.model.layers for p in layer.parameters() if p.dim() == 2)
+    head = config.vocab_size * config.hidden_size
+    trainable = body if lora is None else adapter
+    return Counts(body + adapter, trainable, adapter, adapted, block, head, matrices, names)
+
+
+# --------------------------------------------------------------------------------------------------------- the workload
+
+
+@dataclass(frozen=True)
+class Work:
+    """One stage on one device, as numbers."""
+
+    config: MaskedDiffusionConfig
+    counts: Counts
+    itemsize: int
+    optimizer_slots: float
+    """Numbers of state for each trainable parameter."""
+    world_size: int
+    is_sharded: bool
+    is_offloaded: bool
+    recomputes_blocks: bool
+    num_micro: int
+    views: int
+    """Views of one micro-batch that go through the network for an update."""
+    length: int
+    scored: int
+    """Positions of a view that the head looks at."""
+    views_per_chunk: int | None
+    keeps_reference: bool
+    rollout: RolloutPlan | None = None
+    """One rank's rows of a rollout, all that fit one forward."""
+    rollout_rows: int = 0
+    """All of one rank's rows of a rollout."""
+    passes: int = 0
+    """Passes without gradient over each micro-batch of a rollout: old and reference log-probs."""
+    merges: bool = False
+
+    @property
+    def wide(self) -> int:
+        """Bytes of a number where the network insists on float32."""
+        return max(4, self.itemsize)
+
+    @property
+    def tokens(self) -> int:
+        """Token positions whose activations exist at a time."""
+        return min(self.views, self.views_per_chunk or self.views) * self.length
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    reference: int
+    update: int
+    """Activations and scratch at the widest moment of forward and backward."""
+    rollout: int
+    scoring: int
+    gradients_first: bool
+    """Gradients of an earlier micro-batch stand beside the activations."""
+    scratch: int
+    """The optimizer's, at its step."""
+
+    @property
+    def fixed(self) -> int:
+        """There all the time."""
+        return self.weights + self.optimizer + self.reference
+
+    @property
+    def peak(self) -> int:
+        """At the widest moment of the stage."""
+        beside = self.gradients if self.gradients_first else 0
+        update = max(self.update + beside, self.gradients + self.scratch)
+        return self.fixed + max(update, self.rollout, self.scoring)
+
+
+def memory(work: Work) -> Memory:
+    """Memory of one device."""
+    counts, item = work.counts, work.itemsize
+    share = work.world_size if work.is_sharded else 1
+    weights = counts.total * item // share
+    gathered = 0
+    if work.is_sharded:  # the block at work, the one fetched ahead, and what belongs to no block
+        blocks = counts.block * work.config.num_hidden_layers
+        gathered = (2 * counts.block + counts.total - blocks) * item
+    on_host = 0 if work.is_offloaded else 1
+    largest = max(counts.head, counts.block // 3)
+    return Memory(
+        weights=weights * on_host,
+        gradients=counts.trainable * item // share * on_host,
+        optimizer=int(counts.trainable * work.optimizer_slots * item) // share * on_host,
+        reference=(counts.total - counts.adapter) * item // share * on_host if work.keeps_reference else 0,
+        update=_update_bytes(work) + gathered,
+        rollout=_rollout_bytes(work) + (counts.total * item if work.is_sharded else 0),
+        scoring=_scoring_bytes(work) + gathered if work.passes else 0,
+        gradients_first=work.num_micro > 1,
+        scratch=2 * min(largest, counts.trainable) * item // share,
+    )
+
+
+def kept_by_block(work: Work) -> int:
+    """Bytes that a block keeps of each token for its backward pass (models/transformer.py, line by line)."""
+    width, mlp = work.config.hidden_size, work.config.intermediate_size
+    names = work.counts.adapted_names
+    both_norms = 2 * width * work.wide
+    attention = 4 * width  # queries, keys, values and what came of them
+    if not names:  # every weight trains: both norms' results, both inputs of products, four tensors of the MLP
+        return both_norms + (attention + 4 * width + 4 * mlp) * work.itemsize
+    inputs = width * (bool({"q_proj", "k_proj", "v_proj"} & {*names}) + bool({"gate_proj", "up_proj"} & {*names}))
+    inner = 3 * mlp + mlp * ("down_proj" in names)
+    ranks = work.counts.adapter // max(1, work.counts.adapted) if work.counts.adapted else 0
+    return both_norms + (attention + inputs + inner + ranks) * work.itemsize
+
+
+def block_scratch(work: Work, with_gradient: bool) -> int:
+    """Bytes of each token at the widest moment inside one block, beside what is kept."""
+    width, mlp = work.config.hidden_size, work.config.intermediate_size
+    if with_gradient:  # gradients of the four tensors of the MLP and of the residual stream
+        return (4 * mlp + 2 * width) * work.itemsize
+    attention = 5 * width * work.itemsize + 4 * width * work.wide
+    return max(attention, (2 * width + 3 * mlp) * work.itemsize + width * work.wide)
+
+
+def _update_bytes(work: Work) -> int:
+    config, tokens = work.config, work.tokens
+    layers = config.num_hidden_layers
+    chunked = work.views_per_chunk is not None and work.views_per_chunk < work.views
+    scratch = tokens * block_scratch(work, with_gradient=True)
+    if work.recomputes_blocks:
+        body = tokens * (layers * config.hidden_size * work.itemsize + kept_by_block(work)) + scratch
+    else:
+        body = tokens * layers * kept_by_block(work) + scratch
+    positions = work.views * work.scored
+    finals = positions * config.hidden_size * (work.itemsize + work.wide)  # hidden states and E_p[W] or its like
+    rows = min(positions, rows_per_chunk(config.vocab_size, DEFAULT_BUDGET, work.wide))
+    head = 2 * rows * config.vocab_size * work.wide
+    if work.counts.adapter == 0:
+        head += 2 * work.counts.head * work.wide  # the head's gradient, summed up in full precision
+    return finals + (max(body, head) if chunked else body + head - min(head, scratch))
+
+
+def _rollout_bytes(work: Work) -> int:
+    if work.rollout is None:
+        return 0
+    plan, config = work.rollout, work.config
+    body = plan.rows * plan.length * block_scratch(work, with_gradient=False)
+    logits = 3 * plan.rows * plan.block_length * config.vocab_size * work.wide
+    merged = work.counts.adapted * (work.itemsize + 2 * work.wide // config.num_hidden_layers) if work.merges else 0
+    return max(body, logits) + merged
+
+
+def _scoring_bytes(work: Work) -> int:
+    positions = min(work.views, work.views_per_chunk or work.views) * work.scored
+    rows = min(positions, rows_per_chunk(work.config.vocab_size, DEFAULT_BUDGET, work.wide))
+    head = 2 * rows * work.config.vocab_size * work.wide
+    return max(work.tokens * block_scratch(work, with_gradient=False), head)
+
+
+# ----------------------------------------------------------------------------------------------------------- operations
+
+
+def network_shape(config: MaskedDiffusionConfig) -> NetworkShape:
+    """The sizes that cost formulas read."""
+    head_width = config.hidden_size // config.num_attention_heads
+    kv_width = config.num_key_value_heads * head_width
+    return NetworkShape(
+        config.hidden_size, config.intermediate_size, kv_width, config.num_hidden_layers, config.vocab_size
+    )
+
+
+def update_flops(work: Work) -> int:
+    """One rank's operations of one optimizer step."""
+    shape, extent = network_shape(work.config), replace(full(work.views, work.length), kept=work.scored)
+    trains_weights = work.counts.adapter == 0
+    forward, backward = logprob_flops(shape, work.views * work.scored, True, trains_weights)
+    body = body_flops(shape, extent)
+    again = body if work.views_per_chunk is not None and work.views_per_chunk < work.views else 0
+    body_back = body_backward_flops(shape, extent, trains_weights, work.recomputes_blocks)
+    adapters = 3 * 2 * work.counts.adapter * work.views * work.length
+    return work.num_micro * (body + again + body_back + forward + backward + adapters)
+
+
+def cycle_flops(work: Work) -> int:
+    """One rank's operations of one rollout and the passes that follow it; no row is assumed to end early."""
+    if work.rollout is None:
+        return 0
+    shape = network_shape(work.config)
+    rollout = exact_rollout_flops(shape, replace(work.rollout, rows=work.rollout_rows))
+    completion = work.rollout.completion_length
+    once = scoring_flops(shape, work.views, work.length - completion, completion)
+    return rollout + work.passes * work.num_micro * once

@@ -1,0 +1,126 @@
+"""Jobs of a sweep, each in a process of its own: one that dies takes no other with it, and the table says which."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from rich.table import Table
+
+from d1lit.report.console import console
+
+FOLDER = "D1LIT_SWEEP"
+"""Environment variable: the folder of the sweep, for whichever process starts a job."""
+
+
+def run_job(command: Sequence[str], number: int, overrides: Sequence[str], run_dir: Path) -> int:
+    """Run one job and note how it ended; its exit status, negative for a signal.
+
+    Args:
+        command: what trains, before the overrides.
+        number: of the job in the sweep.
+        overrides: of this job.
+        run_dir: its folder.
+    """
+    started = time.monotonic()
+    words = [word for word in overrides if not word.startswith("run_dir=")]
+    notes = notes_of(Path(os.environ[FOLDER]))
+    cause = ""
+    with own_device(notes) as environment:
+        child = subprocess.Popen(
+            [*command, *words, f"run_dir={run_dir}"], env=environment, stderr=subprocess.PIPE, text=True, bufsize=1
+        )
+        assert child.stderr is not None
+        for line in child.stderr:
+            sys.stderr.write(line)
+            cause = line.strip().removeprefix("error: ") if line.startswith("error: ") else cause
+        status = child.wait()
+    record = {
+        "overrides": words,
+        "run_dir": str(run_dir),
+        "status": status,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    (notes / f"job-{number}.json").write_text(json.dumps(record))
+    if status:
+        print(f"error: the job {' '.join(words)} failed: {cause or _ended(status)}", file=sys.stderr)
+    return status
+
+
+def notes_of(folder: Path, fresh: bool = False) -> Path:
+    """Where the jobs of a sweep leave word, beside the folder that holds theirs; emptied if `fresh`."""
+    notes = folder.with_name(f"{folder.name}.jobs")
+    notes.mkdir(parents=True, exist_ok=True)
+    for file in notes.glob("job-*.json") if fresh else ():
+        file.unlink()
+    return notes
+
+
+@contextmanager
+def own_device(folder: Path) -> Iterator[dict[str, str]]:
+    """An environment that shows one of the visible GPUs which no other job of the sweep has, waiting until one is free.
+
+    Without GPUs named in CUDA_VISIBLE_DEVICES nothing is shared out.
+    """
+    devices = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+    if len(devices) < 2:
+        yield dict(os.environ)
+        return
+    while True:
+        for device in devices:
+            lock = FileLock(str(folder / f".device-{device}.lock"))
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                continue
+            try:
+                yield {**os.environ, "CUDA_VISIBLE_DEVICES": device}
+            finally:
+                lock.release()
+            return
+        time.sleep(1.0)
+
+
+def show_sweep(folder: Path, jobs: Sequence[Sequence[str]]) -> int:
+    """The closing table of a sweep: every job, how it ended, what it reached; 1 if any failed."""
+    table = Table(title=f"sweep in {folder}")
+    for column in ("job", "what", "ended", "seconds", "accuracy", "folder"):
+        table.add_column(column, overflow="fold")
+    failed = 0
+    for number, overrides in enumerate(jobs):
+        file = notes_of(folder) / f"job-{number}.json"
+        if not file.exists():
+            failed += 1
+            table.add_row(str(number), " ".join(overrides), "failed: not run to its end", "", "", "")
+            continue
+        record = json.loads(file.read_text())
+        failed += record["status"] != 0
+        ended, reached = _ended(record["status"]), _accuracy(Path(record["run_dir"]))
+        table.add_row(
+            str(number), " ".join(record["overrides"]), ended, str(record["seconds"]), reached, record["run_dir"]
+        )
+    console.print(table)
+    print(folder)
+    return 1 if failed else 0
+
+
+def _ended(status: int) -> str:
+    if status == 0:
+        return "well"
+    return f"failed: killed by signal {-status}" if status < 0 else f"failed: exit status {status}"
+
+
+def _accuracy(run_dir: Path) -> str:
+    file = run_dir / "results.json"
+    if not file.exists():
+        return ""
+    evaluations: list[dict[str, Any]] = json.loads(file.read_text())["evaluations"]
+    return f"{100 * evaluations[-1]['accuracy']:.1f}" if evaluations else ""

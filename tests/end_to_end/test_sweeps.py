@@ -1,0 +1,70 @@
+"""A sweep over two worker processes survives a killed job, and its table says which."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from d1lit.sweeps import FOLDER, notes_of, own_device, run_job, show_sweep
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_table_names_the_killed_the_refused_and_the_missing(tmp_path, monkeypatch, capfd):
+    folder = tmp_path / "sweep"
+    monkeypatch.setenv(FOLDER, str(folder))
+    script = (
+        "import sys, os, signal; print('error: seed: bad', file=sys.stderr) if 'seed=2' in sys.argv else None;"
+        "os.kill(os.getpid(), signal.SIGKILL) if 'seed=1' in sys.argv else sys.exit(2 if 'seed=2' in sys.argv else 0)"
+    )
+    jobs = [["seed=0"], ["seed=1"], ["seed=2"], ["seed=3"]]
+    ended = [run_job([sys.executable, "-c", script], n, jobs[n], folder / jobs[n][0]) for n in range(3)]
+    assert ended == [0, -9, 2]
+    assert show_sweep(folder, jobs) == 1
+    shown = capfd.readouterr().err
+    for words in (
+        "seed=0",
+        "well",
+        "killed by signal 9",
+        "exit status 2",
+        "not run to its end",
+        "seed=2 failed: seed: bad",
+    ):
+        assert words in shown
+
+
+def test_devices_are_shared_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    with own_device(tmp_path) as first, own_device(tmp_path) as second:
+        assert {first["CUDA_VISIBLE_DEVICES"], second["CUDA_VISIBLE_DEVICES"]} == {"3", "5"}
+    with own_device(tmp_path) as again:
+        assert again["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+@pytest.mark.slow
+def test_six_jobs_over_two_workers_survive_one_killed(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    folder = tmp_path / "sweep"
+    command = [sys.executable, str(ROOT / "train.py"), "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    command += ["recipe=sft", "task=sudoku", "debug=fast", "report=false", "logger=none", f"run_dir={folder}"]
+    command += ["seed=1,2,3,4,5,6", "scale.sft.max_updates=30"]
+    sweep = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline, owner = time.monotonic() + 300, None
+    while owner is None and time.monotonic() < deadline:
+        owner = next(iter(folder.glob("*/.lock.owner")), None)
+        time.sleep(0.05)
+    assert owner is not None
+    os.kill(json.loads(owner.read_text())["pid"], signal.SIGKILL)
+    _, shown = sweep.communicate(timeout=600)
+    assert sweep.returncode == 1
+    records = [json.loads(file.read_text()) for file in notes_of(folder).glob("job-*.json")]
+    assert sorted(record["status"] for record in records) == [-9, 0, 0, 0, 0, 0]
+    (killed,) = [record for record in records if record["status"] == -9]
+    assert killed["run_dir"] == str(owner.parent)
+    assert "killed by signal 9" in shown
+    assert len(list(folder.glob("*/results.json"))) == 5

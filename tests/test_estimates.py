@@ -1,0 +1,99 @@
+"""What a dry run says: official shapes without memory, counts, memory against measured peaks, and clear refusals."""
+
+import os
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import psutil
+import pytest
+
+from d1lit.build import Plan, plan_run
+from d1lit.costs import full
+from d1lit.estimates import GIB, estimate_run, shape_of, stage_work
+from d1lit.footprint import count_parameters, update_flops
+from d1lit.models import LoraSettings
+from d1lit.models.layouts import to_official_name
+from d1lit.models.presets import build_on_meta
+from d1lit.validation import ConfigError, compose_jobs
+
+ROOT = Path(__file__).resolve().parents[1]
+OFFLINE = ("task=gsm8k", "task.train_data=builtin", "task.test_data=builtin", "task.demonstration_data=task")
+
+
+@lru_cache(maxsize=8)
+def plan_for(*words: str) -> Plan:
+    (config,) = compose_jobs("train", ["model=llada_8b", "hardware=gpu_80gb", *OFFLINE, *words]).configs
+    return plan_run(config)
+
+
+def test_llada_8b_stands_on_the_meta_device_under_its_official_names():
+    before = psutil.Process().memory_info().rss
+    network = build_on_meta(shape_of(plan_for()))
+    names = {to_official_name(name, "llada"): p.numel() for name, p in network.named_parameters()}
+    assert psutil.Process().memory_info().rss - before < GIB / 4, "16 GB of weights were not allocated"
+    assert all(p.is_meta for p in network.parameters())
+    assert sum(names.values()) == 8_015_581_184
+    block = ("attn_norm", "q_proj", "k_proj", "v_proj", "attn_out", "ff_norm", "ff_proj", "up_proj", "ff_out")
+    expected = {f"model.transformer.blocks.{n}.{part}.weight" for n in range(32) for part in block}
+    assert set(names) == expected | {f"model.transformer.{part}.weight" for part in ("wte", "ln_f", "ff_out")}
+
+
+@pytest.mark.parametrize(("targets", "count"), [("paper", 167_772_160), ("all_linear", 335_544_320)])
+def test_adapters_of_the_paper(targets, count):
+    """Rank 128: each matrix adds 128 times the sum of its sides, worked out by hand."""
+    counts = count_parameters(shape_of(plan_for()), LoraSettings(targets, 128, 64, 0.0))
+    square, wide = 128 * (4096 + 4096), 128 * (4096 + 12288)
+    assert counts.trainable == count == 32 * (3 * square + wide if targets == "paper" else 4 * square + 3 * wide)
+    assert counts.total == 8_015_581_184 + count
+
+
+def test_the_papers_run_is_estimated_whole():
+    stages, lines = estimate_run(plan_for(), world_size=8)
+    assert [stage.name for stage in stages] == ["sft", "grpo"]
+    sft, grpo = stages
+    assert grpo.work.rollout_rows * 8 == 96, "96 completions an update, as d1 ran"
+    assert grpo.memory.weights == pytest.approx((8_015_581_184 + 167_772_160) * 2)
+    assert sft.tokens == 2460 * 8 * 4096
+    assert 16 * GIB < grpo.memory.peak < 24 * GIB
+    assert any("estimates for 8 devices" in line for line in lines)
+
+
+def test_flops_of_an_update_by_hand():
+    """Adapters and attention apart, a frozen body costs two products forward and one backward a weight and token."""
+    work = stage_work(plan_for(), plan_for().stages[1], world_size=8)
+    tokens = work.num_micro * full(work.views, work.length).rows * work.length
+    body, head = 32 * (4 * 4096**2 + 3 * 4096 * 12288), 126464 * 4096
+    recomputed = 2 * body * tokens
+    least = (2 + 2) * body * tokens + recomputed + 4 * head * work.num_micro * work.views * work.scored
+    assert least * 0.95 < update_flops(work) < least * 1.15
+
+
+def test_what_cannot_fit_is_refused_with_what_would(capsys):
+    plan = plan_for("recipe=grpo", "scale.grpo.lora=null")
+    with pytest.raises(
+        ConfigError, match=r"stages.grpo: needs about \d+\.\d GiB on each device, which has 77.0"
+    ) as caught:
+        estimate_run(plan, world_size=1)
+    assert "strategy=fsdp trainer.devices=" in caught.value.cure
+    devices = int(caught.value.cure.split("trainer.devices=")[1].split(";")[0])
+    estimate_run(plan, world_size=devices)
+    with pytest.raises(ConfigError):
+        estimate_run(plan, world_size=devices // 2)
+
+
+SHAPES = ("sft-full", "sft-recomputing", "grpo-lora", "grpo-full")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPES)
+def test_memory_is_that_of_a_measured_run(name):
+    command = [sys.executable, "-m", "tests.end_to_end.memory_worker", name]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    measured, estimated = map(int, done.stdout.split()[-2:])
+    error = estimated / measured - 1
+    print(f"{name}: measured {measured / 2**20:.0f} MiB, estimated {estimated / 2**20:.0f}: {error:+.0%}")
+    assert abs(error) <= 0.15
