@@ -38,6 +38,7 @@ from d1lit.sampling import (
     TokenProbability,
     approximation_nats,
 )
+from d1lit.sampling.filters import Filtered, top_k, top_p
 from d1lit.sampling.parts import Cells, Choice, Prediction
 from d1lit.types import MaskPredictor, PromptBatch, Rollout, Sampler
 
@@ -556,3 +557,27 @@ def test_a_cache_is_exact_where_nothing_is_reused_and_tells_its_error_elsewhere(
         assert made.num_tokens_forward == 24 * lengths[name]
     print({name: f"{value:.1e} nats" for name, value in nats.items()})
     assert nats["none"] < 1e-5 < nats["prefix"] and nats["dual"] > 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------ token filters
+
+
+def test_filters_longhand():
+    probs = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.97, 0.01, 0.01, 0.01]])
+    assert top_p(probs, 0.6).tolist() == [[False, True, False, True], [True, False, False, False]]
+    assert top_p(probs, 1.0).all()
+    assert top_k(probs, 1).tolist() == [[False, True, False, False], [True, False, False, False]]
+    assert top_k(probs, 9).all()
+
+
+def test_filtered_proposal_draws_from_what_is_left():
+    """Frequencies and reported log-probabilities are those of the renormalised nucleus at the temperature."""
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 3.0]]).expand(4000, -1)
+    uniforms = (torch.arange(4000) + 0.5) / 4000
+    prediction = Prediction(logits, logits.softmax(-1), 4)
+    choice = Filtered(InverseCDF(), top_p=0.9, top_k=2).draw(prediction, 0.7, uniforms)
+    expected = torch.softmax(torch.tensor([2.0, 1.0]) / 0.7, 0)
+    share = torch.bincount(choice.tokens, minlength=5) / 4000
+    torch.testing.assert_close(share[:2], expected, atol=1e-3, rtol=0)
+    assert share[2:].sum() == 0
+    torch.testing.assert_close(choice.logprobs, expected.log()[choice.tokens])

@@ -37,6 +37,7 @@ from d1lit.sampling import (
     TokenProbability,
 )
 from d1lit.sampling.commit import even_quotas
+from d1lit.sampling.filters import top_k, top_p
 from d1lit.sampling.parts import Cells, Choice, Confidence, Prediction
 from d1lit.sampling.proposal import greedy
 from d1lit.types import PromptBatch, Rollout
@@ -368,6 +369,12 @@ def check_dream_confidence(case: dict[str, Any], tensors: dict[str, Tensor]) -> 
     for name, confidence in (("max", TokenProbability()), ("margin", Margin()), ("neg_entropy", NegativeEntropy())):
         scores = confidence.score(prediction, choice, none, None)
         torch.testing.assert_close(scores, tensors[f"out.conf_{name}"], rtol=1e-5, atol=1e-6)
+    filters = [name for name in tensors if name.startswith("out.kept_top_")]
+    assert filters
+    for name in filters:
+        kind, value = name.removeprefix("out.kept_top_")[0], name.removeprefix("out.kept_top_")[1:]
+        kept = top_p(logits.softmax(-1), float(value)) if kind == "p" else top_k(logits.softmax(-1), int(value))
+        assert torch.equal(kept, tensors[name].bool()), name
 
 
 def check_threshold_table(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -22,6 +22,7 @@ from d1lit.sampling.confidence import (
     SampledLogProb,
     TokenProbability,
 )
+from d1lit.sampling.filters import Filtered
 from d1lit.sampling.proposal import Gumbel, InverseCDF
 from d1lit.sampling.replay import ApproximateSampler, approximation_nats, replayed_logprobs
 
@@ -34,6 +35,7 @@ __all__ = [
     "EntropyBounded",
     "EvenSchedule",
     "Factor",
+    "Filtered",
     "FixedQuota",
     "Gumbel",
     "Hierarchical",
