@@ -220,6 +220,9 @@ class UpdateMetrics(nn.Module):
         self._mean = nn.ModuleDict()
         self._rollout: dict[str, Tensor] = {}
         self._loss = SumMetric()
+        self.latest_rollout: dict[str, float] = {}
+        """Numbers of the latest rollout, which hold for all its inner updates; part of a checkpoint, for Lightning would
+        repeat them by itself and a resumed run could not."""
 
     def add_update(self, loss: Tensor, metrics: Metrics) -> None:
         """The share of one micro-batch: losses add up to the global loss, metrics are averaged."""
@@ -270,7 +273,8 @@ class UpdateMetrics(nn.Module):
                 metric.reset()
         self._loss.reset()
         self._rollout = {}
-        return numbers
+        self.latest_rollout |= {name: value for name, value in numbers.items() if name.startswith("rollout/")}
+        return self.latest_rollout | numbers
 
     def _mean_of(self, name: str, value: Tensor) -> None:
         if name not in self._mean:

@@ -308,6 +308,7 @@ class DiffuGRPO(L.LightningModule):
         checkpoint["experience"] = gathered_objects([asdict(e) for e in self.experience])
         checkpoint["num_micro"] = self.trainer.accumulate_grad_batches
         checkpoint["cost"] = self.cost.record()
+        checkpoint["latest_rollout"] = self.metrics.latest_rollout
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the experience of this rank, however many wrote it, and the account."""
@@ -316,3 +317,4 @@ class DiffuGRPO(L.LightningModule):
         saved = [[restored(tree, self.device) for tree in trees] for trees in checkpoint["experience"]]
         self.experience = dealt(saved, world_size, num_micro)[self.global_rank]
         self.cost.load(checkpoint["cost"])
+        self.metrics.latest_rollout = dict(checkpoint["latest_rollout"])
