@@ -5,6 +5,7 @@ Nothing heavy is imported at the top: `--help` has to answer at once.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -177,8 +178,7 @@ def _hydra(words: Sequence[str]) -> int:
         from d1lit.sweeps import FOLDER, run_job
 
         said = list(HydraConfig.get().overrides.task)
-        own = [word for word in said if not word.startswith("run_dir=")]
-        name = re.sub(r"[^\w=.,+-]+", "_", ",".join(own)) or "default"
+        name = _job_name([word for word in said if word not in words])
         config.run_dir = str(Path(os.environ[FOLDER]) / name)  # a folder for each job of a sweep
         if place().world_size > 1:  # the launcher has started the processes of this job: it is one of them
             run_training(config, said)
@@ -188,6 +188,12 @@ def _hydra(words: Sequence[str]) -> int:
 
     job()
     return 0
+
+
+def _job_name(varying: Sequence[str]) -> str:
+    """A folder's name from what only this job of a sweep was told."""
+    name = re.sub(r"[^\w=.,+-]+", "_", ",".join(varying)) or "default"
+    return name if len(name) <= 150 else f"{name[:140]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _where_to_look(words: Sequence[str]) -> list[str]:
