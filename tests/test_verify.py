@@ -120,7 +120,7 @@ def test_official_code_is_never_run_without_a_full_commit(folder: Path, tmp_path
     ("words", "cause"),
     [
         (["--tasks", "gsm8k"], "no file"),
-        (["model=tiny"], "model.path"),
+        (["model.path=null"], "model.path"),
         (["model.path=/nowhere"], "/nowhere"),
     ],
 )

@@ -25,7 +25,7 @@ from d1lit.sampling import BlockSampler
 from d1lit.validation import ConfigError, compose_jobs
 
 OWN_ROWS_UNUSED = (
-    *("task.train_data=builtin", "task.test_data=builtin", "task.val_rows=0"),
+    *("task.train_data=builtin", "task.test_data=builtin", "task.demonstration_data=task", "task.val_rows=0"),
     *("task.num_builtin.train=8", "task.num_builtin.test=1"),
     *("task.max_prompt_length=1000000", "task.max_test_prompt_length=1000000"),
 )

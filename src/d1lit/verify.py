@@ -32,7 +32,7 @@ from d1lit.validation import ConfigError, compose_jobs
 PAPER = {"gsm8k": 68.7, "math500": 26.0, "countdown": 20.7, "sudoku": 11.7}
 """Table 1, LLaDA-8B-Instruct at length 128, in per cent; GSM8K's published files lack 189 rows."""
 OWN_ROWS_UNUSED = (
-    *("task.train_data=builtin", "task.test_data=builtin", "task.val_rows=0"),
+    *("task.train_data=builtin", "task.test_data=builtin", "task.demonstration_data=task", "task.val_rows=0"),
     *("task.num_builtin.train=8", "task.num_builtin.test=1"),
     *("task.max_prompt_length=1000000", "task.max_test_prompt_length=1000000"),
 )
