@@ -221,8 +221,8 @@ class UpdateMetrics(nn.Module):
         self._rollout: dict[str, Tensor] = {}
         self._loss = SumMetric()
         self.latest_rollout: dict[str, float] = {}
-        """Numbers of the latest rollout, which hold for all its inner updates. Lightning would repeat them by itself, but
-        not in a run that was resumed: so they are part of a checkpoint."""
+        """Numbers of the latest rollout, which hold for all its inner updates. Lightning would repeat them by itself,
+        but not in a run that was resumed: so they are part of a checkpoint."""
 
     def add_update(self, loss: Tensor, metrics: Metrics) -> None:
         """The share of one micro-batch: losses add up to the global loss, metrics are averaged."""
