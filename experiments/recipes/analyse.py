@@ -39,7 +39,7 @@ def probe(run: dict[str, Any], stage: str, kind: str) -> dict[str, Any]:
 
 def difference(first: torch.Tensor, second: torch.Tensor) -> Interval:
     """Mean of first - second over the same rows, with a paired bootstrap interval."""
-    return paired_bootstrap(first, second, CounterDraws(0))
+    return paired_bootstrap(second, first, CounterDraws(0))
 
 
 def shown(interval: Interval) -> str:
