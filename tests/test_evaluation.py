@@ -106,13 +106,13 @@ def test_an_evaluation_killed_twice_ends_with_the_same_rows_and_repeats_none(tmp
     tokenizer.save_pretrained(tmp_path / "model")
 
     whole = start(tmp_path / "model", tmp_path / "whole")
-    text, _ = whole.communicate(timeout=300)
+    text, _ = whole.communicate(timeout=600)
     assert whole.returncode == 0, text.decode()
 
     kept: list[str] = []
     for _ in range(2):
         process = start(tmp_path / "model", tmp_path / "broken")
-        until = time.monotonic() + 300
+        until = time.monotonic() + 600
         while process.poll() is None and time.monotonic() < until:
             file = rows_file(tmp_path / "broken")
             if file is not None and file.read_text().count("\n") >= len(kept) + 4:
@@ -127,7 +127,7 @@ def test_an_evaluation_killed_twice_ends_with_the_same_rows_and_repeats_none(tmp
         kept = now
     print(f"rows written before the second kill: {len(kept)} of 24")
     last = start(tmp_path / "model", tmp_path / "broken")
-    text, _ = last.communicate(timeout=300)
+    text, _ = last.communicate(timeout=600)
     assert last.returncode == 0, text.decode()
 
     mine, wanted = (rows_file(tmp_path / name) for name in ("broken", "whole"))

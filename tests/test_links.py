@@ -27,9 +27,8 @@ def prose(page: Path) -> str:
 
 def anchors(page: Path) -> set[str]:
     """What the headings of a page are called in links: lower case, words joined by hyphens."""
-    headings = re.findall(
-        r"^#+ +(.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE), re.M
-    )
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ +(.+)$", text, re.MULTILINE)
     return {re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", heading.strip().lower())) for heading in headings}
 
 

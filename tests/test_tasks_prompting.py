@@ -23,6 +23,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "countdown": {"id": "a", "question": "Numbers: [3, 4, 5]\nTarget: 12", "numbers": [3, 4, 5], "target": 12},
     "sudoku": {"id": "a", "question": "0204341221434321", "puzzle": "0204341221434321"},
     "demonstrations": {"id": "a", "question": "Why?"},
+    "code": {"id": "a", "question": "Write a function.", "entry_point": "f", "tests": "assert f(1) == 2"},
 }
 
 

@@ -210,9 +210,9 @@ def device_limits(plan: Plan) -> tuple[float, float, str]:
         total = torch.cuda.get_device_properties(device).total_memory
     limit = hardware.memory_gib * GIB if hardware.memory_gib is not None else total
     if hardware.peak_tflops is not None:
-        return limit, hardware.peak_tflops * 1e12, "stated"
+        return float(limit), float(hardware.peak_tflops) * 1e12, "stated"
     dtype = getattr(torch, plan.config.model.dtype)
-    return limit, matmul_peak(device.type, dtype), "measured on this machine"
+    return float(limit), float(matmul_peak(device.type, dtype)), "measured on this machine"
 
 
 def estimate_run(plan: Plan, world_size: int) -> tuple[list[StageEstimate], list[str]]:

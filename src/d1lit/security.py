@@ -14,10 +14,10 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-_D1LIT_CLASSES = ("callbacks", "evaluation", "models", "modules", "strategies", "tasks")
+_D1LIT_CLASSES = ("callbacks", "evaluation", "models", "modules", "tasks")
 _D1LIT_ALL = (
     "advantages", "data", "estimators", "losses", "masking", "modules.optimizing", "rewards", "sampling", "schedules",
-    "scoring",
+    "scoring", "strategies",
 )  # fmt: skip
 CLASSES_FROM = (
     *(f"d1lit.{name}" for name in _D1LIT_CLASSES),

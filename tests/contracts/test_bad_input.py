@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
+from d1lit import running
 from d1lit.checkpoint import lock_run
 from d1lit.cli import evaluate, train
+from d1lit.validation import ConfigError, compose_jobs
 
 ROOT = Path(__file__).resolve().parents[2]
 LINE = re.compile(r"error: (?P<key>\S+): (?P<cause>.+)\. Try: (?P<cure>.+)")
@@ -151,4 +158,168 @@ def test_refused_in_one_line(name, capsys, tmp_path, monkeypatch):
     print(match[0])
     assert match["key"] == key or (key == "sampler" and match["key"].startswith("sampler."))
     assert word in match["cause"] + " " + match["cure"]
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------- data files
+
+ROW = '{"puzzle": "0130000110030214", "solution": "4132234114233214"}'
+FILES = {
+    "empty": ("", "is empty"),
+    "no JSON": (f"{ROW}\nnot json\n", "rows.jsonl:2"),
+    "no object": (f"{ROW}\n[1, 2]\n", "rows.jsonl:2"),
+    "missing column": (f'{ROW}\n{{"puzzle": "0130000110030214"}}\n', "rows.jsonl:2"),
+    "not a puzzle": (f'{ROW}\n{{"puzzle": "abc", "solution": "def"}}\n', "rows.jsonl:2"),
+    "blank lines only": ("\n\n", "no rows"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("key", ["task.train_data", "task.test_data"])
+def test_bad_data_is_refused_by_file_and_line(name, key, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text, cause = FILES[name]
+    (tmp_path / "rows.jsonl").write_text(text)
+    match = refusal(capsys, train, ["task=sudoku", "debug=fast", f"{key}=rows.jsonl"])
+    assert match["key"] == key
+    assert cause in match["cause"]
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+# -------------------------------------------------------------------------------------------------------- run folders
+
+FAST = ["task=sudoku", "debug=fast"]
+
+
+def stored_run(folder: Path, *words: str) -> Path:
+    """The folder of a run that was started with these words, as far as the next start looks at it."""
+    (config,) = compose_jobs("train", [*FAST, *words]).configs
+    folder.mkdir()
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    (folder / "overrides.json").write_text(json.dumps([*FAST, *words]))
+    return folder
+
+
+def test_run_dir_is_a_file(capsys, tmp_path):
+    (tmp_path / "taken").write_text("")
+    for place in ("taken", "taken/below"):
+        match = refusal(capsys, train, [*FAST, f"run_dir={tmp_path}/{place}"])
+        assert match["key"] == "run_dir"
+        assert str(tmp_path) in match["cause"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that nobody may write, not even root")
+def test_run_dir_is_not_writable(capsys):
+    match = refusal(capsys, train, [*FAST, "run_dir=/proc/self/run"])
+    assert match["key"] == "run_dir"
+    assert "/proc/self/run" in match["cause"]
+
+
+def test_resume_never_on_an_existing_run(capsys, tmp_path):
+    folder = stored_run(tmp_path / "run")
+    match = refusal(capsys, train, [*FAST, f"run_dir={folder}", "resume=never"])
+    assert match["key"] == "run_dir"
+    assert "holds a run already" in match["cause"]
+
+
+def test_a_changed_configuration_is_refused_and_its_keys_listed(capsys, tmp_path):
+    folder = stored_run(tmp_path / "run")
+    before = sorted(file.name for file in folder.iterdir())
+    match = refusal(capsys, train, [*FAST, f"run_dir={folder}", "seed=7", "stages.grpo.optimizer.lr=0.5"])
+    assert match["key"] == "resume"
+    assert "seed: 0 -> 7" in match["cause"]
+    assert "stages.grpo.optimizer.lr: 0.0001 -> 0.5" in match["cause"]
+    assert "resume=force" in match["cure"]
+    assert sorted(file.name for file in folder.iterdir() if not file.name.startswith(".lock")) == before
+
+
+def test_what_may_change_and_what_force_does(tmp_path):
+    def refuse(folder: Path, *words: str) -> None:
+        (config,) = compose_jobs("train", [*FAST, *words]).configs
+        running.refuse_changes(config, folder)
+
+    folder = stored_run(tmp_path / "run")
+    refuse(folder, "evaluation.temperature=0.5", "logger=csv", "callbacks.save.every_n_steps=3", "run_dir=elsewhere")
+    with pytest.raises(ConfigError, match=r"sampler\.num_steps: 10 -> 20"):
+        refuse(folder, "sampler.num_steps=20")
+    refuse(folder, "sampler.num_steps=20", "resume=force")
+    kept = {file.name.split(".until-")[0] for file in folder.iterdir()}
+    assert kept == {"config", "overrides"}  # the old ones stay beside the new ones, which the run then writes
+
+
+def test_a_folder_in_use_names_its_user(capsys, tmp_path):
+    folder = stored_run(tmp_path / "run")
+    with lock_run(folder):
+        match = refusal(capsys, train, [*FAST, f"run_dir={folder}"])
+    assert match["key"] == "run_dir"
+    assert f"process {os.getpid()}" in match["cause"]
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluate
+
+
+EVALUATIONS: dict[str, tuple[str, str, str]] = {
+    "no such run": ("run=nowhere", "run", "nowhere"),
+    "no weights": ("task=sudoku", "model.path", "run=FOLDER"),
+    "no such file": ("rescore=nowhere.jsonl task=sudoku", "rescore", "nowhere.jsonl"),
+    "no JSON": ("rescore=bad.jsonl task=sudoku", "rescore", "bad.jsonl:2"),
+    "no rows": ("rescore=empty.jsonl task=sudoku", "rescore", "empty"),
+    "no object": ("rescore=list.jsonl task=sudoku", "rescore", "list.jsonl:1"),
+    "rows of another task": ("rescore=other.jsonl task=sudoku", "rescore", "not those of sudoku"),
+    "length no multiple of the block": ("task=sudoku lengths=[30]", "evaluation.lengths", "block"),
+    "lengths no list": ("task=sudoku lengths=64", "evaluation.lengths", "list"),
+    "seeds no list": ("task=sudoku seeds=3", "seeds", "list"),
+    "unknown key": ("rum=outputs/x", "rum", "run"),
+    "hub that cannot be reached": ("task=sudoku model.path=nobody/nothing", "model.path", "nobody/nothing"),
+    "run with strange words": ("run=strange", "run", "overrides.json"),
+    "run with a foreign component": ("run=hostile", "callbacks.mine._target_", "comes from elsewhere"),
+}
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_evaluation_refused_in_one_line(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text(
+        json.dumps({"completion": "x", "example": {"puzzle": "0", "solution": "1"}}) + "\nno"
+    )
+    (tmp_path / "other.jsonl").write_text(json.dumps({"completion": "x", "example": {"numbers": [1, 2], "target": 3}}))
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "list.jsonl").write_text("[]\n")
+    for run, words in (
+        ("strange", {"not": "words"}),
+        ("hostile", ["task=sudoku", "+callbacks.mine={_target_:os.getcwd}"]),
+    ):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "config.yaml").write_text("")
+        (tmp_path / run / "overrides.json").write_text(json.dumps(words) if run == "hostile" else "{")
+    before = sorted(tmp_path.rglob("*"))
+    typed, key, word = EVALUATIONS[name]
+    match = refusal(capsys, evaluate, words_of(typed))
+    assert match["key"] == key
+    assert word in match["cause"] + " " + match["cure"]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# ------------------------------------------------------------------------------------------------------ real processes
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "key"),
+    [
+        ("train.py", ["nonsense=1"], "nonsense"),
+        ("train.py", ["stages.grpo.optimizer.lr=-1"], "stages.grpo.optimizer.lr"),
+        ("evaluate.py", ["run=nowhere"], "run"),
+    ],
+)
+def test_as_a_command(program, words, key, tmp_path):
+    """Status 2, one line on the error stream, nothing on the other; and no folder."""
+    done = subprocess.run(
+        [sys.executable, ROOT / program, *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    match = LINE.fullmatch(line)
+    assert match is not None
+    assert match["key"] == key
     assert not list(tmp_path.iterdir())

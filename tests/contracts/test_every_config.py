@@ -55,7 +55,9 @@ def test_loss(name):
 def test_advantage(name):
     advantage = build(config_with(f"advantage={name}"), "advantage")
     assert isinstance(advantage, Advantage)
-    rewards = RewardBatch(torch.tensor([[1.0], [0.0], [0.0], [3.0], [2.0], [2.0]]), torch.ones(6, 1).bool(), torch.ones(1))
+    rewards = RewardBatch(
+        torch.tensor([[1.0], [0.0], [0.0], [3.0], [2.0], [2.0]]), torch.ones(6, 1).bool(), torch.ones(1)
+    )
     values = advantage(rewards, 3)
     assert values.shape[0] == 6
     assert torch.isfinite(values).all()

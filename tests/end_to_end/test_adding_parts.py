@@ -1,4 +1,4 @@
-"""The snippets of docs/adding-parts.md, written out: each composes, builds and does what its page says; a recipe trains."""
+"""The snippets of docs/adding-parts.md: each composes, builds and does what its page says; a recipe trains."""
 
 from __future__ import annotations
 

@@ -10,7 +10,12 @@ from d1lit import cli
 from d1lit.validation import compose_jobs
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *ROOT.glob("experiments/*/README.md")]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *ROOT.glob("experiments/*/README.md"),
+]
 PROGRAMS = ("python train.py", "python evaluate.py", "d1lit ", "python benchmarks/", "python experiments/")
 NEEDS_MORE = ("llada", "dream", "diffucoder", "strategy=", "devices=", "harness")
 """Words of commands that need a GPU, a hub or an extra: they are composed, not run."""

@@ -78,21 +78,23 @@ QUICK = 40
 STRIDES = [pytest.param(QUICK, id="sample"), pytest.param(1, id="all", marks=pytest.mark.slow)]
 
 
-def test_every_gold_answer_is_accepted_as_it_stands() -> None:
-    """All rows of all files, each gold in the trained shape: 8,792 numbers, 12,500 answers of MATH."""
+@pytest.mark.parametrize("stride", STRIDES)
+def test_every_gold_answer_is_accepted_as_it_stands(stride: int) -> None:
+    """Each gold in the trained shape; all rows of all files are 8,792 numbers and 12,500 answers of MATH."""
     number, answer = NumberAnswer(), MathAnswer(no_algebra)
     golds = [
         row["answer"].rsplit("####", 1)[1].strip() for f in ("train", "test") for row in rows_of(f"gsm8k/{f}.jsonl")
     ]
-    for verdict, gold in zip(number(list(map(in_tags, golds)), [{"answer": g} for g in golds]), golds, strict=True):
-        assert verdict.value == 1.0, (gold, verdict)
     files = ("math/train", "math/test_minus_math500", "math500/test")
     maths = [row["answer"] for f in files for row in rows_of(f"{f}.jsonl")]
+    assert (len(golds), len(maths)) == (8792, 12_500)
+    golds, maths = golds[::stride], maths[::stride]
+    for verdict, gold in zip(number(list(map(in_tags, golds)), [{"answer": g} for g in golds]), golds, strict=True):
+        assert verdict.value == 1.0, (gold, verdict)
     boxed = [in_tags(f"\\boxed{{{gold}}}") for gold in maths]
     for verdict, gold in zip(answer(boxed, [{"answer": g} for g in maths]), maths, strict=True):
         # Two rows of MATH have no gold answer: nothing can be judged there, and the outcome says so.
         assert verdict.value == 1.0 if gold else verdict.outcome == "error", (gold, verdict)
-    assert (len(golds), len(maths)) == (8792, 12_500)
 
 
 def gsm8k_forms(answer: str) -> list[str]:
@@ -236,11 +238,13 @@ def test_every_countdown_expression_is_accepted_in_every_form(stride: int) -> No
     assert len(rows) == 11_264
 
 
-def test_every_sudoku_solution_is_accepted_in_every_form_and_every_other_legal_one_too() -> None:
+@pytest.mark.parametrize("stride", [pytest.param(10, id="sample"), *STRIDES[1:]])
+def test_every_sudoku_solution_is_accepted_in_every_form_and_every_other_legal_one_too(stride: int) -> None:
     reward, cells, givens = SudokuSolved(), CellShare(), GivensKept()
     rows = rows_of("sudoku4/test.jsonl")
+    assert (len(rows), sum(row["n_solutions"] > 1 for row in rows)) == (500, 124)
     ambiguous = 0
-    for row in rows:
+    for row in rows[::stride]:
         solutions = completions_of(row["puzzle"])
         assert row["solution"] in solutions and len(solutions) == row["n_solutions"]
         ambiguous += len(solutions) > 1
@@ -268,8 +272,7 @@ def test_every_sudoku_solution_is_accepted_in_every_form_and_every_other_legal_o
             row["solution"][::-1] + "0",
         ]
         assert not any(v.value for v in reward([in_tags(f) for f in wrong], [row] * len(wrong))), row
-    print(f"{len(rows)} puzzles, {ambiguous} with several solutions")
-    assert (len(rows), ambiguous) == (500, 124)
+    print(f"{len(rows[::stride])} puzzles, {ambiguous} with several solutions")
 
 
 # ------------------------------------------------------------------------------------------ answer-equivalence pairs

@@ -33,7 +33,7 @@ class MuonWithAdamW(Optimizer):
         self.adamw = AdamW(rest, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay)
         self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of both."""
         loss = None
         if closure is not None:

@@ -93,7 +93,7 @@ def smoothed(points: Points, share: float = 0.08) -> list[tuple[float, float]]:
 
 def ticks(low: Number, high: Number, count: int) -> list[float]:
     """Round numbers from at or below `low` to at or above `high`."""
-    if high <= low:
+    if high - low <= 1e-12 * max(1.0, abs(low)):  # one number, as far as a picture can tell
         low, high = (0.0, 1.0) if low == 0 else (min(0.0, 2 * low), max(0.0, 2 * low))
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))

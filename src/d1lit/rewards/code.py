@@ -77,7 +77,6 @@ def _job(program: str, row: Example) -> Job:
     return Job(f"{prompt}\n{program}\n", prompt, row["setup"], tuple(row["tests"]), row["entry_point"])
 
 
-@lru_cache(maxsize=8)
 def sandbox_runs(seconds: float, memory_mb: int, allow_weak: bool, workers: int | None = None) -> Runs:
     """The runs of a sandbox; the same one for the same arguments, so that reward parts and grader share them.
 
@@ -87,6 +86,11 @@ def sandbox_runs(seconds: float, memory_mb: int, allow_weak: bool, workers: int 
         allow_weak: run with limits and filtered system calls alone where the machine allows no namespaces.
         workers: programs at a time; None for one a processor core.
     """
+    return _shared_runs(seconds, memory_mb, allow_weak, workers)
+
+
+@lru_cache(maxsize=8)
+def _shared_runs(seconds: float, memory_mb: int, allow_weak: bool, workers: int | None) -> Runs:
     return Runs(Sandbox(Limits(seconds=seconds, memory=memory_mb * 2**20), allow_weak, workers=workers))
 
 

@@ -1,0 +1,165 @@
+"""What a finished run hands on: a card that says what is so, weights that load elsewhere, answers in a terminal."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from d1lit import commands
+from d1lit.chatting import answer, chat
+from d1lit.cli import main
+from d1lit.handing_on import model_card, push, write_card
+from d1lit.opening import open_run
+from d1lit.report.runs import read_run
+from d1lit.validation import ConfigError
+from tests.real_runs import copy_of, known_run, real_run
+
+PUZZLE = "0300210000303214"
+LOADS = """
+import sys
+import torch
+import d1lit.models
+from transformers import AutoModel, AutoTokenizer
+
+pytestmark = pytest.mark.slow
+model, tokenizer = AutoModel.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])
+ids = torch.tensor([tokenizer("1 + 1").input_ids])
+with torch.no_grad():
+    out = model(ids)
+total = sum(p.double().sum().item() for p in model.parameters())
+print(type(model).__name__, len(tokenizer), tokenizer.mask_token, total)
+"""
+
+
+def loaded(folder: Path) -> list[str]:
+    """What a fresh process reads from a model folder."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS, str(folder)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_the_model_loads_in_a_fresh_process_and_so_does_its_export(tmp_path):
+    run = open_run(real_run())
+    expected = sum(p.double().sum().item() for p in run.policy.network.parameters())
+    name, size, mask, total = loaded(real_run() / "model")
+    assert (name, int(size), mask) == ("MaskedDiffusionLM", len(run.tokenizer), "<|mask|>")
+    assert float(total) == pytest.approx(expected, rel=1e-12)
+    assert commands.export([str(real_run()), str(tmp_path / "whole")]) == 0
+    assert loaded(tmp_path / "whole") == [name, size, mask, total]
+    assert commands.export([str(real_run()), str(tmp_path / "whole")]) == 2, "nothing is overwritten"
+
+
+def test_the_card_of_a_real_run_says_what_the_results_say():
+    run = read_run(real_run())
+    card = (real_run() / "model" / "README.md").read_text(encoding="utf-8")
+    _, head, body = card.split("---\n", 2)
+    assert yaml.safe_load(head)["library_name"] == "d1lit"
+    headings = re.findall(r"^## (.*)$", body, re.MULTILINE)
+    assert headings == ["Loading", "Data", "Results", "How it was made", "Limits", "Licence"]
+    for entry in run.evaluations:
+        low, high = entry["interval"]
+        line = next(line for line in body.splitlines() if line.startswith(f"| {entry['stage']} |"))
+        assert f"| {100 * entry['accuracy']:.1f} | {100 * low:.1f} to {100 * high:.1f} |" in line
+    assert "task=sudoku" in body
+    assert "run_dir=" not in body, "no path of this machine"
+
+
+def test_a_card_keeps_synthetic_names_and_admits_a_beaten_model(tmp_path):
+    folder = known_run(tmp_path / "a", [True, False, False])
+    results = json.loads((folder / "results.json").read_text())
+    results["task"] = "gsm8k-synthetic"
+    results["baselines"] = {"most_common_answer": {"n": 3, "accuracy": 2 / 3, "interval": [0.2, 0.9], "extra": {}}}
+    (folder / "results.json").write_text(json.dumps(results))
+    card = model_card(read_run(folder))
+    assert "# tiny, d1 on gsm8k-synthetic" in card
+    assert "stand in for the real data set" in card
+    assert "does not beat what needs no model at all: most_common_answer" in card
+    assert "| no model: most_common_answer | 3 | 66.7 |" in card
+
+
+def test_a_card_does_not_give_away_folders_or_secrets(tmp_path):
+    folder = known_run(
+        tmp_path / "a", [True], settings={"model": {"name": "llada_8b", "path": "/home/me/secret/llada"}}
+    )
+    card = model_card(read_run(folder))
+    assert "/home/me" not in card
+    assert "That of the model it was trained from (llada_8b)" in card
+
+
+def test_nothing_is_sent_without_being_told_twice(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    run = copy_of(real_run(), tmp_path / "run")
+    said = push(run, "me/model", yes=False, private=True)
+    assert "nothing was sent" in said
+    assert "model.safetensors" in said
+    with pytest.raises(ConfigError, match=r"the hub refused.*Try: hf auth login"):
+        push(run, "me/model", yes=True, private=True)
+    with pytest.raises(ConfigError, match="has no model folder"):
+        push(known_run(tmp_path / "bare", [True]), "me/model", yes=False, private=True)
+
+
+def test_the_card_is_replaced_whole(tmp_path):
+    run = copy_of(real_run(), tmp_path / "run")
+    card = write_card(run)
+    assert not card.with_suffix(".tmp").exists()
+    assert card.read_text() == (real_run() / "model" / "README.md").read_text()
+
+
+def test_chat_answers_every_line_of_a_pipe(capsys):
+    out = io.StringIO()
+    console = Console(file=out, width=200, soft_wrap=True)
+    lines = io.StringIO(f"{PUZZLE}\n\n/again\n/raw {PUZZLE}\n/quit\nnever read\n")
+    assert chat(real_run(), lines=lines, console=console) == 0
+    first, again, raw = out.getvalue().splitlines()
+    assert first == again == raw, "greedy answers hang on the prompt alone"
+
+
+def test_the_live_canvas_ends_in_the_same_answer_and_shows_masks():
+    run = open_run(real_run())
+    quiet, live = io.StringIO(), io.StringIO()
+    expected = answer(run, PUZZLE, 1, 0.0, Console(file=quiet, width=200), live=False)
+    shown = answer(run, PUZZLE, 1, 0.0, Console(file=live, width=200, force_terminal=True), live=True)
+    assert shown == expected
+    assert "░" in live.getvalue()
+
+
+def test_chat_says_what_it_cannot_answer(tmp_path, capsys):
+    assert commands.chat([str(tmp_path)]) == 2
+    assert "holds no finished run" in capsys.readouterr().err
+    assert commands.chat([str(real_run()), "--temperature=-1"]) == 2
+    assert "--temperature" in capsys.readouterr().err
+
+
+def test_a_run_that_names_strange_components_is_not_opened(tmp_path):
+    run = copy_of(real_run(), tmp_path / "run")
+    words = [*json.loads((run / "overrides.json").read_text()), "++sampler.commit._target_=os.system"]
+    (run / "overrides.json").write_text(json.dumps(words))
+    with pytest.raises(ConfigError, match=r"os\.system"):
+        open_run(run)
+
+
+def test_help_lists_every_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["d1lit", "--help"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    for name in ("train", "evaluate", *commands.COMMANDS):
+        assert f"\n  {name} " in said
+    monkeypatch.setattr(sys, "argv", ["d1lit", "comparee"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert "no command 'comparee'" in capsys.readouterr().err
