@@ -6,8 +6,9 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from io import TextIOBase
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -73,7 +74,7 @@ def chat(
     temperature: float | None = None,
     words: Sequence[str] = (),
     trusted: Sequence[str] = (),
-    lines: TextIO = sys.stdin,
+    lines: TextIOBase | None = None,
     console: Console | None = None,
 ) -> int:
     """`d1lit chat`: answer every line; live on a terminal, one answer a line elsewhere.
@@ -83,22 +84,23 @@ def chat(
         temperature: of the answers; None for the evaluation's.
         words: KEY=VALUE that now hold instead of the run's.
         trusted: packages whose components the run may name.
-        lines: where questions come from.
+        lines: where questions come from; None for the terminal or pipe.
         console: where answers go.
 
     Returns:
         Exit status: 1 if a line could not be answered and nobody was there to see it.
     """
     console = console or Console(highlight=False, soft_wrap=True)
+    source = lines or sys.stdin
     run = open_run(folder, words, trusted)
-    interactive = lines.isatty() and console.is_terminal
+    interactive = source.isatty() and console.is_terminal
     if interactive:
         console.print(f"{run.plan.config.recipe.name} on {run.plan.task.display_name}. {HELP}", markup=False)
     last, turn, failed = "", 0, False
     while True:
         if interactive:
             console.print("> ", end="")
-        line = lines.readline()
+        line = source.readline()
         text = line.strip()
         if not line or text == "/quit":
             return 1 if failed and not interactive else 0

@@ -226,13 +226,12 @@ def push(folder: Path, repository: str, *, yes: bool, private: bool) -> str:
     if not yes:
         return f"would upload {', '.join(names)} from {model} to {repository}; nothing was sent. Add --yes to send it."
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
         info = api.upload_folder(repo_id=repository, folder_path=model, commit_message="Model trained with d1lit")
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # below the hub's own errors stand those of whichever HTTP client its version uses
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         cure = "hf auth login, a name of the form owner/name, and a connection"
         raise ConfigError("push", f"the hub refused: {cause}", cure) from None

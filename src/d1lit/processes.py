@@ -210,7 +210,9 @@ def launch(command: Sequence[str], num_processes: int) -> int:
     Returns:
         0 if all ended well, else the status of the first that did not; 128 + signal for one that a signal ended.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+    store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT
+    )
     shared = {
         "WORLD_SIZE": str(num_processes),
         "LOCAL_WORLD_SIZE": str(num_processes),

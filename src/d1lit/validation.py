@@ -171,8 +171,9 @@ def check_leaves(config: DictConfig, name: str, overrides: Sequence[str]) -> Non
     keys = [o.split("=", 1)[0] for o in plain if "." in o.split("=", 1)[0] and not o.startswith("hydra.")]
     if keys:
         defaults = _composed(name, tuple(o for o in overrides if o.split("=", 1)[0].lstrip("+~") not in keys))
-        for key in keys if defaults is not None else ():
-            _check_kind(key, config, defaults)
+        if defaults is not None:
+            for key in keys:
+                _check_kind(key, config, defaults)
     for key, node in _leaves(config):
         if key.startswith("hydra"):
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -279,4 +279,6 @@ class UpdateMetrics(nn.Module):
     def _mean_of(self, name: str, value: Tensor) -> None:
         if name not in self._mean:
             self._mean[name] = MeanMetric(nan_strategy="ignore")
-        self._mean[name].to(value.device).update(value.detach().float())
+        metric = self._mean[name].to(value.device)
+        assert isinstance(metric, MeanMetric)
+        metric.update(value.detach().float())
