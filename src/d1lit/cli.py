@@ -224,7 +224,7 @@ def _overrides_of_run(words: Sequence[str]) -> list[str]:
     return [word for word, key in keys if key not in said and not key.startswith("hydra.")]
 
 
-def _check_foreign(config: Any, words: Sequence[str]) -> None:
+def _check_foreign(config: object, words: Sequence[str]) -> None:
     """What another run's folder says is data: it may name d1lit's components and those of folders named here."""
     from omegaconf import OmegaConf
 

@@ -296,7 +296,8 @@ def _choices(group: str) -> list[str]:
 
 
 def _nearest(word: str, known: Sequence[str]) -> str | None:
-    found = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    cutoff = 0.6 if len(word) <= 3 else 0.7  # one wrong letter of three is a likeness of two thirds
+    found = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     return found[0] if found else None
 
 
