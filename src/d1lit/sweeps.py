@@ -36,7 +36,11 @@ def run_job(command: Sequence[str], number: int, overrides: Sequence[str], run_d
     cause = ""
     with own_device(notes) as environment:
         child = subprocess.Popen(
-            [*command, *words, f"run_dir={run_dir}"], env=environment, stderr=subprocess.PIPE, text=True, bufsize=1
+            [*command, *words, f"run_dir={_quoted(run_dir)}"],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            bufsize=1,
         )
         assert child.stderr is not None
         for line in child.stderr:
@@ -110,6 +114,11 @@ def show_sweep(folder: Path, jobs: Sequence[Sequence[str]]) -> int:
     console.print(table)
     print(folder)
     return 1 if failed else 0
+
+
+def _quoted(path: Path) -> str:
+    """A path as a value of the command line, whatever signs are in it."""
+    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _ended(status: int) -> str:
