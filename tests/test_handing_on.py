@@ -28,7 +28,6 @@ import torch
 import d1lit.models
 from transformers import AutoModel, AutoTokenizer
 
-pytestmark = pytest.mark.slow
 model, tokenizer = AutoModel.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])
 ids = torch.tensor([tokenizer("1 + 1").input_ids])
 with torch.no_grad():
