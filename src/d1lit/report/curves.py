@@ -94,7 +94,8 @@ def smoothed(points: Points, share: float = 0.08) -> list[tuple[float, float]]:
 def ticks(low: Number, high: Number, count: int) -> list[float]:
     """Round numbers from at or below `low` to at or above `high`."""
     if high - low <= 1e-12 * max(1.0, abs(low)):  # one number, as far as a picture can tell
-        low, high = (0.0, 1.0) if low == 0 else (min(0.0, 2 * low), max(0.0, 2 * low))
+        is_zero = abs(low) < 1e-300  # a range this small would have no logarithm
+        low, high = (0.0, 1.0) if is_zero else (min(0.0, 2 * low), max(0.0, 2 * low))
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
