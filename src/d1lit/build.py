@@ -128,6 +128,8 @@ class Plan:
             device=self.device,
             revision=model.revision if path is None else None,
             gradient_checkpointing=model.gradient_checkpointing,
+            compile=model.compile,
+            cuda_graphs=model.cuda_graphs,
         )
 
 
@@ -330,7 +332,7 @@ def _dataset(
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     if isinstance(parts.data, Prompts):
         inner = parts.module.keywords["num_inner_updates"]  # type: ignore[attr-defined]
-        return PromptCycles(rows, batch_plan, inner, parts.max_updates, pad, seed)
+        return PromptCycles(rows, batch_plan, inner, parts.max_updates, pad, seed, parts.data.length_multiple)
     return CompletionRows(rows, batch_plan, parts.max_updates, parts.data.layout, eos, pad, seed)
 
 

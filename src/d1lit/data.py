@@ -81,9 +81,11 @@ class RowOrder:
 # ----------------------------------------------------------------------------------------------------------- RL prompts
 
 
-def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
-    """Token lists to one left-padded tensor and the mask of its real tokens."""
-    longest = max(len(row) for row in rows)
+def left_pad(
+    rows: Sequence[Sequence[int]], pad_id: int, multiple: int = 1
+) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
+    """Token lists to one left-padded tensor, as long as the longest up to a multiple, and the mask of its real tokens."""
+    longest = -(-max(len(row) for row in rows) // multiple) * multiple
     ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
     mask = torch.zeros((len(rows), longest), dtype=torch.bool)
     for i, row in enumerate(rows):
@@ -102,9 +104,11 @@ class EncodedRow:
     """The demonstration to imitate (SFT); without its end-of-sequence token."""
 
 
-def prompt_batch(rows: Sequence[EncodedRow], row_ids: Sequence[int], pad_id: int) -> PromptBatch:
+def prompt_batch(
+    rows: Sequence[EncodedRow], row_ids: Sequence[int], pad_id: int, length_multiple: int = 1
+) -> PromptBatch:
     """Rows to a left-padded batch whose draws hang on `row_ids`."""
-    ids, mask = left_pad([row.prompt_ids for row in rows], pad_id)
+    ids, mask = left_pad([row.prompt_ids for row in rows], pad_id, length_multiple)
     return PromptBatch(ids, mask, torch.tensor(list(row_ids), dtype=torch.int64), tuple(row.example for row in rows))
 
 
@@ -135,6 +139,8 @@ class PromptCycles(Dataset):
     """Optimizer steps of the stage; the last rollout may be used for fewer than `num_inner_updates`."""
     pad_id: int
     seed: int
+    length_multiple: int = 1
+    """Prompts are padded up to a multiple, so that few shapes occur."""
     order: RowOrder = field(init=False)
 
     def __post_init__(self) -> None:
@@ -151,7 +157,8 @@ class PromptCycles(Dataset):
             # Padded alike on every rank: masks of prompt tokens are drawn by place.
             rows = [self.rows[n] for n in self.order.batch(step, self.plan.batch_size)]
             mine = self.plan.rank_slice()
-            prompts = prompt_batch(rows, range(len(rows)), self.pad_id).rows(mine.start, mine.stop)
+            prompts = prompt_batch(rows, range(len(rows)), self.pad_id, self.length_multiple)
+            prompts = prompts.rows(mine.start, mine.stop)
         return InnerUpdate(step, inner, micro, self.plan.num_micro, prompts)
 
 

@@ -76,6 +76,8 @@ _VALUES: dict[str, tuple[Complaint, str]] = {
     "model.path": (_optional(_text), "a folder, a hub id, or null for the built-in model"),
     "model.dtype": (_one_of("float32", "bfloat16", "float16", "float64"), "float32"),
     "model.attend_padding": (_truth, "false"),
+    "model.compile": (_truth, "false"),
+    "model.cuda_graphs": (_truth, "false"),
     "task.grader": (_one_of("strict", "d1"), "strict"),
     "trainer.precision": (_optional(_one_of(*_PRECISIONS)), "null"),
     "trainer.devices": (_whole(1), "trainer.devices=1"),

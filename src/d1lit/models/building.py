@@ -12,7 +12,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from d1lit.models.graphs import ForwardGraphs
 from d1lit.models.head import DEFAULT_BUDGET
+from d1lit.models.kernels import fused
 from d1lit.models.loading import find_folder, load_network
 from d1lit.models.lora import LoraSettings, adapt, merge, report
 from d1lit.models.policy import Policy
@@ -75,6 +77,8 @@ def build_policy(
     trainable: bool = True,
     gradient_checkpointing: bool = False,
     head_budget: int = DEFAULT_BUDGET,
+    compile: bool = False,
+    cuda_graphs: bool = False,
 ) -> tuple[Policy, PreTrainedTokenizerBase]:
     """A policy and its tokenizer.
 
@@ -90,11 +94,15 @@ def build_policy(
         trainable: False freezes everything (evaluation).
         gradient_checkpointing: recompute each block in the backward pass.
         head_budget: bytes that the logits of one chunk of positions may take.
+        compile: fuse the elementwise work of the blocks.
+        cuda_graphs: replay the forwards of rollouts.
     """
     network, tokenizer = build_network(path, tiny, dtype, seed, device, revision)
     if gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(network, attend_padding, head_budget)
+    if compile:
+        network.use(fused(torch.device(device).type, _DTYPES[dtype]))
+    policy = Policy(network, attend_padding, head_budget, ForwardGraphs() if cuda_graphs else None)
     if lora is not None:
         policy = add_lora(policy, lora, seed)
     if not trainable:
@@ -112,7 +120,7 @@ def add_lora(policy: Policy, settings: LoraSettings, seed: int) -> Policy:
         raise ValueError("lora: the model has an adapter already. Merge it before adding another.")
     adapted = adapt(policy.network, settings, seed)
     _log.info("%s", report(adapted))
-    return Policy(adapted, policy.attend_padding, policy.head_budget).train(policy.training)
+    return Policy(adapted, policy.attend_padding, policy.head_budget, policy.graphs).train(policy.training)
 
 
 def merge_lora(policy: Policy, ids: Int[Tensor, "R T"] | None = None) -> Policy:
@@ -127,4 +135,4 @@ def merge_lora(policy: Policy, ids: Int[Tensor, "R T"] | None = None) -> Policy:
     network, shift = merge(policy.model, ids)
     if shift is not None:
         _log.info("%s", shift)
-    return Policy(network, policy.attend_padding, policy.head_budget).train(policy.training)
+    return Policy(network, policy.attend_padding, policy.head_budget, policy.graphs).train(policy.training)

@@ -22,6 +22,7 @@ from d1lit.costs import (
     logprob_flops,
 )
 from d1lit.models.cache import KVCache
+from d1lit.models.graphs import ForwardGraphs
 from d1lit.models.head import DEFAULT_BUDGET, chunked_entropy, chunked_logprobs
 from d1lit.models.lora import ADAPTER, base_weight, factors, lora_layers, merged_weight
 from d1lit.models.transformer import MaskedDiffusionLM
@@ -37,6 +38,7 @@ class Policy(nn.Module):
         model: MaskedDiffusionLM | PeftModel,
         attend_padding: bool = False,
         head_budget: int = DEFAULT_BUDGET,
+        graphs: ForwardGraphs | None = None,
     ) -> None:
         """Wrap a network.
 
@@ -44,11 +46,13 @@ class Policy(nn.Module):
             model: plain, or adapted by PEFT.
             attend_padding: ignore key masks [R T], as d1 does: its left pads are attended like any token.
             head_budget: bytes that the logits of one chunk of positions may take.
+            graphs: replays forwards of a known shape in inference mode, which is where samplers are.
         """
         super().__init__()
         self.model = model
         self.attend_padding = attend_padding
         self.head_budget = head_budget
+        self.graphs = graphs
         self.reference_model: MaskedDiffusionLM | None = None
         self.work = Work()
         """Everything the network has computed so far, backward passes included."""
@@ -110,6 +114,9 @@ class Policy(nn.Module):
         if self.attend_padding and attention is not None and attention.dim() == 2:
             attention = None
         backward = self._count_forward(ids, keep, cache)
+        if self.graphs is not None and torch.is_inference_mode_enabled():
+            variant = (self._is_merged, self._in_reference, self.training)
+            return self.graphs.hidden(self.network, variant, ids, attention, position_ids, keep, cache)
         hidden = self.network.hidden(ids, attention, position_ids, keep, cache)
         self._count_when_differentiated(hidden, backward)
         return hidden

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MaskedLMOutput
 
 from d1lit.models.cache import KVCache
+from d1lit.models.kernels import PLAIN, Kernels
 
 
 @no_type_check  # transformers makes it a dataclass that takes further keywords, which jaxtyping's checker refuses
@@ -60,12 +61,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
+        self.kernels = PLAIN
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """x / rms(x) * weight."""
-        exact = x if x.dtype == torch.float64 else x.float()
-        normalised = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normalised.to(x.dtype)
+        return self.kernels.norm(x, self.weight, self.eps)
 
 
 def rotary_table(
@@ -76,16 +76,6 @@ def rotary_table(
     angles = position_ids[..., None].float() * (1.0 / theta**exponent)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
-
-
-def rotate(
-    x: Float[Tensor, "R H Q E"], cos: Float[Tensor, "... Q E"], sin: Float[Tensor, "... Q E"], in_fp32: bool
-) -> Float[Tensor, "R H Q E"]:
-    """Rotary embedding of queries or keys."""
-    dtype = torch.float32 if in_fp32 and x.dtype != torch.float64 else x.dtype
-    cos, sin, exact = cos.to(dtype), sin.to(dtype), x.to(dtype)
-    first, second = exact.chunk(2, dim=-1)
-    return (exact * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 def take_rows(x: Shaped[Tensor, "R T *S"], rows: Int[Tensor, "R M"] | None) -> Shaped[Tensor, "R M *S"]:
@@ -104,6 +94,7 @@ class Attention(nn.Module):
         self.head_width = config.hidden_size // config.num_attention_heads
         self.groups = config.num_attention_heads // config.num_key_value_heads
         self.rope_in_fp32 = config.rope_in_fp32
+        self.kernels = PLAIN
         kv_width = config.num_key_value_heads * self.head_width
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
@@ -123,13 +114,13 @@ class Attention(nn.Module):
         cache: KVCache | None,
     ) -> Float[Tensor, "R M D"]:
         """Keys and values of all Q given positions; queries, and so outputs, of `rows` alone where they are given."""
-        keys = rotate(self._heads(self.k_proj(x)), cos, sin, self.rope_in_fp32)
+        keys = self.kernels.rotate(self._heads(self.k_proj(x)), cos, sin, self.rope_in_fp32)
         values = self._heads(self.v_proj(x))
         if rows is not None:
             count = len(x)
             cos = take_rows(cos[:, 0].expand(count, -1, -1), rows)[:, None]
             sin = take_rows(sin[:, 0].expand(count, -1, -1), rows)[:, None]
-        queries = rotate(self._heads(self.q_proj(take_rows(x, rows))), cos, sin, self.rope_in_fp32)
+        queries = self.kernels.rotate(self._heads(self.q_proj(take_rows(x, rows))), cos, sin, self.rope_in_fp32)
         if cache is not None:
             keys, values = cache.update(self.layer, keys, values)
         if self.groups > 1:
@@ -147,10 +138,11 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.kernels = PLAIN
 
     def forward(self, x: Float[Tensor, "R Q D"]) -> Float[Tensor, "R Q D"]:
         """down(silu(gate(x)) * up(x))."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.kernels.gate(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(GradientCheckpointingLayer):
@@ -210,6 +202,12 @@ class MaskedDiffusionLM(PreTrainedModel):
         weight = self.lm_head.weight
         assert isinstance(weight, Tensor)
         return weight
+
+    def use(self, kernels: Kernels) -> None:
+        """Run the elementwise work of all blocks by these from now on."""
+        for module in self.modules():
+            if isinstance(module, RMSNorm | Attention | MLP):
+                module.kernels = kernels
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""

@@ -51,6 +51,17 @@ class Corpus:
 class Prompts:
     """The task's training questions, for RL."""
 
+    length_multiple: int = 1
+    """Prompts of a batch are padded up to a multiple of it, so that compiled and recorded forwards meet few lengths.
+
+    A batch that needs no padding runs on SDPA's fastest kernels; above 1 it will mostly need some. Masks of prompt
+    tokens are drawn by place, so another multiple draws other ones.
+    """
+
+    def __post_init__(self) -> None:
+        if self.length_multiple < 1:
+            raise ValueError(f"data.length_multiple: {self.length_multiple} must be at least 1. Try: 32.")
+
     def rows(self, task: Task, tokenizer: Any, seed: int) -> list[EncodedRow]:
         """Prompts as ids."""
         return prompt_rows(task, "train", tokenizer)
