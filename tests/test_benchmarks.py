@@ -106,3 +106,43 @@ def test_peak_memory_is_what_was_held_at_once(monkeypatch: pytest.MonkeyPatch) -
         torch.ones(2**19)
 
     assert measuring.peak_bytes(work, "cpu") == pytest.approx(2 * 4 * 2**20, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "only",
+    [["machine", "rollout"], pytest.param(None, marks=pytest.mark.slow)],
+    ids=["rollouts", "everything"],
+)
+def test_gpu(only: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """The sections that a GPU is measured by, in a tiny shape on the processor; none of them may fail."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    out = tmp_path / "gpu.json"
+    arguments = ["--shape", "tiny", "--device", "cpu", "--out", str(out)]
+    importlib.import_module("gpu").main(arguments if only is None else [*arguments, "--only", *only])
+    printed, content = capsys.readouterr().out, json.loads(out.read_text())
+    assert "Error" not in printed and not [name for name in content if name.endswith("failed")]
+    assert all(text in printed for text in content["tables"])
+    rollout = content["rollout B 2 T 0.9"]
+    assert len(rollout) == 8 and all(one["seconds"] > 0 for one in rollout.values())
+    assert rollout["exact"]["arithmetic"] > 1
+    if only is None:
+        assert all(check["ok"] for check in content["checks"].values())
+        assert {"update", "scoring", "agreement", "step", "memory"} <= set(content)
+        assert max(content["agreement"].values()) < 1e-5, "fp32 here"
+
+
+def test_gpu_notes_what_fails_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    gpu = importlib.import_module("gpu")
+
+    def fails(session: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmuch")
+
+    monkeypatch.setitem(gpu.SECTIONS, "checks", fails)
+    arguments = ["--shape", "tiny", "--device", "cpu", "--out", str(tmp_path / "gpu.json")]
+    gpu.main([*arguments, "--only", "checks", "machine"])
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert content["checks failed"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate"
+    assert content["machine"]["peak_tflops"] > 0
+    gpu.main([*arguments, "--seconds", "-1", "--only", "machine", "rollout"])
+    assert "rollout: not run, the time is up" in capsys.readouterr().out

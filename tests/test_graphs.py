@@ -28,7 +28,12 @@ from d1lit.sampling import (
     TokenProbability,
 )
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+def gpu(test: Any) -> Any:
+    """Runs where there is a GPU: `pytest -m gpu`."""
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")(test))
+
+
 MASK, EOS, VOCABULARY = 66, 65, 67
 
 
@@ -192,6 +197,20 @@ def test_outside_inference_mode_nothing_is_replayed() -> None:
         with torch.no_grad():
             policy.hidden(ids)
     assert tape.records == 0
+
+
+def test_under_autocast_a_recording_casts_the_trained_weights_anew() -> None:
+    policy, ids = network(), torch.randint(0, 60, (2, 9))
+    tape = with_tape(policy)
+    for dtype in (torch.bfloat16, torch.float16):
+        for scale in (1.0, 0.5):
+            with torch.no_grad():
+                policy.network.model.layers[0].mlp.up_proj.weight.mul_(scale)
+            with torch.autocast("cpu", dtype):
+                with torch.inference_mode():
+                    found = [policy.hidden(ids) for _ in range(3)][-1]
+                assert torch.equal(found, policy.hidden(ids))
+    assert tape.records == 2
 
 
 def test_reasons_for_falling_back_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:

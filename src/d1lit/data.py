@@ -84,7 +84,7 @@ class RowOrder:
 def left_pad(
     rows: Sequence[Sequence[int]], pad_id: int, multiple: int = 1
 ) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
-    """Token lists to one left-padded tensor, as long as the longest up to a multiple, and the mask of its real tokens."""
+    """Token lists to one left-padded tensor (its length a multiple of `multiple`) and the mask of its real tokens."""
     longest = -(-max(len(row) for row in rows) // multiple) * multiple
     ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
     mask = torch.zeros((len(rows), longest), dtype=torch.bool)

@@ -25,11 +25,19 @@ Run = Callable[[], Sequence[Tensor]]
 
 
 def capture(run: Run, pool: Any) -> tuple[Replay, Sequence[Tensor]]:
-    """Record what `run` launches; its results stand where every replay writes them."""
+    """Record what `run` launches; its results stand where every replay writes them.
+
+    It runs once before: compilation and the choice of kernels launch work of their own, which must not be recorded.
+    """
+    run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         results = run()
     return graph.replay, results
+
+
+def _rounded_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 @dataclass
@@ -69,7 +77,7 @@ class ForwardGraphs:
     max_graphs: int = 256
     """Shapes recorded; any more run plainly."""
     keep_multiple: int = 32
-    """Kept positions are filled up to a multiple, so that a block's steps, which keep fewer and fewer, share a graph."""
+    """Kept positions are filled up to a multiple: a block's steps, which keep fewer and fewer, share a graph."""
     device_type: str = "cuda"
     record: Callable[[Run, Any], tuple[Replay, Sequence[Tensor]]] = capture
     _recorded: dict[Hashable, _Recording] = field(default_factory=dict)
@@ -194,7 +202,7 @@ class ForwardGraphs:
             held = KVCache() if source is None or source.storage is None else source.storage.at(*(cache.span or (0, 0)))
 
         def run() -> list[Tensor]:
-            # Autocast would keep casts of the weights, at addresses that outlive neither it nor an optimizer step.
+            # Autocast keeps casts of trained weights until it ends; a graph has to cast anew.
             device_type = ids.device.type
             cast = torch.is_autocast_enabled(device_type)
             with torch.autocast(device_type, enabled=cast, cache_enabled=False):
