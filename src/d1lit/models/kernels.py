@@ -63,7 +63,7 @@ def fused(device_type: str, dtype: torch.dtype) -> Kernels:
     Equal to the plain ones up to rounding: what they round between two operations stays in fp32 here.
     """
     torch._dynamo.config.recompile_limit = max(_RECOMPILATIONS, torch._dynamo.config.recompile_limit)
-    kernels = Kernels(*(torch.compile(function) for function in (rms_norm, rotate, gated)))
+    kernels = Kernels(torch.compile(rms_norm), torch.compile(rotate), torch.compile(gated))
     try:
         x = torch.ones(2, 2, 4, 8, device=device_type, dtype=dtype)
         kernels.gate(kernels.rotate(kernels.norm(x, x[0, 0, 0], 1e-5), x, x, True), x)
