@@ -32,12 +32,12 @@ from d1lit.models import (
 )
 from d1lit.models.loading import find_folder, load_config, shard_files
 from d1lit.modules import Corpus, Demonstrations, DiffuGRPO, MaskedSFT, Prompts, StageData
-from d1lit.modules.stage_data import prompt_rows
+from d1lit.modules.stage_data import StageRows, prompt_rows
 from d1lit.processes import place
 from d1lit.recipes import Stage
 from d1lit.rewards.parts import RewardParts
 from d1lit.sampling import BlockSampler
-from d1lit.tasks import Task, graded_text
+from d1lit.tasks import Split, Task, graded_text
 from d1lit.types import LogProbEstimator, PolicyLoss, Sampler, Schedule
 from d1lit.validation import ConfigError, as_config_error, under
 from d1lit.values import check_values
@@ -115,6 +115,18 @@ class Plan:
         except ValueError as error:
             raise as_config_error(error, "model.path") from None
 
+    def rows_of(self, parts: StageParts, tokenizer: Any) -> StageRows:
+        """What a stage trains on, made once."""
+        if parts is self.base:  # many rows, wanted once
+            return parts.data.rows(self.task, tokenizer, self.seed)
+        if parts.name not in self._rows:
+            self._rows[parts.name] = parts.data.rows(self.task, tokenizer, self.seed)
+        return self._rows[parts.name]
+
+    @cached_property
+    def _rows(self) -> dict[str, StageRows]:
+        return {}
+
     def make_policy(self, path: Path | str | None = None) -> tuple[Policy, Any]:
         """A policy with all weights trainable and its tokenizer, from `path` or from the configured place."""
         model = self.config.model
@@ -133,8 +145,12 @@ class Plan:
         )
 
 
-def plan_run(config: DictConfig) -> Plan:
+def plan_run(config: DictConfig, trains: bool = True) -> Plan:
     """Build every part of a run that needs no network.
+
+    Args:
+        config: composed and resolved.
+        trains: whether the stages will be run; without them, what they would train on is not asked for.
 
     Raises:
         ConfigError: for the first part that refuses its values.
@@ -144,7 +160,7 @@ def plan_run(config: DictConfig) -> Plan:
     check_trainer(config)
     check_watchers(config, Path("checked"))
     build(config, "strategy")
-    task = _task(OmegaConf.to_yaml(config.task, resolve=True))
+    task = _task(OmegaConf.to_yaml(config.task, resolve=True), "train" if trains else config.evaluation.split)
     sampler = build(config, "sampler", BlockSampler)
     world_size = _world_size(config)
     stages = [_stage(config, f"stages.{name}", name, world_size) for name in config.recipe.stages]
@@ -155,7 +171,9 @@ def plan_run(config: DictConfig) -> Plan:
         base = _stage(config, "model.base", "base", world_size=1)
         _check_stage(config, "model.base", base, world_size=1)
     plan = Plan(config, task, sampler, stages, base)
-    _check_prompts(plan)
+    tokenizer = plan.tokenizer_here()
+    if tokenizer is not None:  # else the start of the run finds out
+        _check_rows(plan, tokenizer, trains)
     for length in config.evaluation.lengths or ():
         evaluation_sampler(plan, length)
     return plan
@@ -241,28 +259,46 @@ def processes_to_start(config: DictConfig) -> int:
 
 
 @lru_cache(maxsize=8)
-def _task(yaml: str) -> Task:
-    """The task with its rows read; the jobs of a sweep share it."""
+def _task(yaml: str, split: Split) -> Task:
+    """The task with its test rows and those of `split` read; the jobs of a sweep share it."""
     task = build(OmegaConf.create({"task": OmegaConf.create(yaml)}), "task", Task)
     try:
         task.template  # noqa: B018  (reads and parses the file)
-        task.rows("train")
+        task.rows(split)
     except ValueError as error:
         raise as_config_error(error, "task") from None
     return task
 
 
-def _check_prompts(plan: Plan) -> None:
-    """Prompts and demonstrations fit, where the tokenizer is at hand; else the start of the run finds out."""
-    tokenizer = plan.tokenizer_here()
-    if tokenizer is None:
-        return
+def check_hub_model(plan: Plan, trains: bool = True) -> None:
+    """Of a model on the hub: its tokenizer is to be had and the prompts fit, before any weights are fetched.
+
+    Args:
+        plan: of the run.
+        trains: whether the stages will be run.
+
+    Raises:
+        ConfigError: if the hub cannot be reached, or a row does not fit.
+    """
+    model = plan.config.model
+    if model.path is None or Path(model.path).expanduser().is_dir():
+        return  # looked at already
+    try:
+        folder = find_folder(model.path, model.revision, weights=False)
+        tokenizer = load_tokenizer(str(folder), load_config(folder))
+    except ValueError as error:
+        raise as_config_error(error, "model.path") from None
+    _check_rows(plan, tokenizer, trains)
+
+
+def _check_rows(plan: Plan, tokenizer: Any, trains: bool) -> None:
+    """Prompts and demonstrations are there and fit."""
     try:
         if not evaluation_rows(plan, tokenizer):
             split = plan.config.evaluation.split
             raise ConfigError("evaluation.split", f"the {split} rows are none", "test, or task.val_rows above 0")
-        for stage in plan.stages:
-            stage.data.rows(plan.task, tokenizer, plan.seed)
+        for stage in plan.stages if trains else ():
+            plan.rows_of(stage, tokenizer)
     except ConfigError:
         raise
     except ValueError as error:
@@ -277,7 +313,7 @@ def make_stage(
 ) -> Stage:
     """The stage as recipes run it."""
     seed = plan.seed
-    rows = parts.data.rows(plan.task, tokenizer, seed)
+    rows = plan.rows_of(parts, tokenizer).rows
 
     def make_module(policy: Policy) -> L.LightningModule:
         module = parts.module(
@@ -298,11 +334,13 @@ def make_stage(
             micro_batch_size=parts.micro_batch_size,
         )
 
-    loss = parts.module.keywords.get("loss") if isinstance(parts.module, partial) else None
+    arguments = parts.module.keywords if isinstance(parts.module, partial) else {}
+    # With an adapter that stays put, the reference is the adapter switched off; only one that moves is kept.
+    moves = parts.lora is None or arguments.get("reference_sync_every") is not None
     return Stage(
         name=parts.name,
         lora=parts.lora,
-        keeps_reference=bool(getattr(loss, "needs_reference", False)),
+        keeps_reference=moves and bool(getattr(arguments.get("loss"), "needs_reference", False)),
         selects_best=parts.select == "best_val",
         make_module=make_module,
         make_data=make_data,

@@ -158,7 +158,7 @@ def _sweep(words: Sequence[str], jobs: Jobs) -> int:
     os.environ[FOLDER] = str(folder)
     notes_of(folder, fresh=True)
     try:
-        _hydra(words)
+        _hydra([*(() if any(word in _MULTIRUN for word in words) else _MULTIRUN[:1]), *words])
     except Exception as error:  # a launcher whose worker was killed; the table says what became of the jobs
         print(f"error: the sweep was cut short: {' '.join(str(error).split())[:300]}", file=sys.stderr)
     return show_sweep(folder, jobs.overrides)
@@ -178,7 +178,8 @@ def _hydra(words: Sequence[str]) -> int:
         from d1lit.sweeps import FOLDER, run_job
 
         said = list(HydraConfig.get().overrides.task)
-        name = _job_name([word for word in said if word not in words])
+        swept = HydraConfig.get().sweeper.get("params") or {}  # by an experiment: a sweep even over one value
+        name = _job_name([word for word in said if word not in words or word.split("=")[0] in swept])
         config.run_dir = str(Path(os.environ[FOLDER]) / name)  # a folder for each job of a sweep
         if place().world_size > 1:  # the launcher has started the processes of this job: it is one of them
             run_training(config, said)

@@ -22,7 +22,16 @@ import torch
 import transformers
 from omegaconf import DictConfig
 
-from d1lit.build import Plan, build, decode, evaluation_rows, evaluation_sampler, plan_run, shortened
+from d1lit.build import (
+    Plan,
+    build,
+    check_hub_model,
+    decode,
+    evaluation_rows,
+    evaluation_sampler,
+    plan_run,
+    shortened,
+)
 from d1lit.callbacks import StopFlag
 from d1lit.data import EncodedRow
 from d1lit.draws import CounterDraws
@@ -47,7 +56,8 @@ def run_evaluation(config: DictConfig) -> int:
     if config.rescore is not None:
         return _rescore(config)
     console.quiet = not is_first()
-    plan = plan_run(config)
+    plan = plan_run(config, trains=False)
+    check_hub_model(plan, trains=False)
     join_world(config.trainer.accelerator)
     flag = StopFlag()
     with flag.installed():

@@ -165,7 +165,7 @@ def run_harness(
         (config,) = compose_jobs("evaluate", [*OWN_ROWS_UNUSED, *words]).configs
         if config.model.path is None:
             raise ConfigError("model.path", "the built-in model has no weights of its own", "--run FOLDER")
-        plan = plan_run(config)
+        plan = plan_run(config, trains=False)
         policy, tokenizer = plan.make_policy()
     sampler = evaluation_sampler(plan, None)
     settings = plan.config.evaluation

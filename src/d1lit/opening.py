@@ -62,6 +62,6 @@ def open_run(folder: Path, words: Sequence[str] = (), trusted: Sequence[str] = (
         check_config(OmegaConf.to_container(config, resolve=True), (*OWN, *trusted))  # type: ignore[arg-type]
     except ValueError as error:
         raise as_config_error(error, "run") from None
-    plan = plan_run(config)
+    plan = plan_run(config, trains=False)
     policy, tokenizer = trained_policy(plan, folder)
     return OpenRun(folder, plan, policy.eval(), tokenizer)

@@ -29,7 +29,7 @@ class Stage:
     lora: LoraSettings | None
     """None: all weights train."""
     keeps_reference: bool
-    """The loss asks for the policy as it stood at the start of the stage."""
+    """The loss asks for the policy as it stood at the start of the stage, and switching an adapter off is not it."""
     selects_best: bool
     """Hand over the weights that were best on the validation rows, not the last ones."""
     make_module: Callable[[Policy], L.LightningModule]
@@ -124,7 +124,7 @@ def run_stage(folder: StageFolder, policy: Policy, stage: Stage, seed: int, say:
 
 
 def _fit(folder: StageFolder, policy: Policy, stage: Stage, say: Say) -> None:
-    if stage.keeps_reference and stage.lora is None:
+    if stage.keeps_reference:
         policy.keep_reference()
     checkpoint, refused = newest(folder.checkpoints)
     for path, reason in refused:
@@ -140,7 +140,7 @@ def _fit(folder: StageFolder, policy: Policy, stage: Stage, say: Say) -> None:
     if isinstance(module, Accounted) and is_first_process():
         write_cost(folder, module.cost.record())
     say(f"{stage.name}: {trainer.global_step} updates in {time.perf_counter() - started:.0f} s")
-    policy.reference_model = None
+    policy.drop_reference()
 
 
 def is_first_process() -> bool:

@@ -26,7 +26,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from d1lit.build import Plan, StageParts, build, make_stage, plan_run
+from d1lit.build import Plan, StageParts, build, check_hub_model, make_stage, plan_run
 from d1lit.callbacks import ConsoleProgress, StopFlag, StopOnSignal, Validate
 from d1lit.checkpoint import FolderCheckpointIO, differing_keys, flatten, lock_run
 from d1lit.estimates import estimate_run
@@ -61,6 +61,7 @@ def run_training(config: DictConfig, overrides: Sequence[str], plan: Plan | None
         _, lines = estimate_run(plan, config.trainer.devices * config.trainer.num_nodes)
         print("\n".join(lines))
         return 0
+    check_hub_model(plan)
     flag = StopFlag()
     if plan.base is not None and place().world_size > 1 and is_first():
         with flag.installed():
@@ -74,6 +75,7 @@ def run_training(config: DictConfig, overrides: Sequence[str], plan: Plan | None
         write_once(folder / "environment.json", json.dumps(redact(environment()), indent=2))
         started = time.time()
         policy, tokenizer = base_policy(plan, folder, flag)
+        tell_dropped(plan, tokenizer)
         evaluator = TaskEvaluator(plan, tokenizer, folder, flag)
         stages = [
             make_stage(plan, parts, tokenizer, partial(make_trainer, plan, flag, tokenizer)) for parts in plan.stages
@@ -216,6 +218,15 @@ def tell_rows(plan: Plan) -> None:
     say(f"{plan.task.display_name}: " + "; ".join(plan.task.overlap.lines()))
 
 
+def tell_dropped(plan: Plan, tokenizer: Any) -> None:
+    """Print how many rows no stage trains on because they are too long."""
+    for parts in plan.stages:
+        rows = plan.rows_of(parts, tokenizer)
+        if rows.dropped:
+            limits = f"task.max_prompt_length={plan.task.max_prompt_length} or the canvas"
+            say(f"{parts.name}: {rows.dropped} of {rows.asked} rows left out: longer than {limits}")
+
+
 # ----------------------------------------------------------------------------------------------------------------- base
 
 
@@ -266,11 +277,16 @@ def make_shared_base(plan: Plan, flag: StopFlag) -> None:
 
 
 def base_hash(plan: Plan) -> str:
-    """Hash of all that makes the base model: its settings, the task's text, the seed, and the code that runs."""
+    """Hash of all that makes the base model: its settings, the task's text, the seed, and the code that runs.
+
+    The corpus is generated, but keeps away from what test and validation hold, wherever these come from.
+    """
     config = OmegaConf.to_container(plan.config, resolve=True)
     assert isinstance(config, dict)
     parts = {"model": config["model"], "task": config["task"], "seed": config["seed"], "torch": torch.__version__}
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    for row in (*plan.task.rows("test"), *plan.task.rows("val")):
+        digest.update(plan.task.source.identity(row).encode())
     package = Path(__file__).parent
     for name in ("tasks", "models", "modules", "data.py", "draws.py", "masking.py", "schedules.py", "losses"):
         for file in sorted([package / name] if name.endswith(".py") else (package / name).rglob("*.py")):
@@ -368,7 +384,10 @@ def finish(
         "model": plan.config.model.name,
         "seed": plan.seed,
         "grader": plan.task.grader,
-        "data": plan.task.overlap.record(),
+        "data": {
+            **plan.task.overlap.record(),
+            "dropped_rows": {parts.name: plan.rows_of(parts, tokenizer).dropped for parts in plan.stages},
+        },
         "evaluations": [entry for entry in entries if "probe" not in entry],
         "probes": [entry for entry in entries if "probe" in entry],
         "baselines": evaluator.baselines(),

@@ -88,10 +88,10 @@ def compose_jobs(name: str, words: Sequence[str]) -> Jobs:
     """
     overrides, is_multirun = _split(words)
     with _composer():
-        config, sweeps = _compose_with_mode(name, overrides) if not is_multirun else (None, [])
-        if config is not None and sweeps is None:
+        config, experiment = _compose_with_mode(name, overrides, is_multirun)
+        if experiment is None:
             return Jobs([config], [overrides], False)
-        jobs = _sweep([*(sweeps or []), *overrides])
+        jobs = _sweep([*experiment, *overrides])
         return Jobs([_compose(name, job) for job in jobs], jobs, True)
 
 
@@ -136,18 +136,39 @@ def _sweep(overrides: Sequence[str]) -> list[list[str]]:
         raise _syntax_error(error, overrides) from None
 
 
-def _compose_with_mode(name: str, overrides: Sequence[str]) -> tuple[DictConfig, list[str] | None]:
-    """The composed configuration, and the sweep its experiment asks for, if any."""
-    config = _compose(name, overrides, with_hydra=True)
-    hydra_config = config.hydra
-    sweeps = None
-    if str(hydra_config.mode) == "RunMode.MULTIRUN":
-        params = OmegaConf.to_container(hydra_config.sweeper.params, resolve=True) or {}
+def _compose_with_mode(name: str, overrides: Sequence[str], is_multirun: bool) -> tuple[DictConfig, list[str] | None]:
+    """The composed configuration; and, of a sweep, the values that its experiment sweeps over, else None.
+
+    An experiment may be a sweep by itself; what the command line sweeps over as well takes the place of its values.
+    """
+    swept = [o for o in overrides if _is_swept(o)]
+    if is_multirun or (swept and _names_experiment(overrides)):
+        config = _compose(name, [o for o in overrides if o not in swept], with_hydra=True)
+        if not is_multirun and str(config.hydra.mode) != "RunMode.MULTIRUN":
+            config = _compose(name, overrides, with_hydra=True)  # refused: no sweep was asked for
+    else:
+        config = _compose(name, overrides, with_hydra=True)
+    experiment = None
+    if is_multirun or str(config.hydra.mode) == "RunMode.MULTIRUN":
+        params = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=True)
         assert isinstance(params, dict)
-        sweeps = [f"{key}={value}" for key, value in params.items()]
+        experiment = [f"{key}={value}" for key, value in params.items()]
     with open_dict(config):
         del config["hydra"]
-    return config, sweeps
+    return config, experiment
+
+
+def _names_experiment(overrides: Sequence[str]) -> bool:
+    return any(o.startswith("experiment=") for o in overrides)
+
+
+def _is_swept(override: str) -> bool:
+    """Whether an override names several values, one a job."""
+    try:
+        (parsed,) = OverridesParser.create().parse_overrides([override])
+    except HydraException:
+        return False  # refused below, with its cause
+    return bool(parsed.is_sweep_override())
 
 
 def _compose(name: str, overrides: Sequence[str], with_hydra: bool = False) -> DictConfig:
@@ -255,6 +276,9 @@ def _translated(error: HydraException, name: str, overrides: Sequence[str]) -> C
         return _unknown_key(match[1], name, overrides)
     if match := re.search(r"[Kk]ey '([^']+)' is not in struct(?:.*full_key: ([\w.]+))?", text, re.DOTALL):
         return _unknown_key(match[2] or match[1], name, overrides)
+    if match := re.search(r"Ambiguous value for argument '([^'=]+)=([^']*)'", text):
+        key, values = match.groups()
+        return ConfigError(key, f"{values} are several values and no sweep was asked for", f"-m, or {key}=[{values}]")
     return _syntax_error(error, overrides)
 
 

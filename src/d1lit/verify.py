@@ -239,7 +239,7 @@ def run_verify(
         (config,) = compose_jobs("evaluate", ["model=llada_8b", f"task={task}", *OWN_ROWS_UNUSED, *words]).configs
         if config.model.path is None:
             raise ConfigError("model.path", "the built-in model was never published", "model.path=FOLDER of LLaDA")
-        plan = plan_run(config)
+        plan = plan_run(config, trains=False)
         if policy is None:
             policy, tokenizer = plan.make_policy()
             policy.eval()

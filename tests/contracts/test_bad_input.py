@@ -16,7 +16,9 @@ from omegaconf import OmegaConf
 from d1lit import running
 from d1lit.checkpoint import lock_run
 from d1lit.cli import evaluate, train
+from d1lit.tasks import reading
 from d1lit.validation import ConfigError, compose_jobs
+from tests.test_tasks_reading import CORRUPT
 
 ROOT = Path(__file__).resolve().parents[2]
 LINE = re.compile(r"error: (?P<key>\S+): (?P<cause>.+)\. Try: (?P<cure>.+)")
@@ -69,6 +71,8 @@ CASES: dict[str, tuple[str, str, str]] = {
     "no steps": ("sampler.num_steps=0", "sampler.num_steps", "at least 1"),
     "group of one": ("stages.grpo.module.group_size=1", "stages.grpo.module.group_size", "2 or more"),
     "no inner updates": ("stages.grpo.module.num_inner_updates=0", "stages.grpo.module.num_inner_updates", "1 or more"),
+    "reference synced every 0 updates": ("loss.beta=0.04 stages.grpo.module.reference_sync_every=0", "stages.grpo.module.reference_sync_every", "1 or more"),
+    "no reference that could be synced": ("stages.grpo.module.reference_sync_every=64", "stages.grpo.module.reference_sync_every", "loss.beta"),
     "batch not divisible": ("stages.grpo.batch_size=6 stages.grpo.micro_batch_size=4", "stages.grpo.batch_size", "multiple"),
     "learning rate below 0": ("stages.grpo.optimizer.lr=-1e-4", "stages.grpo.optimizer.lr", "0 or more"),
     "beta of Adam at 2": ("stages.grpo.optimizer.betas=[0.9,2.0]", "stages.grpo.optimizer", "beta"),
@@ -113,6 +117,7 @@ CASES: dict[str, tuple[str, str, str]] = {
     "cyclic interpolation": ("sampler.num_steps=${sampler.block_length} sampler.block_length=${sampler.num_steps}", "sampler", "num_steps"),
     "interpolation into nothing": ("sampler.num_steps=${nowhere.to.be.found}", "sampler.num_steps", "nowhere"),
     "unbalanced brackets": ("evaluation.lengths=[1,2", "evaluation.lengths", "quotes"),
+    "several values without a sweep": ("seed=1,2", "seed", "-m"),
     "bad job of a sweep": ("-m seed=0,1 sampler.temperature=1.0,-1.0", "sampler.temperature", "below 0"),
     "bad key beside --cfg": ("--cfg job num_generations=3", "num_generations", "group_size"),
 }  # fmt: skip
@@ -161,6 +166,27 @@ def test_refused_in_one_line(name, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+EXPERIMENTS: dict[str, tuple[str, set[str], set[int]]] = {
+    "by itself": ("experiment=recipes", {"sft", "grpo", "d1", "grpo_shuffled", "sft_more"}, {11, 12, 13, 14}),
+    "over seeds of the user's": ("experiment=recipes recipe=d1 seed=1,2", {"d1"}, {1, 2}),
+    "with the flag": ("-m experiment=recipes recipe=d1,sft seed=3", {"d1", "sft"}, {3}),
+    "a single run of it": ("experiment=recipes recipe=d1 seed=5", {"d1"}, {5}),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "by itself" else ()) for n in EXPERIMENTS]
+)
+def test_an_experiment_sweeps_by_itself(name):
+    """What is typed takes the place of its values, and no flag is needed."""
+    typed, recipes, seeds = EXPERIMENTS[name]
+    jobs = compose_jobs("train", words_of(typed))
+    assert jobs.is_multirun
+    found = [(config.recipe.name, config.seed) for config in jobs.configs]
+    assert len(found) == len(recipes) * len(seeds)
+    assert set(found) == {(recipe, seed) for recipe in recipes for seed in seeds}
+
+
 # ---------------------------------------------------------------------------------------------------------- data files
 
 ROW = '{"puzzle": "0130000110030214", "solution": "4132234114233214"}'
@@ -184,6 +210,24 @@ def test_bad_data_is_refused_by_file_and_line(name, key, capsys, tmp_path, monke
     assert match["key"] == key
     assert cause in match["cause"]
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CORRUPT)
+def test_every_corrupt_file_is_refused_by_the_command(case, capsys, tmp_path, monkeypatch):
+    """The files of tests/test_tasks_reading.py as a user meets them: status 2, one line, nothing left behind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reading, "MAX_LINE_BYTES", 65_536)
+    task, file, content, line, cause = CORRUPT[case]
+    (tmp_path / file).write_bytes(content)
+    columns = [] if case != "same_id_twice" else ["+task.columns.id=id"]
+    renamed = {"countdown": ["task.columns.numbers=numbers", "task.columns.target=target"],
+               "math500": ["task.columns.question=question"]}.get(task, [])  # fmt: skip
+    match = refusal(capsys, train, [f"task={task}", "debug=fast", f"task.test_data={file}", *columns, *renamed])
+    assert match["key"] == "task.test_data"
+    assert cause in match["cause"] + " " + match["cure"]
+    assert file + (f":{line}" if line else "") in match["cause"]
+    assert [left.name for left in tmp_path.iterdir()] == [file]
 
 
 # -------------------------------------------------------------------------------------------------------- run folders

@@ -103,7 +103,7 @@ def resident() -> float:
 def longest_prompt(plan: Plan) -> int:
     """Of the rows the stage trains on."""
     _, tokenizer = plan.make_policy()
-    return max(len(row.prompt_ids) for row in plan.stages[0].data.rows(plan.task, tokenizer, plan.seed))
+    return max(len(row.prompt_ids) for row in plan.rows_of(plan.stages[0], tokenizer).rows)
 
 
 def main(name: str) -> None:

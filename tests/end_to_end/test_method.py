@@ -123,6 +123,33 @@ def test_old_logprobs_belong_to_the_weights_that_sampled():
     assert min(ratios) > 1e-4  # and once the weights move, it is no longer 1
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_reference_moves_when_it_is_told_to_and_only_then(adapted):
+    """Every two optimizer steps of four: how far policy and reference are apart once each rollout is collected."""
+    apart = []
+
+    class Compared(DiffuGRPO):
+        @torch.no_grad()
+        def collect(self, *args: Any) -> Any:
+            experience = super().collect(*args)
+            ids = torch.tensor([[1, 2, 3, 4, 5, 22, 22]])
+            here = self.policy.hidden(ids)
+            with self.policy.reference():
+                apart.append(float((here - self.policy.hidden(ids)).abs().max()))
+            return experience
+
+    policy = small_policy()
+    if adapted:
+        policy = add_lora(policy, LoraSettings("all_linear", 2, 4.0, 0.0), seed=0)
+    policy.keep_reference()
+    loss = ClippedPolicyLoss(0.2, 0.2, 0.04, k3, token_mean)
+    fit(make_module(policy, Compared, loss=loss, num_inner_updates=1, reference_sync_every=2))
+    assert [distance == 0.0 for distance in apart] == [True, False, True, False], apart
+    policy.drop_reference()
+    assert not policy.has_kept_reference
+    assert not [name for name in policy.state_dict() if "reference" in name]
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 def test_the_cut_into_micro_batches_does_not_change_the_update(beta):
     def weights(num_micro: int, num_updates: int) -> Any:

@@ -47,6 +47,26 @@ def test_devices_are_shared_out(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_experiment_of_the_readme_sweeps_by_itself(tmp_path):
+    """Two of its recipes in small, without a flag; its own analysis reads what it leaves."""
+    small = ["model.tiny={width:16,num_layers:1,num_heads:2,mlp_width:24}", "debug=fast", "logger=none", "report=false"]
+    small += ["evaluation.pass_at_k.rows=2", "evaluation.pass_at_k.num_samples=2", "evaluation.pass_at_k.ks=[1,2]"]
+    words = ["experiment=recipes", "recipe=sft,grpo", "seed=3", *small]
+    environment = {**os.environ, "D1LIT_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, str(ROOT / "train.py"), *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "outputs" / "recipes")
+    folders = {
+        file.parent.name: json.loads(file.read_text()) for file in tmp_path.glob("outputs/recipes/*/results.json")
+    }
+    assert folders.keys() == {"recipe=sft,seed=3", "recipe=grpo,seed=3"}
+    for name, results in folders.items():
+        assert name == f"recipe={results['recipe']},seed={results['seed']}"
+        assert {probe["probe"] for probe in results["probes"]} == {"forced", "pass_at_k"}
+
+
+@pytest.mark.slow
 def test_six_jobs_over_two_workers_survive_one_killed(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     folder = tmp_path / "sweep"

@@ -25,8 +25,14 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
 
 
-def find_folder(path: str, revision: str | None = None, key: str = "model.path") -> Path:
+def find_folder(path: str, revision: str | None = None, key: str = "model.path", weights: bool = True) -> Path:
     """The local folder of a model: the path itself, or a snapshot of the hub id it names.
+
+    Args:
+        path: folder or hub id.
+        revision: branch, tag or commit on the hub.
+        key: the configuration key that named it, for messages.
+        weights: False fetches configuration and tokenizer only.
 
     Raises:
         ValueError: if there is no such folder and no such hub id, or the hub cannot be reached.
@@ -38,8 +44,9 @@ def find_folder(path: str, revision: str | None = None, key: str = "model.path")
         raise ValueError(f"{key}: {path} is a file; a folder with config.json and *.safetensors is needed.")
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise ValueError(f"{key}: there is no folder {path}. Try an existing folder or a hub id such as owner/name.")
+    wanted = [pattern for pattern in _HUB_FILES if weights or pattern != "*.safetensors"]
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, OSError) as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(

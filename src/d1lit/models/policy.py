@@ -220,6 +220,12 @@ class Policy(nn.Module):
                 self.model.add_adapter(REFERENCE_ADAPTER, self.model.peft_config[ADAPTER])
         self._reference_weights_track(1.0)
 
+    def drop_reference(self) -> None:
+        """Forget a kept reference."""
+        self.reference_model = None
+        if isinstance(self.model, PeftModel) and REFERENCE_ADAPTER in self.model.peft_config:
+            self.model.delete_adapter(REFERENCE_ADAPTER)
+
     @torch.no_grad()
     def sync_reference(self, weight: float = 1.0) -> None:
         """Move the kept reference towards the policy: reference = (1 - weight) * reference + weight * policy.
@@ -233,7 +239,7 @@ class Policy(nn.Module):
             raise ValueError(f"reference.weight must be in [0, 1], got {weight}. 1 copies the policy.")
         if not self.has_kept_reference:
             raise ValueError(
-                "reference.sync_every: the reference is the base with its adapter off, which cannot move. "
+                "reference_sync_every: the reference is the base with its adapter off, which cannot move. "
                 "Keep a reference first (keep_reference())."
             )
         if self.reference_model is not None:

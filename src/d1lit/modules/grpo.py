@@ -116,6 +116,7 @@ class DiffuGRPO(L.LightningModule):
         advantage: Advantage,
         group_size: int,
         num_inner_updates: int,
+        reference_sync_every: int | None = None,
         allow_unsound_pair: bool = False,
         **others: Any,
     ) -> None:
@@ -127,6 +128,12 @@ class DiffuGRPO(L.LightningModule):
         check_pair(estimator, loss, allow=allow_unsound_pair)
         if num_inner_updates < 1:
             raise ValueError(f"module.num_inner_updates: {num_inner_updates} is below 1. Try: 1 or more")
+        if reference_sync_every is not None and reference_sync_every < 1:
+            cause = f"module.reference_sync_every: {reference_sync_every} is below 1"
+            raise ValueError(f"{cause}. Try: 1 or more optimizer steps, or null for a reference that stays")
+        if reference_sync_every is not None and not getattr(loss, "needs_reference", False):
+            cause = f"module.reference_sync_every: {reference_sync_every}, but this loss has no reference to move"
+            raise ValueError(f"{cause}. Try: loss.beta=0.04, or null")
         if group_size < 2:
             raise ValueError(
                 f"module.group_size: {group_size} leaves nothing to compare a rollout with (advantages would be 0). "

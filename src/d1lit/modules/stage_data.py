@@ -16,6 +16,20 @@ from d1lit.tasks import Task, Template, encode_prompts
 
 
 @dataclass(frozen=True)
+class StageRows:
+    """A stage's rows as ids."""
+
+    rows: Sequence[EncodedRow]
+    asked: int
+    """How many there were before those that are too long were left out."""
+
+    @property
+    def dropped(self) -> int:
+        """Rows left out because prompt or completion is too long; none is cut."""
+        return self.asked - len(self.rows)
+
+
+@dataclass(frozen=True)
 class Demonstrations:
     """The task's worked examples, for SFT."""
 
@@ -27,10 +41,12 @@ class Demonstrations:
     seed_offset: int
     """Added to the run's seed: another stage of the same run gets other demonstrations."""
 
-    def rows(self, task: Task, tokenizer: Any, seed: int) -> list[EncodedRow]:
+    def rows(self, task: Task, tokenizer: Any, seed: int) -> StageRows:
         """Prompt and completion as ids."""
         found = task.demonstrations(self.count, seed + 1_000_003 * self.seed_offset)
-        return encoded_demonstrations(found, task, task.demonstration_template, tokenizer, self.layout, self.overlong)
+        template = task.demonstration_template
+        kept = encoded_demonstrations(found, task, template, tokenizer, self.layout, self.overlong)
+        return StageRows(kept, len(found))
 
 
 @dataclass(frozen=True)
@@ -41,10 +57,11 @@ class Corpus:
     layout: Layout
     overlong: Literal["error", "drop"]
 
-    def rows(self, task: Task, tokenizer: Any, seed: int) -> list[EncodedRow]:
+    def rows(self, task: Task, tokenizer: Any, seed: int) -> StageRows:
         """Prompt and completion as ids."""
         found = task.corpus(self.count, seed)
-        return encoded_demonstrations(found, task, task.template, tokenizer, self.layout, self.overlong)
+        kept = encoded_demonstrations(found, task, task.template, tokenizer, self.layout, self.overlong)
+        return StageRows(kept, len(found))
 
 
 @dataclass(frozen=True)
@@ -62,9 +79,9 @@ class Prompts:
         if self.length_multiple < 1:
             raise ValueError(f"data.length_multiple: {self.length_multiple} must be at least 1. Try: 32.")
 
-    def rows(self, task: Task, tokenizer: Any, seed: int) -> list[EncodedRow]:
+    def rows(self, task: Task, tokenizer: Any, seed: int) -> StageRows:
         """Prompts as ids."""
-        return prompt_rows(task, "train", tokenizer)
+        return StageRows(prompt_rows(task, "train", tokenizer), len(task.rows("train")))
 
 
 def prompt_rows(task: Task, split: Literal["train", "val", "test"], tokenizer: Any) -> list[EncodedRow]:

@@ -166,12 +166,12 @@ class Task:
         return self.template if self.demonstration_data == OWN_ROWS else load_template(self.demonstration_prompt)
 
     def rows(self, split: Split) -> list[dict[str, Any]]:
-        """Examples of a split, in a fixed order.
+        """Examples of a split, in a fixed order. Those of test need no training data.
 
         Raises:
             ValueError: one line, where the data is at fault.
         """
-        return self._splits.rows[split]
+        return self._test[0] if split == "test" else self._splits.rows[split]
 
     @property
     def overlap(self) -> Overlap:
@@ -231,9 +231,15 @@ class Task:
         return kept
 
     @cached_property
+    def _test(self) -> tuple[list[dict[str, Any]], int]:
+        """Test rows; how many rows of the data were no instance of the task."""
+        rows, other, _ = self._load("test", lambda example: False)
+        return rows, other
+
+    @cached_property
     def _splits(self) -> _Splits:
         source = self.source
-        test, other_test, _ = self._load("test", lambda example: False)
+        test, other_test = self._test
         test_identities = {source.identity(row) for row in test}
         test_groups = {source.group(row) for row in test}
         apart = test_groups if self.split == "by_solution" or self.test_data == BUILTIN else set()

@@ -1,0 +1,86 @@
+"""What is looked at before any weights are loaded, and what is left alone because nobody will need it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d1lit import build, running
+from d1lit.build import check_hub_model, plan_run
+from d1lit.models import build_tiny_tokenizer, export_model
+from d1lit.models.presets import fresh_network, tiny_config
+from d1lit.validation import ConfigError, compose_jobs
+
+
+def composed(program: str, *words: str) -> Any:
+    (config,) = compose_jobs(program, ["task=gsm8k", "debug=fast", "task.val_rows=0", *words]).configs
+    return config
+
+
+def rows(file: Path, *questions: str) -> str:
+    lines = [{"question": question, "answer": "1+1=<<1+1=2>>2\n#### 2"} for question in questions]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(file)
+
+
+def test_what_is_only_evaluated_needs_no_training_data(tmp_path, monkeypatch):
+    """Neither train rows nor demonstrations, which for the 8B models stand on the hub."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    test = f"task.test_data={rows(tmp_path / 'test.jsonl', 'One and one?')}"
+    nowhere = ["task.train_data=nobody/nothing", "task.demonstration_data=nobody/nothing"]
+    plan = plan_run(composed("evaluate", test, *nowhere), trains=False)
+    assert [row["question"] for row in plan.task.rows("test")] == ["One and one?"]
+    with pytest.raises(ConfigError, match=r"^task\.train_data: cannot reach the hub"):
+        plan_run(composed("train", test, *nowhere))
+
+
+def test_rows_that_are_too_long_are_counted_and_said(tmp_path, monkeypatch):
+    train = rows(tmp_path / "train.jsonl", "Short?", "Also short?", "Long " * 100)
+    plan = plan_run(composed("train", f"task.train_data={train}"))
+    tokenizer = build_tiny_tokenizer()
+    assert {parts.name: plan.rows_of(parts, tokenizer).dropped for parts in plan.stages} == {"sft": 1, "grpo": 1}
+    said: list[str] = []
+    monkeypatch.setattr(running, "say", said.append)
+    running.tell_dropped(plan, tokenizer)
+    assert len(said) == 2
+    assert all("1 of 3 rows left out" in line and "task.max_prompt_length" in line for line in said)
+
+
+def test_the_kept_base_hangs_on_the_rows_it_keeps_away_from(tmp_path):
+    """The same file name with other test rows makes another base: the corpus must not hold them."""
+    found = []
+    for question in ("One and one?", "One and one?", "Two and none?"):
+        plan = plan_run(composed("train", f"task.test_data={rows(tmp_path / 'test.jsonl', question)}"))
+        found.append(running.base_hash(plan))
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_hub_model_is_asked_for_its_tokenizer_before_its_weights(tmp_path, monkeypatch):
+    """So that a prompt that does not fit is refused at once, and not after sixteen gigabytes."""
+    tokenizer = build_tiny_tokenizer()
+    ids = [int(tokenizer.convert_tokens_to_ids(str(t))) for t in (tokenizer.mask_token, tokenizer.eos_token)]
+    shape = tiny_config(len(tokenizer), ids[0], ids[1], ids[1], 16, 1, 2, 24, 1e4, 64, init_std=0.1)
+    export_model(fresh_network(shape, 0), tmp_path / "hub")
+    tokenizer.save_pretrained(tmp_path / "hub")
+    for weights in (tmp_path / "hub").glob("*.safetensors"):
+        weights.unlink()
+    asked: list[Any] = []
+
+    def snapshot(path: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((path, revision, allow_patterns))
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr("d1lit.models.loading.snapshot_download", snapshot)
+    words = ["model.path=somebody/model", "model.revision=abc"]
+    check_hub_model(plan_run(composed("train", *words)))
+    ((path, revision, patterns),) = asked
+    assert (path, revision) == ("somebody/model", "abc")
+    assert "*.json" in patterns
+    assert not any("safetensors" in pattern for pattern in patterns)
+    build._task.cache_clear()
+    plan = plan_run(composed("train", *words, "task.max_prompt_length=3", "task.max_test_prompt_length=3"))
+    with pytest.raises(ConfigError, match=r"^task\.max_test_prompt_length: .* more than 3\. Try: "):
+        check_hub_model(plan)
