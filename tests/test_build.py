@@ -84,3 +84,17 @@ def test_a_hub_model_is_asked_for_its_tokenizer_before_its_weights(tmp_path, mon
     plan = plan_run(composed("train", *words, "task.max_prompt_length=3", "task.max_test_prompt_length=3"))
     with pytest.raises(ConfigError, match=r"^task\.max_test_prompt_length: .* more than 3\. Try: "):
         check_hub_model(plan)
+
+
+def test_demonstrations_to_validate_on_are_not_trained_on(tmp_path):
+    file = tmp_path / "traces.jsonl"
+    pairs = [{"question": f"What is {n}+1?", "completion": f"<answer>{n + 1}</answer>"} for n in range(300)]
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    task = plan_run(composed("train", f"task.demonstration_data={file}")).task
+    train, held = task.demonstrations(None, 0), task.validation_demonstrations()
+    assert (len(train), len(held)) == (297, 3)
+    assert {row["question"] for row in (*train, *held)} == {pair["question"] for pair in pairs}
+
+    own = plan_run(composed("train", "task.val_rows=5")).task
+    assert [row["question"] for row in own.validation_demonstrations()] == [row["question"] for row in own.rows("val")]
+    assert all(row["completion"].endswith("</answer>") for row in own.validation_demonstrations())

@@ -205,7 +205,7 @@ def _stage(config: DictConfig, key: str, name: str, world_size: int) -> StagePar
 
 
 def _check_stage(config: DictConfig, key: str, stage: StageParts, world_size: int) -> None:
-    given = {"layout"} if not isinstance(stage.data, Prompts) else {"decode"}
+    given = {"layout", "validation_rows"} if not isinstance(stage.data, Prompts) else {"decode"}
     check_module(f"{key}.module", stage.module, {"policy", "optimizer", "lr_schedule", "num_updates", "seed", *given})
     arguments = stage.module.keywords  # type: ignore[attr-defined]
     for name, kind in KINDS.items():
@@ -351,7 +351,9 @@ def make_stage(
 def _module_extras(plan: Plan, parts: StageParts, policy: Policy, tokenizer: Any) -> dict[str, Any]:
     if isinstance(parts.data, Prompts):
         return {"decode": partial(judged_text, plan.task, tokenizer, policy.eos_token_id)}
-    return {"layout": parts.data.layout}
+    looks = parts.validate_every is not None and isinstance(parts.data, Demonstrations)
+    rows = parts.data.validation_rows(plan.task, tokenizer) if looks else ()
+    return {"layout": parts.data.layout, "validation_rows": rows}
 
 
 def decode(tokenizer: Any, eos_token_id: int, ids: torch.Tensor) -> str:

@@ -324,7 +324,7 @@ def make_trainer(
     if parts.validate_every is not None and plan.task.val_rows:
         measure = TaskEvaluator(plan, tokenizer, folder.parent.parent, flag).validation
         best = folder / "best" if parts.select == "best_val" else None
-        callbacks.append(Validate(measure, best, parts.validate_every))
+        callbacks.append(Validate(measure, best, parts.validate_every, plan.config.evaluation.batch_size))
     if watch.save is not None:
         callbacks.append(build(plan.config, "callbacks.save")(folder=folder / "checkpoints"))
     if watch.samples is not None:

@@ -107,6 +107,7 @@ def test_scalars_have_their_fixed_names(run):
     assert names <= scalars.keys(), names - scalars.keys()
     assert {name for name in scalars if name.startswith("rollout/reward/")}
     assert [step for step, _ in scalars["train/loss"]] == [0, 1]
+    assert {"val/accuracy", "val/loss"} <= read_scalars(run[0] / "logs" / "sft").keys()
 
 
 def test_a_finished_run_is_not_run_again(run, capsys):
@@ -282,9 +283,24 @@ def test_the_8b_path_on_a_small_folder(llada_folder, tmp_path, monkeypatch, caps
     whole, base = load_network(str(tmp_path / "whole")), load_network(str(llada_folder))
     moved = {name for name, p in whole.named_parameters() if not torch.equal(p, base.get_parameter(name))}
     assert {name.split(".")[-2] for name in moved} <= {"q_proj", "k_proj", "v_proj", "up_proj"}
-    assert evaluate(["model=llada_8b", "model.path=whole", *task, *canvas, "recipe=grpo"]) == 0
+    task.remove("task.demonstration_data=task")  # what is only evaluated asks no hub for the paper's demonstrations
+    assert evaluate(["model=llada_8b", "model.path=whole", *task, *canvas]) == 0
     (entry,) = results_of(capsys.readouterr().out)["evaluations"]
     assert entry["n"] == 4
+
+
+def test_a_reference_that_moves_beside_an_adapter(tmp_path, monkeypatch, capsys):
+    """It is kept, synchronised and let go: the stage hands over its one adapter."""
+    monkeypatch.chdir(tmp_path)
+    lora = "stages.grpo.lora={targets:all_linear,rank:2,alpha:4,dropout:0.0}"
+    moving = ["loss.beta=0.04", "stages.grpo.module.reference_sync_every=2", "stages.grpo.max_updates=5", lora]
+    fast = ["recipe=grpo", "task=sudoku", "debug=fast", "report=false", "evaluation.base=false", "run_dir=run"]
+    assert train([*SMALL, *fast, *moving]) == 0
+    check_entry(results_of(capsys.readouterr().out)["evaluations"][-1])
+    kl = dict(read_scalars(tmp_path / "run" / "logs" / "grpo")["train/kl"])
+    assert kl[2] == 0.0 < kl[3]  # at the second rollout, and once the policy has left it
+    assert not [file for file in (tmp_path / "run" / "model").rglob("*") if "reference" in file.name]
+    assert targets_of(tmp_path / "run" / "model")
 
 
 def targets_of(adapter: Path) -> set[str]:

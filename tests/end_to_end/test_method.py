@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from d1lit.data import CompletionRows, EncodedRow, canvas_layout
+from d1lit.data import CompletionRows, EncodedRow, canvas_layout, completion_batch
 from d1lit.draws import CounterDraws
 from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.losses import MaskedCrossEntropy
 from d1lit.losses.clipped import ClippedPolicyLoss
 from d1lit.losses.supervised import token_mean as supervised_token_mean
 from d1lit.losses.terms import k3, token_mean
-from d1lit.masking import BernoulliMask, UniformTimes
+from d1lit.masking import BernoulliMask, GridTimes, UniformTimes
 from d1lit.models import LoraSettings, add_lora
 from d1lit.modules import DiffuGRPO, MaskedSFT
 from d1lit.modules.optimizing import constant
@@ -204,6 +204,33 @@ def test_the_cut_into_micro_batches_does_not_change_sft():
     assert moved > 1e-3
     for num_micro in (2, 4):
         assert largest_shift(whole, fit_sft(sft_module(small_policy(torch.float64), 3), num_micro)) < 1e-11 * moved
+
+
+def test_the_validation_loss_is_the_weighted_loss_over_a_fixed_grid_of_times():
+    """Written out; whatever the batches, the global generators and dropout; and none of it without such rows."""
+    settings = LoraSettings(targets="all_linear", rank=2, alpha=4, dropout=0.5)
+    module = sft_module(add_lora(small_policy(torch.float64), settings, 0).train(), 3)
+    assert module.validation_loss(4) is None
+    module.validation_times = GridTimes(low=1e-3)
+    module.validation_rows = [
+        EncodedRow(row.prompt_ids, row.example, [n % 20] * (n % 5 + 1)) for n, row in enumerate(prompt_rows(6))
+    ]
+    module.layout = partial(canvas_layout, completion_length=8)
+    found = [module.validation_loss(size) for size in (1, 4, 6, 6)]
+    assert max(found) - min(found) < 1e-12 * abs(found[0])
+    assert found[2] == found[3]
+    assert module.policy.training
+    batch = completion_batch(module.validation_rows, slice(0, 6), 0, module.layout, EOS, EOS)
+    module.policy.eval()
+    total = 0.0
+    for n, t in enumerate(1e-3 + 0.999 * torch.linspace(0, 1, 6)):
+        is_masked = module.mask(CounterDraws(0, step=-1), torch.tensor([n]), t[None], batch.is_target[n : n + 1])[0]
+        noised = torch.where(is_masked, module.policy.mask_token_id, batch.ids[n])
+        attention = None if batch.attention is None else batch.attention[n : n + 1]
+        logits = module.policy.head(module.policy.hidden(noised[None], attention)).detach().double()
+        nll = -torch.log_softmax(logits, -1).gather(-1, batch.ids[n][:, None])[:, 0]
+        total += float((nll * is_masked).sum() / t.double())
+    assert found[0] == pytest.approx(total / int(batch.is_target.sum()), rel=1e-6)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

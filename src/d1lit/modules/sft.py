@@ -90,17 +90,23 @@ class MaskedSFT(L.LightningModule):
         }
 
     @torch.no_grad()
-    def validation_loss(self, batch_size: int) -> float:
-        """The loss on the validation demonstrations, over a fixed grid of times with fixed masks."""
-        assert self.layout is not None
-        rows = self.validation_rows
-        total = 0.0
+    def validation_loss(self, batch_size: int) -> float | None:
+        """The loss on the validation demonstrations, over a fixed grid of times with fixed masks; None without any.
+
+        Args:
+            batch_size: rows that go through the network at a time.
+        """
+        rows, layout = self.validation_rows, self.layout
+        if not rows or layout is None:
+            return None
+        was_training, total = self.policy.training, 0.0
+        self.policy.eval()
         for start in range(0, len(rows), batch_size):
             part = slice(start, min(start + batch_size, len(rows)))
-            eos, pad = self.policy.eos_token_id, self.policy.pad_token_id
-            batch = moved(completion_batch(rows, part, 0, self.layout, eos, pad), self.device)
-            loss, _ = self.masked_loss(batch, CounterDraws(0, step=-1), self.validation_times)
+            batch = completion_batch(rows, part, 0, layout, self.policy.eos_token_id, self.policy.pad_token_id)
+            loss, _ = self.masked_loss(moved(batch, self.device), CounterDraws(0, step=-1), self.validation_times)
             total += float(loss)
+        self.policy.train(was_training)
         return total
 
     # -------------------------------------------------------------------------------------------------- Lightning hooks

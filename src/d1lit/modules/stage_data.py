@@ -48,6 +48,14 @@ class Demonstrations:
         kept = encoded_demonstrations(found, task, template, tokenizer, self.layout, self.overlong)
         return StageRows(kept, len(found))
 
+    def validation_rows(self, task: Task, tokenizer: Any) -> Sequence[EncodedRow]:
+        """Demonstrations that are not trained on; none where none fits."""
+        found, template = task.validation_demonstrations(), task.demonstration_template
+        try:
+            return encoded_demonstrations(found, task, template, tokenizer, self.layout, "drop") if found else ()
+        except ValueError:
+            return ()
+
 
 @dataclass(frozen=True)
 class Corpus:

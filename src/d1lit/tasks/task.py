@@ -206,7 +206,7 @@ class Task:
             ValueError: where the data is at fault or has no worked answers.
         """
         if self.demonstration_data != OWN_ROWS:
-            return _sample(self._outside_demonstrations(), count, seed)
+            return _sample(self._outside_demonstrations[0], count, seed)
         if self.train_data == BUILTIN:
             count = self.num_builtin["train"] if count is None else count
             rows = self.source.traces("demonstrations", count, seed, self._splits.forbidden)
@@ -220,15 +220,29 @@ class Task:
             )
         return _sample(found, count, seed)
 
-    def _outside_demonstrations(self) -> list[dict[str, Any]]:
-        """Demonstrations from data, without those whose question is one of test's (white space aside)."""
+    def validation_demonstrations(self) -> list[dict[str, Any]]:
+        """Rows with a `completion` that no stage trains on: worked validation rows, or those cut from outside data."""
+        if self.demonstration_data != OWN_ROWS:
+            return self._outside_demonstrations[1]
+        worked = ((row, self.source.worked(row, self.short_traces)) for row in self.rows("val"))
+        return [{**row, "completion": completion} for row, completion in worked if completion is not None]
+
+    @cached_property
+    def _outside_demonstrations(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Demonstrations from data, without those whose question is in test (white space aside); and held-out ones.
+
+        One in a hundred is held out, as in d1 (SFT/sft_train.py); there by a shuffle, here by a hash of the question.
+        """
         key = "task.demonstration_data"
         found = read_demonstrations(self.demonstration_data, key, self.demonstration_columns)
         test = {"".join(row["question"].split()) for row in self.rows("test")}
         kept = [row for row in found if "".join(row["question"].split()) not in test]
         if not kept:
             raise ValueError(f"{key}: every row of {self.demonstration_data} is in test. Try: other data")
-        return kept
+        questions = sorted({row["question"] for row in kept}, key=self._rank)
+        held = set(questions[: len(questions) // 100])
+        train = [row for row in kept if row["question"] not in held]
+        return train, [row for row in kept if row["question"] in held]
 
     @cached_property
     def _test(self) -> tuple[list[dict[str, Any]], int]:
