@@ -51,6 +51,8 @@ def shown(interval: Interval) -> str:
 ARMS = (("base", "sft", "base"), ("sft", "sft", "sft"), ("sft_more", "sft_more", "sft_more"), ("grpo", "grpo", "grpo"),
         ("grpo_shuffled", "grpo_shuffled", "grpo"), ("d1", "d1", "grpo"))  # fmt: skip
 """Column, recipe, stage."""
+SAMPLED = (("base", "sft", "base"), ("sft", "sft", "sft"), ("grpo", "grpo", "grpo"), ("d1", "d1", "grpo"))
+"""Of these pass@k is shown: base before grpo, sft before d1's own GRPO stage."""
 
 
 def main(folder: Path) -> None:
@@ -82,14 +84,14 @@ def main(folder: Path) -> None:
         ]
         print(f"| {seed} | " + " | ".join(shown(difference(*pair)) for pair in pairs) + " |")
     print("\nWhole puzzles solved (greedy), and pass@k of 16 samples at temperature 1, per cent\n")
-    print("| seed | base | sft | d1 | pass@1 sft | pass@16 sft | pass@1 d1 | pass@16 d1 |")
-    print("|---|---|---|---|---|---|---|---|")
+    names = [name for name, _, _ in SAMPLED]
+    passed = [f"pass@{k} {name}" for name in names for k in ("1", "16")]
+    print("| seed | " + " | ".join([*names, *passed]) + " |")
+    print("|---" * (3 * len(SAMPLED) + 1) + "|")
     for seed in seeds:
-        solved = [
-            100 * next(e["accuracy"] for e in run["evaluations"] if e["stage"] == stage)
-            for run, stage in ((runs["sft"][seed], "base"), (runs["sft"][seed], "sft"), (runs["d1"][seed], "grpo"))
-        ]
-        for run, stage in ((runs["sft"][seed], "sft"), (runs["d1"][seed], "grpo")):
+        chosen = [(runs[recipe][seed], stage) for _, recipe, stage in SAMPLED]
+        solved = [100 * next(e["accuracy"] for e in run["evaluations"] if e["stage"] == stage) for run, stage in chosen]
+        for run, stage in chosen:
             estimates = probe(run, stage, "pass_at_k")["pass_at_k"]
             solved += [100 * estimates[k]["mean"] for k in ("1", "16")]
         print(f"| {seed} | " + " | ".join(f"{value:.2f}" for value in solved) + " |")

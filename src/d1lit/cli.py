@@ -83,7 +83,7 @@ def train(words: Sequence[str]) -> int:
         print(TRAIN_HELP.format(groups=_groups()))
         return 0
     from d1lit.validation import compose_jobs
-    from d1lit.values import check_values
+    from d1lit.values import check_places, check_values
 
     _see_user_code(words)
     try:
@@ -93,6 +93,7 @@ def train(words: Sequence[str]) -> int:
         jobs = compose_jobs("train", words)
         for config in jobs.configs:
             check_values(config)  # before the heavy imports: most mistakes are answered at once
+            check_places(config)
         from d1lit.build import plan_run, processes_to_start
         from d1lit.processes import launch
         from d1lit.running import run_training

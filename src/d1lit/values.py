@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -118,6 +119,29 @@ def check_values(config: DictConfig) -> None:
     for stage in [*(f"stages.{name}" for name in stages), *bases]:
         for key, (complaint, cure) in _STAGE.items():
             _check_value(config, f"{stage}.{key}", complaint, cure)
+
+
+_FILES = {"task.train_data": "builtin", "task.test_data": "builtin", "task.demonstration_data": "task"}
+"""Keys that may name a file, and the choice that names none."""
+
+
+def check_places(config: DictConfig) -> None:
+    """What is named as a file or a folder here is here. Reading it comes later, and says more.
+
+    Raises:
+        ConfigError: for the first that is not.
+    """
+    for key, without in _FILES.items():
+        place = str(OmegaConf.select(config, key))
+        if _is_path(place, (".jsonl", ".json", ".csv", ".parquet")) and not Path(place).expanduser().exists():
+            raise ConfigError(key, f"no file {place}", f"an existing path, a hub id owner/name, or {key}={without}")
+    place = config.model.path
+    if place is not None and _is_path(place) and not Path(place).expanduser().is_dir():
+        raise ConfigError("model.path", f"no folder {place}", "a folder that holds the model, or a hub id owner/name")
+
+
+def _is_path(place: str, suffixes: tuple[str, ...] = ()) -> bool:
+    return place.startswith(("/", ".", "~")) or place.endswith(suffixes)
 
 
 def _check_value(config: DictConfig, key: str, complaint: Complaint, cure: str) -> None:
