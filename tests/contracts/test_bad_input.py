@@ -92,6 +92,7 @@ CASES: dict[str, tuple[str, str, str]] = {
     "alarm without a bound": ("callbacks.alarms.alarms=[{_target_:d1lit.callbacks.Alarm,metric:train/kl}]", "callbacks.alarms.alarms", "bound"),
     "negative warm-up": ("stages.sft.lr_schedule.warmup_updates=-1", "stages.sft.lr_schedule.warmup_updates", "0 or more"),
     "lora that fits nothing": ("stages.grpo.lora={targets:paper,rank:0,alpha:1,dropout:0.0}", "stages.grpo.lora.rank", "1"),
+    "lora on a matrix that is not there": ("stages.grpo.lora={targets:[w_proj],rank:2,alpha:4,dropout:0.0}", "stages.grpo.lora.targets", "q_proj"),
     "stage that is not there": ("recipe.stages=[sft,dpo]", "recipe.stages", "dpo"),
     # impossible pairs
     "sequence bound under a token clip": ("estimator=espo loss=clipped", "loss", "allow_unsound_pair"),

@@ -246,7 +246,6 @@ def test_the_8b_path_on_a_small_folder(llada_folder, tmp_path, monkeypatch, caps
     model = ["model=llada_8b", f"model.path={llada_folder}"]
     task = [
         "task=sudoku",
-        "task.demonstration_data=task",
         "task.num_builtin.train=64",
         "task.num_builtin.test=4",
         "task.val_rows=4",
@@ -266,7 +265,8 @@ def test_the_8b_path_on_a_small_folder(llada_folder, tmp_path, monkeypatch, caps
         "stages.grpo.validate_every=null",
         "report=false",
     ]
-    assert train(["recipe=d1", *model, *task, *canvas, *small, "run_dir=run"]) == 0
+    # Only training asks for the paper's demonstrations, which stand on the hub.
+    assert train(["recipe=d1", *model, *task, "task.demonstration_data=task", *canvas, *small, "run_dir=run"]) == 0
     results = results_of(capsys.readouterr().out)
     assert [entry["stage"] for entry in results["evaluations"]] == ["base", "sft", "grpo"]
     assert all(entry["settings"]["dtype"] == "bfloat16" for entry in results["evaluations"])
@@ -278,12 +278,25 @@ def test_the_8b_path_on_a_small_folder(llada_folder, tmp_path, monkeypatch, caps
     for key in ("n", "correct", "effective_tokens", "protocol_sha256"):
         assert entry[key] == results["evaluations"][-1][key]
 
+    # A model folder with an adapter on it, here SFT's, at two lengths; the folder may as well be a name on the hub.
+    asked = []
+    monkeypatch.setattr(
+        "d1lit.models.loading.snapshot_download", lambda path, **_: asked.append(path) or str(llada_folder)
+    )
+    for place in (f"{llada_folder}", "somebody/llada"):
+        adapter = ["model=llada_8b", f"model.path={place}", "adapter=run/stages/sft/model", "lengths=[16,24]"]
+        assert evaluate([*adapter, *task, *canvas]) == 0
+        entries = results_of(capsys.readouterr().out)["evaluations"]
+        assert [entry["completion_length"] for entry in entries] == [16, 24]
+        for key in ("n", "correct", "effective_tokens", "protocol_sha256"):
+            assert entries[0][key] == results["evaluations"][1][key]
+    assert set(asked) == {"somebody/llada"}
+
     # Merged and written in LLaDA's own layout, it is a model folder that can be evaluated in the place of the first.
     export(tmp_path / "run", tmp_path / "whole", layout="official")
     whole, base = load_network(str(tmp_path / "whole")), load_network(str(llada_folder))
     moved = {name for name, p in whole.named_parameters() if not torch.equal(p, base.get_parameter(name))}
     assert {name.split(".")[-2] for name in moved} <= {"q_proj", "k_proj", "v_proj", "up_proj"}
-    task.remove("task.demonstration_data=task")  # what is only evaluated asks no hub for the paper's demonstrations
     assert evaluate(["model=llada_8b", "model.path=whole", *task, *canvas]) == 0
     (entry,) = results_of(capsys.readouterr().out)["evaluations"]
     assert entry["n"] == 4

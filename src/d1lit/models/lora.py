@@ -17,6 +17,7 @@ from d1lit.models.head import chunked_logprobs
 from d1lit.models.transformer import MaskedDiffusionLM
 
 ADAPTER = "default"
+# Last names of the matrices in every block of our network, whatever family it stands for.
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # d1 lists all seven names, but LLaDA's official module tree calls four matrices so; the others go by attn_out, ff_proj
 # and ff_out there, and stayed untouched in the paper's runs.
@@ -36,6 +37,13 @@ class LoraSettings:
     dropout: float | int
 
     def __post_init__(self) -> None:
+        names = chosen_names(self.targets)
+        unknown = [name for name in names if name not in LINEAR_NAMES]
+        if unknown or not names:
+            raise ValueError(
+                f"lora.targets names {unknown or 'nothing'}, which match no matrix of the model's blocks. "
+                f"Try names among {list(LINEAR_NAMES)}, paper or all_linear."
+            )
         if self.rank < 1:
             raise ValueError(f"lora.rank must be at least 1, got {self.rank}. Try 8.")
         if not 0.0 <= self.dropout < 1.0:
@@ -60,31 +68,18 @@ class LoraReport:
         )
 
 
-def target_names(targets: Targets, network: nn.Module) -> tuple[str, ...]:
-    """Last names of the matrices to adapt, each of which must exist in the network.
+def chosen_names(targets: Targets) -> tuple[str, ...]:
+    """Last names of the matrices that are asked for.
 
     Raises:
-        ValueError: for a name that matches no linear module of the blocks.
+        ValueError: for a word that names no choice.
     """
-    if isinstance(targets, str):
-        presets = {"paper": PAPER_NAMES, "all_linear": LINEAR_NAMES}
-        if targets not in presets:
-            raise ValueError(f"lora.targets must be paper, all_linear or a list of names, got {targets!r}. Try paper.")
-        names = presets[targets]
-    else:
-        names = tuple(targets)
-    present = {
-        path.rsplit(".", 1)[-1]
-        for path, module in network.named_modules()
-        if ".layers." in f".{path}" and isinstance(module, nn.Linear)
-    }
-    unmatched = [name for name in names if name not in present]
-    if unmatched or not names:
-        raise ValueError(
-            f"lora.targets names {unmatched or 'nothing'}, which match no matrix of the model's blocks. "
-            f"Try names among {sorted(present)}, paper or all_linear."
-        )
-    return names
+    if not isinstance(targets, str):
+        return tuple(targets)
+    presets = {"paper": PAPER_NAMES, "all_linear": LINEAR_NAMES}
+    if targets not in presets:
+        raise ValueError(f"lora.targets must be paper, all_linear or a list of names, got {targets!r}. Try paper.")
+    return presets[targets]
 
 
 def adapt(network: MaskedDiffusionLM, settings: LoraSettings, seed: int) -> PeftModel:
@@ -95,7 +90,7 @@ def adapt(network: MaskedDiffusionLM, settings: LoraSettings, seed: int) -> Peft
         settings: rank, scale, dropout, targets.
         seed: seed of the adapter's init; the global generator is left as it was.
     """
-    names = target_names(settings.targets, network)
+    names = chosen_names(settings.targets)
     config = LoraConfig(r=settings.rank, lora_dropout=settings.dropout, target_modules=list(names), bias="none")
     config.lora_alpha = settings.alpha  # type: ignore[assignment] - annotated int, but any number scales
     with torch.random.fork_rng(devices=[]):
