@@ -351,8 +351,9 @@ def make_stage(
 def _module_extras(plan: Plan, parts: StageParts, policy: Policy, tokenizer: Any) -> dict[str, Any]:
     if isinstance(parts.data, Prompts):
         return {"decode": partial(judged_text, plan.task, tokenizer, policy.eos_token_id)}
-    looks = parts.validate_every is not None and isinstance(parts.data, Demonstrations)
-    rows = parts.data.validation_rows(plan.task, tokenizer) if looks else ()
+    rows: Sequence[EncodedRow] = ()
+    if parts.validate_every is not None and isinstance(parts.data, Demonstrations):
+        rows = parts.data.validation_rows(plan.task, tokenizer)
     return {"layout": parts.data.layout, "validation_rows": rows}
 
 
