@@ -227,7 +227,7 @@ def test_the_validation_loss_is_the_weighted_loss_over_a_fixed_grid_of_times():
         is_masked = module.mask(CounterDraws(0, step=-1), torch.tensor([n]), t[None], batch.is_target[n : n + 1])[0]
         noised = torch.where(is_masked, module.policy.mask_token_id, batch.ids[n])
         attention = None if batch.attention is None else batch.attention[n : n + 1]
-        logits = module.policy.head(module.policy.hidden(noised[None], attention)).detach().double()
+        logits = module.policy.head(module.policy.hidden(noised[None], attention))[0].detach().double()
         nll = -torch.log_softmax(logits, -1).gather(-1, batch.ids[n][:, None])[:, 0]
         total += float((nll * is_masked).sum() / t.double())
     assert found[0] == pytest.approx(total / int(batch.is_target.sum()), rel=1e-6)
