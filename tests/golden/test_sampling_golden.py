@@ -512,7 +512,7 @@ def check_remdm(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         masked, gives_back = x == mask_id, name != "mdlm"
         alpha_t, alpha_s = 1 - t, 1 - s
         if loop is not None:
-            gives_back = loop.off < t <= loop.on
+            gives_back = loop.t_off < t <= loop.t_on
             alpha_t, alpha_s = loop.alpha(t), loop.alpha_on if gives_back else loop.alpha(s)
         confidence = -tensors[f"in.conf{k}"] if name == "remdm-conf" else torch.zeros(x.shape)
         sigma = torch.as_tensor(sigma_of(alpha_t, alpha_s, confidence) if gives_back else 0.0).expand(x.shape)
@@ -529,7 +529,9 @@ def check_remdm(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
             (1 - sigma[..., None]) * shown + sigma[..., None] * nothing,
         )
         expected = tensors[f"out.q_xs{k}"]
-        if name == "mdlm" or (loop is not None and not gives_back):  # unnormalised there, and of no use where one stands
+        if name == "mdlm" or (
+            loop is not None and not gives_back
+        ):  # unnormalised there, and of no use where one stands
             expected = torch.where(masked[..., None], expected / expected.sum(-1, keepdim=True), posterior)
         torch.testing.assert_close(posterior, expected, rtol=1e-5, atol=1e-6)
         gumbel = 1e-10 - (tensors[f"rand.u{k}"].double() + 1e-10).log()
@@ -592,6 +594,7 @@ CHECKS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], None]] = {
     "dinfer_credit_fusion": check_credit,
 }
 """By the beginning of the case's name; the first that fits."""
+
 
 @pytest.mark.parametrize("case", method_cases("4_samplers"), ids=entry_id)
 def test_methods(case: dict[str, Any]) -> None:

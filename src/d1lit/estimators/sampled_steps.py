@@ -32,7 +32,7 @@ class SampledStepsEstimator:
     num_steps: int
     temperature: float
     unit: ClassVar[Unit] = "token"
-    needs_trace: ClassVar[bool] = False
+    needs_trace: ClassVar[bool] = True
     needs_advantages: ClassVar[bool] = False
 
     def corrupt(self, context: Context) -> Corruption:
@@ -59,7 +59,7 @@ class EntropyStepsEstimator:
     num_steps: int
     temperature: float
     unit: ClassVar[Unit] = "token"
-    needs_trace: ClassVar[bool] = False
+    needs_trace: ClassVar[bool] = True
     needs_advantages: ClassVar[bool] = False
 
     def corrupt(self, context: Context) -> Corruption:
@@ -88,7 +88,7 @@ class SurprisalStepsEstimator:
     step_temperature: float
     min_prob: float
     unit: ClassVar[Unit] = "token"
-    needs_trace: ClassVar[bool] = False
+    needs_trace: ClassVar[bool] = True
     needs_advantages: ClassVar[bool] = False
 
     def corrupt(self, context: Context) -> Corruption:

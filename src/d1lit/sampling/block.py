@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from d1lit.models import Policy
 from d1lit.sampling.cache import RolloutCache, SpanStorage
 from d1lit.sampling.commit import CumulativeEntropyBounded, EntropyBounded
 from d1lit.sampling.confidence import NegativeEntropy
@@ -151,11 +152,16 @@ class BlockSampler:
         """`group_size` completions of each prompt, adjacent.
 
         Raises:
-            ValueError: no prompts, or a group of none.
+            ValueError: no prompts, or a group of none; or a network that a part cannot work with.
         """
         if group_size < 1 or len(prompts.row_ids) == 0:
             raise ValueError(
                 f"sampler: {len(prompts.row_ids)} prompts in groups of {group_size} make no rollout. Try: at least one."
+            )
+        if self.verifies and isinstance(policy, Policy) and policy.network.config.shift:
+            raise ValueError(
+                f"sampler.remask: {type(self.remask).__name__} needs a network that predicts a token at its own place,"
+                " not at the one before. Try: model=llada_8b, or another sampler."
             )
         most_steps = self.num_blocks * max(self.steps_per_block, self.block_length) if self.record_trace else 0
         with evaluation_mode(policy), torch.inference_mode():
@@ -235,7 +241,9 @@ class BlockSampler:
         """Which positions of the block are masked."""
         return rows.block_ids(wave.index, wave.first, self.block_length) == policy.mask_token_id
 
-    def _cells(self, policy: MaskPredictor, rows: Rows, wave: _Wave, width: int, moment: _Moment, draws: Draws) -> Cells:
+    def _cells(
+        self, policy: MaskPredictor, rows: Rows, wave: _Wave, width: int, moment: _Moment, draws: Draws
+    ) -> Cells:
         """The positions that the step predicts: the `width` leftmost masked ones of the block, or all masked ones."""
         masked, first = self._masked(policy, rows, wave), wave.first[:, None]
         if self.memory is not None and self.memory.looks_ahead:

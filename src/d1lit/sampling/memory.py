@@ -1,4 +1,4 @@
-"""Parts that carry something from one denoising step to the next: how stable a prediction is, or the credit of tokens."""
+"""Parts that carry something from one denoising step to the next: how a prediction changed, or the credit of tokens."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Remask rules: which tokens of the active block are given back after a step, to be predicted again.
 
-With one of these the commit steps in a rollout are those of the LAST time each token was fixed, and the canvases between
-can no longer be read off them (`record_trace` keeps those).
+With one of these the commit steps in a rollout are those of the LAST time each token was fixed, and the canvases
+between can no longer be read off them (`record_trace` keeps those).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class CappedThreshold:
 
 @dataclass(frozen=True)
 class Unverified:
-    """WINO's verification (arXiv 2507.18578): tokens that the network, not seeing them, finds improbable are given back.
+    """WINO's verification (arXiv 2507.18578): tokens the network finds improbable without seeing them are given back.
 
     Every forward carries a hidden copy of the block (`with_shadow`), which sees all but the token it verifies. Nothing
     is given back in a step that fixed a single token, and fewer than the step before had fixed: so a block ends.

@@ -60,22 +60,22 @@ class Loop:
     giving back.
     """
 
-    on: float
-    off: float
+    t_on: float
+    t_off: float
     alpha_on: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.off < self.on < 1 or not 0 < self.alpha_on < 1:
+        if not 0 < self.t_off < self.t_on < 1 or not 0 < self.alpha_on < 1:
             raise ValueError(
-                f"sampler.commit.loop: on {self.on}, off {self.off}, alpha_on {self.alpha_on} must satisfy "
-                "0 < off < on < 1 and 0 < alpha_on < 1. Try: on=0.55 off=0.05 alpha_on=0.9"
+                f"sampler.commit.loop: t_on {self.t_on}, t_off {self.t_off}, alpha_on {self.alpha_on} must satisfy "
+                "0 < t_off < t_on < 1 and 0 < alpha_on < 1. Try: t_on=0.55 t_off=0.05 alpha_on=0.9"
             )
 
     def alpha(self, time: float) -> float:
         """Share of tokens shown at a time."""
-        if time > self.on:
-            return (1 - time) * self.alpha_on / (1 - self.on)
-        return self.alpha_on if time > self.off else 1 - time * (1 - self.alpha_on) / self.off
+        if time > self.t_on:
+            return (1 - time) * self.alpha_on / (1 - self.t_on)
+        return self.alpha_on if time > self.t_off else 1 - time * (1 - self.alpha_on) / self.t_off
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,15 @@ class ReMDM:
     def _alphas(self, cells: Cells) -> tuple[float, float, bool]:
         """alpha at the step's time and at the next one, and whether tokens may be given back between them."""
         times = torch.linspace(1, self.eps, cells.num_steps + 1, dtype=torch.float64).tolist()
-        t, s = times[cells.step], times[cells.step + 1]
         if self.loop is None:
-            return 1 - t, 1 - s, True
-        inside = self.loop.off < t <= self.loop.on
-        return self.loop.alpha(t), self.loop.alpha_on if inside else self.loop.alpha(s), inside
+            return 1 - times[cells.step], 1 - times[cells.step + 1], True
+        inside = [self.loop.t_off < t <= self.loop.t_on for t in times]
+        # What a step has reached, not what the clock says: a loop that the grid leaves late has stood still so long.
+        reached = [
+            self.loop.alpha_on if k and inside[k - 1] else self.loop.alpha(t)
+            for k, t in enumerate(times[: cells.step + 2])
+        ]
+        return reached[-2], reached[-1], inside[cells.step]
 
     def select(self, scores: Float[Tensor, "n M"], cells: Cells) -> Bool[Tensor, "n M"]:
         """A coin for each masked position."""
