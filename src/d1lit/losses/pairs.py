@@ -84,10 +84,15 @@ def check_pair(estimator: Any, loss: Any, allow: bool = False) -> None:
     raise ValueError(f"loss: {loss_name} with {estimator_name} is refused: {loss_name} {reason}. Try: {cure}")
 
 
+_WITH_PART = {"elbo": "spg", "of_step": "drift", "order": "ordered_trace", "tokens": "ordered_trace"}
+"""An estimator whose likelihood has the part."""
+
+
 def _check_parts(estimator: Any, loss: Any) -> None:
     given = estimator.parts if isinstance(estimator, GivesParts) else frozenset()
     if isinstance(loss, NeedsParts) and not loss.needs_parts <= given:
+        missing = sorted(loss.needs_parts - given)
         raise ValueError(
             f"loss: {type(loss).__name__} with {type(estimator).__name__} is refused: the loss reads "
-            f"{', '.join(sorted(loss.needs_parts))}, which that estimator has not. Try: estimator=spg"
+            f"{', '.join(missing)}, which that estimator has not. Try: estimator={_WITH_PART.get(missing[0], '...')}"
         )
