@@ -14,6 +14,7 @@ from torch import Tensor
 
 from d1lit.draws import CounterDraws
 from d1lit.estimators import spg
+from d1lit.estimators.block_elbo import BlockELBOEstimator
 from d1lit.estimators.elbo import ELBOEstimator, MaskwiseELBOEstimator, QuadratureEstimator, gauss_legendre
 from d1lit.estimators.left_to_right import LeftToRightEstimator
 from d1lit.estimators.one_mask import ReplicateEstimator, UniGRPOEstimator
@@ -21,7 +22,9 @@ from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.estimators.paired import CoupledEstimator, ESPOEstimator, PairScoreEstimator
 from d1lit.estimators.sampled_steps import EntropyStepsEstimator, SampledStepsEstimator, SurprisalStepsEstimator
 from d1lit.estimators.step_merge import StepMergeEstimator, TraceEstimator
+from d1lit.scoring import score as score_with_network
 from d1lit.types import Context, Corruption, LogProbs, Rollout
+from tests.end_to_end.small import small_policy
 
 VOCAB, MASK, EOS = 5, 4, 3
 
@@ -113,6 +116,7 @@ ESTIMATORS: dict[str, Any] = {
     "agrpo": SampledStepsEstimator(2, temperature=0.9),
     "egspo": EntropyStepsEstimator(2, temperature=0.9),
     "drift": SurprisalStepsEstimator(2, step_temperature=1.0, min_prob=0.6),
+    "ebpo": BlockELBOEstimator(2, block_length=2, count_from_prompt=True, two_stream=False),
 }
 every = pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS.keys())
 
@@ -478,3 +482,67 @@ def test_replicates_weigh_each_mask_alike() -> None:
     sums = corruption.weight.sum(2)
     hidden = (corruption.weight > 0).any(2)
     torch.testing.assert_close(sums[hidden], torch.full_like(sums[hidden], 6 / 4))
+
+
+# ----------------------------------------------------------------------------------------------------------------- EBPO
+
+
+def test_block_bound_longhand() -> None:
+    """Levels evenly spaced over (view, block) cells, floor(t n) + 1 hidden tokens a block, each weighing n / l / K."""
+    rollout = make_rollout(pad=1)
+    context = make_context(rollout)
+    views, size = 3, 2
+    corruption = BlockELBOEstimator(views, size, count_from_prompt=False, two_stream=False).corrupt(context)
+    start = context.draws.uniform("block_time", rollout.row_ids, ())
+    for n, length in enumerate(rollout.completion_mask.sum(1).tolist()):
+        blocks = -(-length // size)
+        for k, b in itertools.product(range(views), range(blocks)):
+            here = slice(b * size, min((b + 1) * size, length))
+            tokens = here.stop - here.start
+            level = (float(start[n]) + (k * blocks + b) / (views * blocks)) % 1
+            count = min(int(level * tokens) + 1, tokens)
+            weight = corruption.weight[n, k, here]
+            assert int((weight > 0).sum()) == count
+            assert weight[weight > 0].tolist() == pytest.approx([tokens / count / views] * count)
+        assert float(corruption.weight[n, :, length:].sum()) == 0
+
+
+@torch.no_grad()
+def test_two_streams_are_a_block_diffusion() -> None:
+    """A block's log-probabilities are those given the prompt, the clean blocks before it and its own noised block."""
+    policy = small_policy()
+    g = torch.Generator().manual_seed(0)
+    prompt, completion, size = torch.randint(0, 20, (1, 3), generator=g), torch.randint(0, 20, (1, 6), generator=g), 2
+    rollout = replace(make_rollout(), **one_row(prompt, completion))
+    context = Context(rollout, torch.zeros(1), 0, 1, policy.mask_token_id, CounterDraws(0))
+    estimator = BlockELBOEstimator(2, size, count_from_prompt=False, two_stream=True)
+    corruption = estimator.corrupt(context)
+    scores = score_with_network(policy, rollout, corruption).logprobs
+    noised = corruption.noised_ids[:, 3:9]
+    for k in range(2):
+        for b in range(3):
+            ids = torch.cat([prompt, completion[:, : b * size], noised[k : k + 1, b * size : (b + 1) * size]], 1)
+            place = torch.arange(ids.shape[1])
+            block = torch.where(place < 3, -1, (place - 3) // size)  # the prompt is a block of its own
+            attention = (block[None, :] <= block[:, None])[None]
+            logprobs = torch.log_softmax(policy.head(policy.hidden(ids, attention)), -1)
+            for p in range(b * size, (b + 1) * size):
+                if corruption.weight[0, k, p] > 0:
+                    expected = logprobs[0, 3 + p, completion[0, p]]
+                    torch.testing.assert_close(scores[0, k, p], expected)
+
+
+def one_row(prompt: torch.Tensor, completion: torch.Tensor) -> dict[str, Any]:
+    blank = torch.zeros(completion.shape)
+    return {
+        "prompt_ids": prompt,
+        "prompt_mask": torch.ones_like(prompt, dtype=torch.bool),
+        "completion_ids": completion,
+        "completion_mask": torch.ones_like(completion, dtype=torch.bool),
+        "row_ids": torch.arange(1),
+        "group_size": 1,
+        "commit_step": torch.zeros_like(completion),
+        "sampled_logprobs": blank,
+        "confidence": blank,
+        "entropy": blank,
+    }

@@ -13,11 +13,19 @@ from torch import Tensor
 
 from d1lit.estimators.elbo import ELBOEstimator, MaskwiseELBOEstimator
 from d1lit.estimators.one_step import OneStepEstimator
-from d1lit.losses import ClippedPolicyLoss, MaskedCrossEntropy, SequenceClippedLoss, check_pair, terms
-from d1lit.losses.filters import OffPolicyFilter, TopEntropyLoss
-from d1lit.losses.policy_gradient import CISPOLoss, MaskwiseBoundLoss, ReinforceLoss, SoftGateLoss, StableDRLLoss
+from d1lit.losses import ClippedPolicyLoss, MaskedCrossEntropy, SequenceClippedLoss, check_pair, terms, tree
+from d1lit.losses.filters import LikelyTokenFilter, OffPolicyFilter, TopEntropyLoss
+from d1lit.losses.policy_gradient import (
+    CISPOLoss,
+    MaskwiseBoundLoss,
+    ReinforceLoss,
+    SoftGateLoss,
+    StableDRLLoss,
+    VESPOLoss,
+    gamma_kernel,
+)
 from d1lit.losses.supervised import batch_mean, sequence_mean, token_mean
-from d1lit.losses.weighted import DMPOLoss, GDSDLoss, PreferenceLoss, WD1Loss, mean_centering
+from d1lit.losses.weighted import DDOLoss, DMPOLoss, GDSDLoss, PreferenceLoss, WD1Loss, mean_centering
 from d1lit.types import LogProbs, LossInputs
 
 N, C, GROUP = 12, 7, 4
@@ -41,6 +49,7 @@ TOKEN_LOSSES: dict[str, Any] = {
     "reinforce": ReinforceLoss(terms.sequence_sum),
     "wd1": WD1Loss(1.0, positive_only=False),
     "off_policy_filter": OffPolicyFilter(clipped(), 0.05),
+    "vespo": VESPOLoss(2.0, 3.0, 3.0, 2.0, terms.token_mean),
 }
 SEQUENCE_LOSSES: dict[str, Any] = {
     "espo": SequenceClippedLoss(0.2, 0.2, 3e-3, terms.k2, terms.canvas_length),
@@ -48,6 +57,7 @@ SEQUENCE_LOSSES: dict[str, Any] = {
     "stable_drl": StableDRLLoss(5.0),
     "bgpo": MaskwiseBoundLoss(0.2, 0.2, terms.sequence_mean),
     "dmpo": DMPOLoss(0.5, 0.5, partial(mean_centering, strength=1.0), terms.canvas_length),
+    "ddo": DDOLoss(0.5, 0.5, beta=0.3, fake_weight=1.0),
     "gdsd": GDSDLoss(0.1, 1.0, 1e-3, terms.k2, terms.canvas_length),
 }
 LOSSES = TOKEN_LOSSES | SEQUENCE_LOSSES
@@ -410,3 +420,93 @@ def test_other_impossible_pairs_are_refused_too() -> None:
 def test_impossible_values_are_refused_by_name(build: Any, key: str) -> None:
     with pytest.raises(ValueError, match=rf"^loss\.{key}: .* Try: "):
         build()
+
+
+# ------------------------------------------------------------------------------------------- Drift, VESPO, DDO, the tree
+
+
+def view_inputs(views: int = 3) -> tuple[LossInputs, Tensor]:
+    """Units in the order (view, token), with the views' own tokens named."""
+    inputs, _ = make_inputs()
+    g = torch.Generator().manual_seed(4)
+    leaf = (-2 * torch.rand(N, views * C, generator=g)).requires_grad_()
+    weight = (torch.rand(N, views, C, generator=g) < 0.6) & inputs.completion_mask[:, None]
+    weight[0, 0] = False  # a view that scores nothing
+    own = (torch.rand(N, views, C, generator=g) < 0.3) & weight
+    old = leaf.detach() + 0.2 * torch.randn(leaf.shape, generator=g)
+    units = weight.float().flatten(1)
+    logprobs = LogProbs(leaf, units, {"of_step": own.float().flatten(1)})
+    return replace(inputs, logprobs=logprobs, old=LogProbs(old, units), ref=None), leaf
+
+
+def test_drift_longhand() -> None:
+    inputs, leaf = view_inputs()
+    loss, _ = LikelyTokenFilter(clipped(terms.view_mean, beta=0.0), 0.3)(inputs)
+    total, own = 0.0, inputs.logprobs.parts["of_step"]
+    assert inputs.old is not None
+    for n in range(N):
+        for k in range(3):
+            values = []
+            for p in range(k * C, (k + 1) * C):
+                kept = float(inputs.old.value[n, p]) > math.log(0.3) or own[n, p] > 0
+                if inputs.logprobs.weight[n, p] > 0 and kept:
+                    ratio, a = math.exp(float(leaf[n, p] - inputs.old.value[n, p])), float(inputs.advantages[n])
+                    values.append(-min(ratio * a, min(max(ratio, 0.8), 1.28) * a))
+            total += sum(values) / max(len(values), 1)
+    assert float(loss) == pytest.approx(total / (3 * N), rel=1e-5)
+    one, _ = make_inputs()  # one view: the mean over sequences
+    torch.testing.assert_close(clipped(terms.view_mean)(one)[0], clipped(terms.sequence_mean)(one)[0])
+
+
+def test_drift_reinforce_longhand() -> None:
+    inputs, leaf = view_inputs()
+    loss, _ = ReinforceLoss(terms.micro_batch_view_token_mean)(inputs)
+    expected = []
+    for k in range(3):
+        here = slice(k * C, (k + 1) * C)
+        weight = inputs.logprobs.weight[:, here]
+        expected.append((-inputs.advantages[:, None] * leaf[:, here] * weight).sum() / weight.sum())
+    torch.testing.assert_close(loss, torch.stack(expected).mean())
+
+
+def test_gamma_kernel_is_one_at_one_and_largest_at_shape_over_rate() -> None:
+    w = torch.linspace(0.01, 4, 4001, dtype=torch.float64)
+    for shape, rate in ((2.0, 3.0), (3.0, 2.0)):
+        phi = gamma_kernel(w.log(), shape, rate)
+        assert float(gamma_kernel(torch.zeros(1), shape, rate)) == 1.0
+        assert float(w[phi.argmax()]) == pytest.approx(shape / rate, abs=2e-3)
+
+
+def test_ddo_at_the_old_policy_has_the_gradient_of_its_weights() -> None:
+    """At d = 0: -beta/2 (w - fake_weight) for each log p."""
+    inputs, leaf = make_inputs(sequence=True)
+    inputs = replace(inputs, old=replace(inputs.logprobs, value=leaf.detach()))
+    loss = DDOLoss(0.0, 1.0, beta=0.6, fake_weight=0.25)
+    weight = torch.softmax(inputs.rewards.view(-1, GROUP), 1).flatten()
+    torch.testing.assert_close(_gradient(loss(inputs)[0], leaf)[:, 0], -0.3 * (weight - 0.25) / N)
+
+
+def test_sibling_distillation_longhand() -> None:
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, C, 5, generator=g).requires_grad_()
+    tokens = torch.randint(0, 5, (2 * GROUP, C), generator=g)
+    active = torch.rand(2 * GROUP, C, generator=g) < 0.5
+    advantages = torch.randn(2 * GROUP, generator=g)
+    advantages[GROUP:] = -advantages[GROUP:].abs()  # a parent without a better child teaches nothing
+    logprobs = torch.log_softmax(logits, -1)
+    own = logprobs.repeat_interleave(GROUP, 0).gather(2, tokens[..., None])[..., 0]
+    got = tree.sibling_distillation(own, tokens, active, advantages, GROUP, temperature=0.7)
+    terms_, count = 0.0, 0
+    better = [i for i in range(GROUP) if advantages[i] > 0]
+    share = torch.softmax(advantages[better] / 0.7, 0)
+    for p in range(C):
+        q = torch.zeros(5)
+        for weight, child in zip(share.tolist(), better, strict=True):
+            if active[child, p]:
+                q[tokens[child, p]] += weight
+        if q.sum() > 0:
+            q, count = q / q.sum(), count + 1
+            terms_ = terms_ + (q[q > 0] * (q[q > 0].log() - logprobs[0, p][q > 0])).sum()
+    torch.testing.assert_close(got, terms_ / count)
+    assert tree.distillation_weight(1.0, 3e-3, 2.0) == pytest.approx(3e-3)
+    assert tree.distillation_temperature(0.0, 2.0, 0.7) == 2.0

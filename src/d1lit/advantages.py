@@ -100,6 +100,18 @@ def whiten(advantages: Rows, eps: float = 1e-4) -> Rows:
     return (advantages - advantages.mean()) / (advantages.std() + eps)
 
 
+def token_whitened(advantages: Rows, completion_mask: Bool[Tensor, "N C"], eps: float = 1e-8) -> Float[Tensor, "N C"]:
+    """A rollout's advantage on each of its tokens, whitened over those of the batch (REINFORCE++, arXiv 2501.03262).
+
+    So long completions weigh more in mean and spread. With `group_mean` it is verl's "reinforce++ baseline".
+    """
+    weight = completion_mask.to(advantages.dtype)
+    tokens, count = advantages[:, None] * weight, weight.sum()
+    mean = tokens.sum() / count
+    variance = (((tokens - mean) ** 2) * weight).sum() / (count - 1).clamp(min=1)
+    return (tokens - mean) * torch.rsqrt(variance + eps) * weight
+
+
 def has_spread(rewards: RewardBatch, group_size: int, tolerance: float = 1e-6) -> Bool[Tensor, " B"]:
     """Which groups can teach anything: those whose rewards differ (dynamic sampling of DAPO, arXiv 2503.14476)."""
     value, counts = _grouped(rewards, group_size)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
@@ -18,27 +19,36 @@ from d1lit.models.policy import Policy
 from d1lit.models.transformer import MaskedDiffusionLM
 from d1lit.sampling import (
     BlockSampler,
+    CappedThreshold,
+    CreditFusion,
     CumulativeEntropyBounded,
     DreamSchedule,
     DualCache,
     EntropyBounded,
     EvenSchedule,
+    Everything,
     Factor,
     FixedQuota,
     Gumbel,
     Hierarchical,
     InverseCDF,
+    LowestConfidence,
     Margin,
+    Negated,
     NegativeEntropy,
     PlackettLuce,
+    PredictionChange,
     PrefixCache,
     RandomReveal,
+    StableThreshold,
     Threshold,
     TokenProbability,
+    Unverified,
+    remdm,
 )
 from d1lit.sampling.commit import even_quotas
 from d1lit.sampling.filters import top_k, top_p
-from d1lit.sampling.parts import Cells, Choice, Confidence, Prediction
+from d1lit.sampling.parts import Cells, Choice, Confidence, Memory, Prediction
 from d1lit.sampling.proposal import greedy
 from d1lit.types import PromptBatch, Rollout
 from tests.golden.reading import d1_entries, d1_model_folder, d1_tensors, entry_id, method_cases, method_tensors
@@ -87,6 +97,7 @@ class StoredNetwork:
         self.shift = shift
         self.place = -1
         self.answered = 0
+        self.layouts: list[Any] = []
 
     def hidden(
         self,
@@ -100,6 +111,7 @@ class StoredNetwork:
         while not torch.equal(self.ids[self.place], ids):
             self.place += 1
         self.answered += 1
+        self.layouts.append((attention, position_ids))
         assert keep is not None
         rows = (keep - 1).clamp(min=0) if self.shift else keep
         logits = self.logits[self.place]
@@ -410,13 +422,121 @@ def check_mdpo_plain(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
 
 def check_klass_baseline(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """The quota baselines of the repository; block length 8 (see the case's meaning)."""
-    confidence = {"default": TokenProbability(), "topk_margin": Margin()}[case["settings"]["alg"]]
+    confidence = {
+        "default": TokenProbability(),
+        "topk_margin": Margin(),
+        "entropy": Negated(NegativeEntropy()),  # the LEAST certain token first, against the code's own comment
+    }[case["settings"]["alg"]]
     network = StoredNetwork(tensors)
     made = sampler(case["settings"], confidence=confidence)(
         network, prompts(tensors["in.prompt_ids"]), 1, CounterDraws(0)
     )
     assert torch.equal(sequences(made), tensors["out.sequences"])
     assert made.num_forwards == int(tensors["out.used_steps"])
+
+
+def check_rcr(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    confidence = {"low_confidence": TokenProbability(), "entropy": NegativeEntropy()}[case["settings"]["conf_alg"]]
+    network = StoredNetwork(tensors)
+    made = sampler(
+        case["settings"],
+        confidence=confidence,
+        commit=Everything(),
+        remask=LowestConfidence(EvenSchedule()),
+        record_trace=True,
+    )(network, prompts(tensors["in.prompt_ids"]), 1, CounterDraws(0))
+    assert torch.equal(made.completion_ids, tensors["out.completion"])
+    assert made.trace is not None
+    assert torch.equal(made.trace[:-1, 0], tensors["out.step_inputs"][1:])
+    assert network.answered == len(network.ids)
+
+
+def check_wino(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    settings, network = case["settings"], StoredNetwork(tensors)
+    made = sampler(
+        settings,
+        commit=CappedThreshold(settings["threshold_wino"], share=0.7, least=5, most=20),
+        remask=Unverified(settings["threshold_wino_back"]),
+    )(network, prompts(tensors["in.prompt_ids"]), 1, CounterDraws(0))
+    assert torch.equal(sequences(made), tensors["out.sequences"])
+    assert network.answered == int(tensors["out.num_calls"]) == len(network.ids)
+    for call, (attention, position_ids) in enumerate(network.layouts):
+        assert torch.equal(attention[0], tensors[f"call{call}.attention_mask"])
+        assert torch.equal(position_ids[0], tensors[f"call{call}.position_ids"])
+
+
+def check_klass(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    settings, network = case["settings"], StoredNetwork(tensors)
+    block = 8 if settings["kl_history_length"] == 2 else 4
+    made = sampler(
+        {**settings, "block_length": block},
+        commit=StableThreshold(
+            settings["conf_threshold"], settings["kl_threshold"], settings["unmask_strategy"] == "min_kl"
+        ),
+        memory=PredictionChange(settings["kl_history_length"], looks_ahead=True),
+    )(network, prompts(tensors["in.prompt_ids"]), 1, CounterDraws(0))
+    assert torch.equal(sequences(made), tensors["out.sequences"])
+    assert made.num_forwards == int(tensors["out.used_steps"]) == network.answered
+
+
+def check_credit(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    settings = case["settings"]
+    fusion = CreditFusion(settings["credit_alpha"], settings["boost_gamma"], settings["decay_beta"])
+    shape = tensors["in.logits0"].shape
+    memory = Memory(shape[1], {name: torch.zeros(*shape[:2], *tail) for name, tail in fusion.shapes(shape[2]).items()})
+    steps = sum(name.startswith("in.logits") for name in tensors)
+    assert steps == 3
+    for step in range(steps):
+        table = replace(cells(tensors[f"in.mask{step}"]), index=torch.arange(shape[0]), memory=memory)
+        fused = fusion(tensors[f"in.logits{step}"], table)
+        torch.testing.assert_close(fused, tensors[f"out.fused{step}"], rtol=1e-5, atol=1e-6)
+
+
+REMDM_SIGMA: dict[str, Any] = {
+    "forward-backward": remdm.forward_backward,
+    "remdm-conf": remdm.by_confidence,
+}
+
+
+def check_remdm(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """The posterior from reveal and remask probabilities, and the state it leads to under the stored uniforms."""
+    settings, name, mask_id = case["settings"], case["settings"]["sampler"], case["settings"]["mask_id"]
+    loop = remdm.Loop(settings["t_on"], settings["t_off"], settings["alpha_on"]) if name == "remdm-loop" else None
+    rescaled = partial(remdm.rescaled, eta=settings.get("eta", 0.0))
+    sigma_of = {"remdm-rescale": rescaled, **REMDM_SIGMA}.get(name, partial(remdm.capped, eta=settings.get("eta", 0.0)))
+    steps = sum(key.startswith("in.t") for key in tensors)
+    assert steps == 5
+    for k in range(steps):
+        t, s = float(tensors[f"in.t{k}"]), float(tensors[f"in.t{k}"] - tensors[f"in.dt{k}"])
+        x, proposal = tensors[f"in.x{k}"], tensors[f"in.p_x0_{k}"]
+        masked, gives_back = x == mask_id, name != "mdlm"
+        alpha_t, alpha_s = 1 - t, 1 - s
+        if loop is not None:
+            gives_back = loop.t_off < t <= loop.t_on
+            alpha_t, alpha_s = loop.alpha(t), loop.alpha_on if gives_back else loop.alpha(s)
+        confidence = -tensors[f"in.conf{k}"] if name == "remdm-conf" else torch.zeros(x.shape)
+        sigma = torch.as_tensor(sigma_of(alpha_t, alpha_s, confidence) if gives_back else 0.0).expand(x.shape)
+        hidden_sigma = float(sigma_of(alpha_t, alpha_s, None)) if gives_back else 0.0
+        reveal = remdm.reveal_probability(alpha_t, alpha_s, hidden_sigma)
+        nothing = torch.nn.functional.one_hot(torch.tensor(mask_id), settings["V"])
+        shown = torch.nn.functional.one_hot(x, settings["V"]).float()
+        if "nucleus_p" in settings:
+            kept = top_p(proposal.flatten(0, 1), settings["nucleus_p"], keep_crossing=False).view_as(proposal)
+            proposal = torch.where(kept, proposal, 0.0) / torch.where(kept, proposal, 0.0).sum(-1, keepdim=True)
+        posterior = torch.where(
+            masked[..., None],
+            reveal * proposal + (1 - reveal) * nothing,
+            (1 - sigma[..., None]) * shown + sigma[..., None] * nothing,
+        )
+        expected = tensors[f"out.q_xs{k}"]
+        if name == "mdlm" or (
+            loop is not None and not gives_back
+        ):  # unnormalised there, and of no use where one stands
+            expected = torch.where(masked[..., None], expected / expected.sum(-1, keepdim=True), posterior)
+        torch.testing.assert_close(posterior, expected, rtol=1e-5, atol=1e-6)
+        gumbel = 1e-10 - (tensors[f"rand.u{k}"].double() + 1e-10).log()
+        following = (posterior.double() / gumbel).argmax(-1)
+        assert torch.equal(following, tensors[f"out.x_next{k}"])
 
 
 def check_dinfer(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -466,25 +586,19 @@ CHECKS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], None]] = {
     "mdpo_sampler_plain": check_mdpo_plain,
     "klass_default": check_klass_baseline,
     "klass_topk_margin": check_klass_baseline,
+    "klass_entropy": check_klass_baseline,
+    "klass_klass": check_klass,
+    "mdpo_sampler_rcr": check_rcr,
+    "wino_": check_wino,
+    "remdm_": check_remdm,
+    "dinfer_credit_fusion": check_credit,
 }
 """By the beginning of the case's name; the first that fits."""
-
-NOT_IMPLEMENTED = {
-    "dinfer_credit_fusion": "confidence that follows credit over steps (dInfer) is not built",
-    "wino_": "WINO's shadow block is not built",
-    "remdm_": "ReMDM's remasking posterior is not built",
-    "mdpo_sampler_rcr": "MDPO's running-confidence remasking is not built",
-    "klass_klass": "KLASS's stability over steps is not built",
-    "klass_entropy": "the repository's baseline reveals the LEAST certain token first, against its own comment",
-}
 
 
 @pytest.mark.parametrize("case", method_cases("4_samplers"), ids=entry_id)
 def test_methods(case: dict[str, Any]) -> None:
     name = case["name"]
-    for beginning, reason in NOT_IMPLEMENTED.items():
-        if name.startswith(beginning):
-            pytest.skip(reason)
     check = next(check for beginning, check in CHECKS.items() if name.startswith(beginning))
     for seed in case["seeds"]:
         check(case, method_tensors(case, seed))

@@ -48,7 +48,7 @@ class OrderedTraceEstimator:
     order_temperature: float
     temperature: float
     unit: ClassVar[Unit] = "step"
-    needs_trace: ClassVar[bool] = False
+    needs_trace: ClassVar[bool] = True
     needs_advantages: ClassVar[bool] = False
 
     def corrupt(self, context: Context) -> Corruption:

@@ -32,7 +32,7 @@ class SampledStepsEstimator:
     num_steps: int
     temperature: float
     unit: ClassVar[Unit] = "token"
-    needs_trace: ClassVar[bool] = False
+    needs_trace: ClassVar[bool] = True
     needs_advantages: ClassVar[bool] = False
 
     def corrupt(self, context: Context) -> Corruption:
@@ -59,7 +59,7 @@ class EntropyStepsEstimator:
     num_steps: int
     temperature: float
     unit: ClassVar[Unit] = "token"
-    needs_trace: ClassVar[bool] = False
+    needs_trace: ClassVar[bool] = True
     needs_advantages: ClassVar[bool] = False
 
     def corrupt(self, context: Context) -> Corruption:
@@ -88,7 +88,8 @@ class SurprisalStepsEstimator:
     step_temperature: float
     min_prob: float
     unit: ClassVar[Unit] = "token"
-    needs_trace: ClassVar[bool] = False
+    parts: ClassVar[frozenset[str]] = frozenset({"of_step"})
+    needs_trace: ClassVar[bool] = True
     needs_advantages: ClassVar[bool] = False
 
     def corrupt(self, context: Context) -> Corruption:
@@ -107,5 +108,11 @@ class SurprisalStepsEstimator:
         return replace(views, weight=views.weight * (likely | (step[:, None, :] == chosen[:, :, None])))
 
     def combine(self, view_logprobs: Float[Tensor, "N K C"], corruption: Corruption, context: Context) -> LogProbs:
-        """Units in the order (step, token)."""
-        return LogProbs(value=view_logprobs.flatten(1), weight=corruption.weight.flatten(1))
+        """Units in the order (step, token); the part `of_step` is 1 for tokens committed in the unit's own step.
+
+        They are those that a view hides and no later view of the same rollout shows: the earliest still hidden.
+        """
+        hidden, step = corruption.weight > 0, context.rollout.commit_step[:, None, :]
+        first = torch.where(hidden, step, torch.iinfo(step.dtype).max).amin(2, keepdim=True)
+        own = (hidden & (step == first)).to(view_logprobs.dtype)
+        return LogProbs(view_logprobs.flatten(1), corruption.weight.flatten(1), {"of_step": own.flatten(1)})

@@ -24,7 +24,7 @@ class StepMergeEstimator:
     num_segments: int
     temperature: float
     unit: ClassVar[Unit] = "token"
-    needs_trace: ClassVar[bool] = False
+    needs_trace: ClassVar[bool] = True
     needs_advantages: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class TraceEstimator:
     shrink: int
     temperature: float
     unit: ClassVar[Unit] = "token"
-    needs_trace: ClassVar[bool] = False
+    needs_trace: ClassVar[bool] = True
     needs_advantages: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

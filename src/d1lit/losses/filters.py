@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -86,3 +87,43 @@ class OffPolicyFilter:
         keep = ~((inputs.advantages < 0) & (drift > self.threshold))
         loss, metrics = self.loss(_with_weight(inputs, keep[:, None]))
         return loss, {**metrics, "dropped_fraction": (~keep).to(drift.dtype).mean()}
+
+
+@dataclass(frozen=True)
+class LikelyTokenFilter:
+    """Another loss without the tokens that the policy finds unlikely, as Drift's code has it (arXiv 2605.25638).
+
+    A token counts where its probability is above `min_prob`, under the old policy if there is one and else the current
+    one; tokens that the estimator calls its own step's always count.
+    """
+
+    loss: Any
+    min_prob: float
+    needs_parts: ClassVar[frozenset[str]] = frozenset({"of_step"})
+
+    @property
+    def units(self) -> frozenset[str]:
+        """As the wrapped loss."""
+        return self.loss.units
+
+    @property
+    def needs_old(self) -> bool:
+        """As the wrapped loss."""
+        return self.loss.needs_old
+
+    @property
+    def needs_reference(self) -> bool:
+        """As the wrapped loss."""
+        return self.loss.needs_reference
+
+    @property
+    def needs_entropy(self) -> bool:
+        """As the wrapped loss."""
+        return self.loss.needs_entropy
+
+    def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
+        """The wrapped loss, unlikely tokens weighing 0."""
+        judge = inputs.logprobs if inputs.old is None else inputs.old
+        keep = (judge.value.detach() > math.log(self.min_prob)) | (inputs.logprobs.parts["of_step"] > 0)
+        loss, metrics = self.loss(_with_weight(inputs, keep))
+        return loss, {**metrics, "dropped_fraction": (~keep)[inputs.logprobs.weight > 0].float().mean()}

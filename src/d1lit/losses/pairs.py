@@ -1,4 +1,4 @@
-"""Which estimator and loss may be put together."""
+"""Which estimator, loss and sampler may be put together."""
 
 from __future__ import annotations
 
@@ -23,6 +23,38 @@ class NeedsParts(Protocol):
     def needs_parts(self) -> frozenset[str]:
         """Their names."""
         ...
+
+
+@runtime_checkable
+class GivesBack(Protocol):
+    """A sampler that may hide a token again."""
+
+    @property
+    def gives_back(self) -> bool:
+        """Whether it does."""
+        ...
+
+    @property
+    def remask(self) -> Any:
+        """The part that decides."""
+        ...
+
+
+def check_trajectory(estimator: Any, sampler: Any) -> None:
+    """Refuse an estimator that replays commit steps on a sampler that gives tokens back.
+
+    The steps recorded are those of the last time each token was fixed; the canvases they imply never stood before the
+    network, so the replayed likelihood is that of no trajectory.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if estimator.needs_trace and isinstance(sampler, GivesBack) and sampler.gives_back:
+        raise ValueError(
+            f"estimator: {type(estimator).__name__} with {type(sampler.remask).__name__} is refused: it replays the "
+            "rollout's commit steps, and a sampler that gives tokens back passes through other canvases. "
+            "Try: estimator=one_step or estimator=elbo, or a sampler without a remask rule"
+        )
 
 
 def check_pair(estimator: Any, loss: Any, allow: bool = False) -> None:
@@ -52,10 +84,15 @@ def check_pair(estimator: Any, loss: Any, allow: bool = False) -> None:
     raise ValueError(f"loss: {loss_name} with {estimator_name} is refused: {loss_name} {reason}. Try: {cure}")
 
 
+_WITH_PART = {"elbo": "spg", "of_step": "drift", "order": "ordered_trace", "tokens": "ordered_trace"}
+"""An estimator whose likelihood has the part."""
+
+
 def _check_parts(estimator: Any, loss: Any) -> None:
     given = estimator.parts if isinstance(estimator, GivesParts) else frozenset()
     if isinstance(loss, NeedsParts) and not loss.needs_parts <= given:
+        missing = sorted(loss.needs_parts - given)
         raise ValueError(
             f"loss: {type(loss).__name__} with {type(estimator).__name__} is refused: the loss reads "
-            f"{', '.join(sorted(loss.needs_parts))}, which that estimator has not. Try: estimator=spg"
+            f"{', '.join(missing)}, which that estimator has not. Try: estimator={_WITH_PART.get(missing[0], '...')}"
         )

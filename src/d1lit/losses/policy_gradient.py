@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from d1lit.losses.terms import Aggregation, KLEstimator, Scalar, log_ratio, per_unit, weighted_mean
+from d1lit.losses.terms import (
+    LOG_RATIO_LIMIT,
+    Aggregation,
+    KLEstimator,
+    Scalar,
+    log_ratio,
+    per_unit,
+    weighted_mean,
+)
 from d1lit.types import LossInputs, Metrics
 
 
@@ -95,6 +104,43 @@ class SoftGateLoss:
         tau = torch.where(advantages > 0, self.positive_temperature, self.negative_temperature)
         terms = -advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
         return self.aggregate(terms, weight, inputs), {"ratio_mean": weighted_mean(ratio, weight)}
+
+
+def gamma_kernel(log_ratio: Tensor, shape: float, rate: float) -> Tensor:
+    """w^shape exp(rate (1 - w)) of w = exp(log_ratio): 1 at w = 1, largest at w = shape / rate, 0 far away."""
+    return torch.exp(shape * log_ratio + rate * (1 - torch.exp(log_ratio)))
+
+
+@dataclass(frozen=True)
+class VESPOLoss:
+    """-sg(phi(w)) A log p with w the ratio of whole sequences, not normalised (VESPO, arXiv 2602.10693, as in TRL).
+
+    phi is `gamma_kernel`, with one shape and rate for A >= 0 and another for A < 0.
+    """
+
+    positive_shape: float
+    positive_rate: float
+    negative_shape: float
+    negative_rate: float
+    aggregate: Aggregation
+    units: ClassVar[frozenset[str]] = frozenset({"token", "view", "step"})
+    needs_old: ClassVar[bool] = True
+    needs_reference: ClassVar[bool] = False
+    needs_entropy: ClassVar[bool] = False
+
+    def weight(self, difference: Float[Tensor, " N"], advantages: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """phi of each rollout's summed log-ratio."""
+        bounded = difference.clamp(math.log(1e-8), LOG_RATIO_LIMIT)
+        positive = gamma_kernel(bounded, self.positive_shape, self.positive_rate)
+        return torch.where(advantages >= 0, positive, gamma_kernel(bounded, self.negative_shape, self.negative_rate))
+
+    def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
+        """This micro-batch's share of the loss, and detached metrics."""
+        counted = inputs.logprobs.weight
+        difference = (log_ratio(inputs.logprobs, inputs.old) * (counted > 0)).sum(1).detach()
+        phi = self.weight(difference, inputs.advantages)
+        terms = -(phi * inputs.advantages)[:, None] * _plain(inputs)
+        return self.aggregate(terms, counted, inputs), {"weight_mean": phi.mean(), "weight_max": phi.max()}
 
 
 def _in_groups(values: Float[Tensor, " N"], group_size: int) -> Float[Tensor, "B G"]:

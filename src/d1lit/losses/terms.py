@@ -99,6 +99,26 @@ def sequence_sum(terms: Units, weight: Units, inputs: LossInputs) -> Scalar:
     return (terms * weight).sum() / inputs.num_rollouts
 
 
+def view_mean(terms: Units, weight: Units, inputs: LossInputs) -> Scalar:
+    """Mean over the tokens of each view of a rollout, then over views and rollouts (Drift, arXiv 2605.25638).
+
+    Units in the order (view, token); a view in which nothing counts is a 0 in the mean, as in the authors' code.
+    """
+    length = inputs.completion_mask.shape[1]
+    per_view, counted = (x.view(len(x), -1, length).sum(2) for x in (terms * weight, weight))
+    return (per_view / counted.clamp(min=1e-8)).mean(1).sum() / inputs.num_rollouts
+
+
+def micro_batch_view_token_mean(terms: Units, weight: Units, inputs: LossInputs) -> Scalar:
+    """Sum over the tokens of the k-th views / their number in THIS micro-batch, averaged over k (Drift's REINFORCE).
+
+    Units in the order (view, token). Depends on how the batch was cut.
+    """
+    length, share = inputs.completion_mask.shape[1], terms.shape[0] / inputs.num_rollouts
+    per_view, counted = (x.view(len(x), -1, length).sum((0, 2)) for x in (terms * weight, weight))
+    return share * (per_view / counted.clamp(min=1e-8)).mean()
+
+
 def constant_length(terms: Units, weight: Units, inputs: LossInputs, length: int | None = None) -> Scalar:
     """Sum over units / (rollouts * a constant length) (Dr.GRPO, arXiv 2503.20783).
 

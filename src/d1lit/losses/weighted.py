@@ -65,19 +65,35 @@ def dmpo_weights(inputs: LossInputs, alpha: float, coefficient: float, sign: flo
     return softmax_in_group(coefficient * target, inputs.group_size)
 
 
-def no_centering(weight: Rows, negative: Rows, group_size: int) -> Rows:
+@dataclass(frozen=True)
+class Weights:
+    """What a centring may subtract from: DMPO's weights of a batch of rollouts."""
+
+    positive: Rows
+    negative: Rows
+    """With the reward's sign flipped."""
+    gap: Rows
+    """log p - log p_old of each rollout's bound, detached."""
+
+
+def no_centering(weights: Weights, group_size: int) -> Rows:
     """The weights as they are."""
-    return weight
+    return weights.positive
 
 
-def mean_centering(weight: Rows, negative: Rows, group_size: int, strength: float = 1.0) -> Rows:
+def mean_centering(weights: Weights, group_size: int, strength: float = 1.0) -> Rows:
     """Weights minus their mean, 1 / group size."""
-    return weight - strength / group_size
+    return weights.positive - strength / group_size
 
 
-def negative_centering(weight: Rows, negative: Rows, group_size: int, strength: float = 1.0) -> Rows:
+def negative_centering(weights: Weights, group_size: int, strength: float = 1.0) -> Rows:
     """Weights minus those with the reward's sign flipped."""
-    return weight - strength * negative
+    return weights.positive - strength * weights.negative
+
+
+def importance_centering(weights: Weights, group_size: int, strength: float = 1.0) -> Rows:
+    """Weights minus softmax over the group of log p - log p_old: rollouts of an older policy count as its own."""
+    return weights.positive - strength * softmax_in_group(weights.gap, group_size)
 
 
 @dataclass(frozen=True)
@@ -93,7 +109,8 @@ class DMPOLoss:
     alpha: float
     """Temperature of the target distribution p_ref exp(R / alpha)."""
     coefficient: float
-    center: Callable[[Rows, Rows, int], Rows]
+    center: Callable[[Weights, int], Rows]
+    """`no_centering`, `mean_centering`, `negative_centering` or `importance_centering`."""
     length: Callable[[LossInputs], Rows]
     units: ClassVar[frozenset[str]] = frozenset({"sequence"})
     needs_old: ClassVar[bool] = True
@@ -108,10 +125,52 @@ class DMPOLoss:
         """This micro-batch's share of the loss, and detached metrics."""
         weight = dmpo_weights(inputs, self.alpha, self.coefficient)
         negative = dmpo_weights(inputs, self.alpha, self.coefficient, sign=-1.0)
-        centred = self.center(weight, negative, inputs.group_size).detach()
+        centred = self.center(Weights(weight, negative, _gap(inputs).detach()), inputs.group_size).detach()
         cross_entropy = -sequence_value(inputs.logprobs) / self.length(inputs)
         loss = (centred * cross_entropy).sum() * inputs.group_size / inputs.num_rollouts
         return loss, {"weight_max": weight.max().detach()}
+
+
+def _gap(inputs: LossInputs) -> Rows:
+    """log p - log p_old of whole sequences; 0, with its gradient, where the policy itself is the old one."""
+    old = inputs.logprobs if inputs.old is None else inputs.old
+    return sequence_value(inputs.logprobs) - sequence_value(old).detach()
+
+
+@dataclass(frozen=True)
+class DDOLoss:
+    """DMPO's discriminator variant (arXiv 2510.08233): own rollouts told from the weighted ones by their log-ratio.
+
+        loss = -mean_i [ w_i log sigmoid(beta d_i) ] - fake_weight mean_i log sigmoid(-beta d_i)
+        d = log p - log p_old
+
+    Differs from the authors' code: d is a difference of two bounds; there the current bound is summed over the
+    replicate masks and the old one averaged (`replicates` gives that sum).
+    """
+
+    alpha: float
+    """Temperature of the target distribution p_ref exp(R / alpha)."""
+    coefficient: float
+    beta: float
+    fake_weight: float
+    replicates: int = 1
+    """The current bound is multiplied by it: the number of masks for the authors' code."""
+    units: ClassVar[frozenset[str]] = frozenset({"sequence"})
+    needs_old: ClassVar[bool] = True
+    needs_entropy: ClassVar[bool] = False
+
+    @property
+    def needs_reference(self) -> bool:
+        """The target distribution tilts the reference, unless alpha is 0."""
+        return self.alpha > 0
+
+    def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
+        """This micro-batch's share of the loss, and detached metrics."""
+        weight = dmpo_weights(inputs, self.alpha, self.coefficient).detach()
+        gap = _gap(inputs) + (self.replicates - 1) * sequence_value(inputs.logprobs)
+        sigmoid = torch.nn.functional.logsigmoid
+        rows = -weight * sigmoid(self.beta * gap) - self.fake_weight * sigmoid(-self.beta * gap)
+        return rows.sum() / inputs.num_rollouts, {"gap": gap.mean().detach(), "weight_max": weight.max()}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from d1lit.data import InnerUpdate
 from d1lit.draws import CounterDraws
-from d1lit.losses import check_pair
+from d1lit.losses import check_pair, check_trajectory
 from d1lit.models import Policy
 from d1lit.models.sharding import gathered
 from d1lit.modules.accounting import Meter, StageCost, UpdateMetrics, cost_metrics, machine_peak, over_ranks
@@ -113,7 +113,7 @@ class DiffuGRPO(L.LightningModule):
     def check(
         estimator: LogProbEstimator,
         loss: PolicyLoss,
-        advantage: Advantage,
+        sampler: Sampler,
         group_size: int,
         num_inner_updates: int,
         reference_sync_every: int | None = None,
@@ -126,6 +126,7 @@ class DiffuGRPO(L.LightningModule):
             ValueError: naming the key, the value and the cure.
         """
         check_pair(estimator, loss, allow=allow_unsound_pair)
+        check_trajectory(estimator, sampler)
         if num_inner_updates < 1:
             raise ValueError(f"module.num_inner_updates: {num_inner_updates} is below 1. Try: 1 or more")
         if reference_sync_every is not None and reference_sync_every < 1:

@@ -16,6 +16,7 @@ from d1lit.sampling.commit import (
 from d1lit.sampling.confidence import (
     LeftToRight,
     Margin,
+    Negated,
     NegativeEntropy,
     PlackettLuce,
     RandomOrder,
@@ -23,17 +24,23 @@ from d1lit.sampling.confidence import (
     TokenProbability,
 )
 from d1lit.sampling.filters import Filtered
+from d1lit.sampling.memory import CreditFusion, PredictionChange, StableThreshold
 from d1lit.sampling.proposal import Gumbel, InverseCDF
+from d1lit.sampling.remask import CappedThreshold, Everything, LowestConfidence, Unverified
+from d1lit.sampling.remdm import ReMDM
 from d1lit.sampling.replay import ApproximateSampler, approximation_nats, replayed_logprobs
 
 __all__ = [
     "ApproximateSampler",
     "BlockSampler",
+    "CappedThreshold",
+    "CreditFusion",
     "CumulativeEntropyBounded",
     "DreamSchedule",
     "DualCache",
     "EntropyBounded",
     "EvenSchedule",
+    "Everything",
     "Factor",
     "Filtered",
     "FixedQuota",
@@ -41,15 +48,21 @@ __all__ = [
     "Hierarchical",
     "InverseCDF",
     "LeftToRight",
+    "LowestConfidence",
     "Margin",
+    "Negated",
     "NegativeEntropy",
     "PlackettLuce",
+    "PredictionChange",
     "PrefixCache",
     "RandomOrder",
     "RandomReveal",
+    "ReMDM",
     "SampledLogProb",
+    "StableThreshold",
     "Threshold",
     "TokenProbability",
+    "Unverified",
     "approximation_nats",
     "replayed_logprobs",
 ]

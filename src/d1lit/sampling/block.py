@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from d1lit.models import Policy
 from d1lit.sampling.cache import RolloutCache, SpanStorage
 from d1lit.sampling.commit import CumulativeEntropyBounded, EntropyBounded
 from d1lit.sampling.confidence import NegativeEntropy
-from d1lit.sampling.parts import Cells, CommitRule, Confidence, Proposal
+from d1lit.sampling.memory import PredictionChange, StableThreshold
+from d1lit.sampling.parts import Cells, CommitRule, Confidence, Memory, Proposal, RemaskRule, Standing, StepMemory
 from d1lit.sampling.prediction import Canvas, View, choose, entropies, evaluation_mode, predict
+from d1lit.sampling.remask import Everything, with_shadow
 from d1lit.sampling.replay import approximation_nats
 from d1lit.sampling.rows import Rows, lay_out
 from d1lit.types import Draws, MaskPredictor, PromptBatch, Rollout
@@ -73,6 +76,10 @@ class BlockSampler:
     """A row ends once a FINISHED block holds EOS; blocks never reached are filled with EOS at commit step -1."""
     cache: RolloutCache | None = None
     """None: exact. A prefix or dual cache is faster and approximate."""
+    remask: RemaskRule | None = None
+    """None: a token that is fixed stays."""
+    memory: StepMemory | None = None
+    """None: a step knows nothing of the predictions before it."""
     record_trace: bool = False
     rows_per_forward: int | None = None
     """Most rows in one network call (a guided row counts twice); None: all of them."""
@@ -94,12 +101,32 @@ class BlockSampler:
                 f"sampler.rows_per_forward: {self.rows_per_forward} leaves no room for a row"
                 " (a guided one counts twice). Try: 2 or more."
             )
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        """Refuse parts that do not fit each other."""
         bounded = isinstance(self.commit, EntropyBounded | CumulativeEntropyBounded)
         if bounded and not isinstance(self.confidence, NegativeEntropy):
             raise ValueError(
                 f"sampler.confidence: {type(self.confidence).__name__} is no entropy, which"
                 f" {type(self.commit).__name__} bounds. Try: NegativeEntropy."
             )
+        if isinstance(self.commit, StableThreshold) != isinstance(self.memory, PredictionChange):
+            raise ValueError("sampler.memory: StableThreshold reads what PredictionChange keeps. Try: both or neither.")
+        if self.remask is not None and self.commit.quotas(self.block_length, self.steps_per_block) is not None:
+            raise ValueError(
+                f"sampler.remask: {type(self.commit).__name__} fixes so many tokens whatever is given back. "
+                "Try: the commit rule of the same paper, or a threshold."
+            )
+        if isinstance(self.commit, Everything) and self.remask is None:
+            raise ValueError("sampler.remask: Everything fixes all at once without one. Try: LowestConfidence.")
+        if self.verifies and (self.guidance or self.cache is not None):
+            raise ValueError(
+                f"sampler.remask: {type(self.remask).__name__} lays a hidden copy of the block behind the canvas, which"
+                " guidance and caches do not know. Try: guidance=0 and no cache."
+            )
+        if self.cache is not None and self.memory is not None and self.memory.looks_ahead:
+            raise ValueError("sampler.cache: a memory that looks beyond the block needs all of it. Try: no cache.")
 
     @property
     def num_blocks(self) -> int:
@@ -111,15 +138,30 @@ class BlockSampler:
         """Denoising steps planned for each block; a rule that decides from the predictions may take others."""
         return max(1, self.num_steps // self.num_blocks)
 
+    @property
+    def verifies(self) -> bool:
+        """True where every forward carries a hidden copy of the block."""
+        return self.remask is not None and self.remask.verifies
+
+    @property
+    def gives_back(self) -> bool:
+        """True where a token may be given back: then no commit step tells what the network saw."""
+        return self.remask is not None
+
     def __call__(self, policy: MaskPredictor, prompts: PromptBatch, group_size: int, draws: Draws) -> Rollout:
         """`group_size` completions of each prompt, adjacent.
 
         Raises:
-            ValueError: no prompts, or a group of none.
+            ValueError: no prompts, or a group of none; or a network that a part cannot work with.
         """
         if group_size < 1 or len(prompts.row_ids) == 0:
             raise ValueError(
                 f"sampler: {len(prompts.row_ids)} prompts in groups of {group_size} make no rollout. Try: at least one."
+            )
+        if self.verifies and isinstance(policy, Policy) and policy.network.config.shift:
+            raise ValueError(
+                f"sampler.remask: {type(self.remask).__name__} needs a network that predicts a token at its own place,"
+                " not at the one before. Try: model=llada_8b, or another sampler."
             )
         most_steps = self.num_blocks * max(self.steps_per_block, self.block_length) if self.record_trace else 0
         with evaluation_mode(policy), torch.inference_mode():
@@ -166,6 +208,8 @@ class BlockSampler:
 
     def _fill_block(self, policy: MaskPredictor, rows: Rows, wave: _Wave, draws: Draws) -> None:
         """All denoising steps of one block of each row."""
+        if rows.memory is not None and rows.memory.width == self.block_length:
+            rows.memory.forget(wave.index)
         quotas = self.commit.quotas(self.block_length, self.steps_per_block)
         computed = 0
         if quotas is not None:
@@ -179,31 +223,61 @@ class BlockSampler:
                 left -= quota
             return
         while True:
-            masked = rows.block_ids(wave.index, wave.first, self.block_length) == policy.mask_token_id
-            counts = masked.sum(1).tolist()
-            if not any(counts):
+            counts = self._masked(policy, rows, wave).sum(1).tolist()
+            goes_on = self.remask is not None and self.remask.runs_all_steps and computed < self.steps_per_block
+            if not any(counts) and not goes_on:
                 return
-            if not all(counts):
+            if not all(counts) and not goes_on:
                 wave = wave.select([place for place, count in enumerate(counts) if count], self.guidance > 0)
-            self._step(policy, rows, wave, max(counts), _Moment(computed, None, computed == 0), draws)
+            moment, verified = _Moment(computed, None, computed == 0), None
+            if any(counts):
+                verified = self._step(policy, rows, wave, max(counts), moment, draws)
+            if self.remask is not None:
+                self._give_back(self.remask, policy.mask_token_id, rows, wave, moment, verified, draws)
             rows.close_step(wave.index)
             computed += 1
 
-    def _step(self, policy: MaskPredictor, rows: Rows, wave: _Wave, width: int, moment: _Moment, draws: Draws) -> None:
-        """One forward: predictions at the `width` leftmost masked positions of the block, some of them fixed."""
-        masked = rows.block_ids(wave.index, wave.first, self.block_length) == policy.mask_token_id
+    def _masked(self, policy: MaskPredictor, rows: Rows, wave: _Wave) -> Bool[Tensor, "n block"]:
+        """Which positions of the block are masked."""
+        return rows.block_ids(wave.index, wave.first, self.block_length) == policy.mask_token_id
+
+    def _cells(
+        self, policy: MaskPredictor, rows: Rows, wave: _Wave, width: int, moment: _Moment, draws: Draws
+    ) -> Cells:
+        """The positions that the step predicts: the `width` leftmost masked ones of the block, or all masked ones."""
+        masked, first = self._masked(policy, rows, wave), wave.first[:, None]
+        if self.memory is not None and self.memory.looks_ahead:
+            first = torch.zeros_like(first)
+            masked = rows.block_ids(wave.index, first[:, 0], self.completion_length) == policy.mask_token_id
+            width = int(masked.sum(1).max())
         inside = masked.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :width]
-        cells = Cells(
+        positions = first + inside
+        return Cells(
             row_ids=rows.row_ids[wave.index],
-            positions=wave.first[:, None] + inside,
-            candidates=masked.gather(1, inside),
+            positions=positions,
+            candidates=masked.gather(1, inside) & (positions < wave.first[:, None] + self.block_length),
             completion_length=self.completion_length,
             step=moment.step,
             num_steps=self.steps_per_block,
             quota=moment.quota,
             draws=draws,
+            block_length=self.block_length,
+            index=wave.index,
         )
-        logits = self._predict(policy, rows, wave, cells, moment.fresh)
+
+    def _step(
+        self, policy: MaskPredictor, rows: Rows, wave: _Wave, width: int, moment: _Moment, draws: Draws
+    ) -> Float[Tensor, "n block"] | None:
+        """One forward: predictions at the `width` leftmost masked positions of the block, some of them fixed.
+
+        Returns:
+            The probabilities that a remask rule verifies the block by, where it asks for them.
+        """
+        cells = self._cells(policy, rows, wave, width, moment, draws)
+        logits, verified = self._predict(policy, rows, wave, cells, moment.fresh)
+        if self.memory is not None:
+            cells = replace(cells, memory=self._remembered(rows, logits))
+            logits = self.memory(logits, cells)
         choice, scores = choose(logits, cells, policy.mask_token_id, self.temperature, self.proposal, self.confidence)
         scores = scores.masked_fill(~cells.candidates, -torch.inf)
         selected = self.commit.select(scores, cells)
@@ -213,22 +287,74 @@ class BlockSampler:
         else:
             columns = selected.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, : moment.quota]
             places = (torch.arange(len(wave.index), device=columns.device)[:, None] * width + columns).flatten()
+        width = cells.positions.shape[1]
         who, where = wave.index[places // width], cells.positions.flatten()[places]
         rows.ids[who, rows.prompt_length + where] = choice.tokens[places].to(rows.ids.dtype)
         rows.commit_step[who, where] = rows.steps_taken[who]
         rows.sampled_logprobs[who, where] = choice.logprobs[places].float()
         rows.confidence[who, where] = scores.flatten()[places].float()
         rows.entropy[who, where] = entropies(logits.flatten(0, 1), places).float()
+        return verified
+
+    def _remembered(self, rows: Rows, logits: Float[Tensor, "n M V"]) -> Memory:
+        """The memory of this call, empty at first."""
+        assert self.memory is not None
+        if rows.memory is None:
+            width = self.completion_length if self.memory.looks_ahead else self.block_length
+            shapes = self.memory.shapes(logits.shape[-1])
+            rows.memory = Memory(
+                width, {name: logits.new_zeros(len(rows.ids), width, *shape) for name, shape in shapes.items()}
+            )
+        return rows.memory
+
+    def _give_back(
+        self,
+        rule: RemaskRule,
+        mask_token_id: int,
+        rows: Rows,
+        wave: _Wave,
+        moment: _Moment,
+        verified: Float[Tensor, "n block"] | None,
+        draws: Draws,
+    ) -> None:
+        """Hide again what the remask rule does not keep of the block."""
+        places = wave.first[:, None] + torch.arange(self.block_length, device=wave.first.device)
+        who = wave.index[:, None]
+        fixed = rows.commit_step[who, places]
+        cells = Cells(
+            row_ids=rows.row_ids[wave.index],
+            positions=places,
+            candidates=fixed >= 0,
+            completion_length=self.completion_length,
+            step=moment.step,
+            num_steps=self.steps_per_block,
+            quota=None,
+            draws=draws,
+            block_length=self.block_length,
+        )
+        age = rows.steps_taken[who] - fixed
+        chosen = rule.give_back(Standing(cells, rows.confidence[who, places], age, verified))
+        rows.give_back(wave.index, places, chosen & cells.candidates, mask_token_id)
 
     def _predict(
         self, policy: MaskPredictor, rows: Rows, wave: _Wave, cells: Cells, fresh: bool
-    ) -> Float[Tensor, "n M V"]:
+    ) -> tuple[Float[Tensor, "n M V"], Float[Tensor, "n block"] | None]:
         """Logits at the cells, counted; the first forward of a block fills the cache where there is one."""
         attention = None if rows.attention is None else rows.attention[wave.index]
         canvas = Canvas(rows.ids[wave.index], attention, rows.prompt_length)
-        span, cache = (0, rows.ids.shape[1]), wave.cache
+        keep, length = rows.prompt_length + cells.positions, rows.ids.shape[1]
+        if self.verifies:
+            canvas = with_shadow(canvas, rows.prompt_length + wave.first, self.block_length, policy.mask_token_id)
+            shadow = torch.arange(length, length + self.block_length, device=keep.device)
+            keep = torch.cat([keep, shadow.expand(len(keep), -1)], 1)
+        span, cache = (0, canvas.ids.shape[1]), wave.cache
         if cache is not None and not fresh:
             span, cache = wave.span, cache.at(*wave.span)
         rows.num_forwards += 1
         rows.num_tokens_forward += len(wave.index) * (span[1] - span[0]) * (2 if self.guidance else 1)
-        return predict(policy, canvas, rows.prompt_length + cells.positions, self.guidance, View(span, cache))
+        logits = predict(policy, canvas, keep, self.guidance, View(span, cache))
+        if not self.verifies:
+            return logits, None
+        logits, hidden = logits.split([cells.positions.shape[1], self.block_length], dim=1)
+        tokens = rows.block_ids(wave.index, wave.first, self.block_length)
+        return logits, (hidden.gather(2, tokens[..., None])[..., 0] - hidden.logsumexp(-1)).exp()

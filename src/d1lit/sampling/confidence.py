@@ -92,6 +92,30 @@ class NegativeEntropy:
 
 
 @dataclass(frozen=True)
+class Negated:
+    """Another confidence with its sign turned: the least certain positions first, as a control.
+
+    With `NegativeEntropy` it is what the KLASS repository's "entropy" baseline does, against its own comment.
+    """
+
+    confidence: Confidence
+
+    def uniforms(self, cells: Cells) -> Float[Tensor, "n M"] | None:
+        """The inner confidence's."""
+        return self.confidence.uniforms(cells)
+
+    def score(
+        self,
+        prediction: Prediction,
+        choice: Choice,
+        positions: Int[Tensor, " c"],
+        uniforms: Float[Tensor, " c"] | None,
+    ) -> Float[Tensor, " c"]:
+        """Minus the inner score."""
+        return -self.confidence.score(prediction, choice, positions, uniforms)
+
+
+@dataclass(frozen=True)
 class RandomOrder:
     """A uniform number a position and step: "random remasking" of LLaDA."""
 

@@ -11,10 +11,17 @@ from torch import Tensor
 from d1lit.sampling.parts import Cells, Choice, Prediction, Proposal
 
 
-def top_p(probs: Float[Tensor, "c V"], share: float) -> Bool[Tensor, "c V"]:
-    """The fewest tokens whose probabilities reach `share`: the one that crosses it stays (Holtzman et al., 2020)."""
+def top_p(probs: Float[Tensor, "c V"], share: float, keep_crossing: bool = True) -> Bool[Tensor, "c V"]:
+    """The fewest tokens whose probabilities reach `share`: the one that crosses it stays (Holtzman et al., 2020).
+
+    Args:
+        probs: one distribution a row.
+        share: the probability to keep.
+        keep_crossing: False drops the token that crosses it, as ReMDM's code does (arXiv 2503.00307).
+    """
     ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-    kept = ordered.cumsum(-1) - ordered <= share
+    running = ordered.cumsum(-1)
+    kept = (running - ordered if keep_crossing else running) <= share
     kept[:, 0] = True
     return torch.zeros_like(kept).scatter_(1, order, kept)
 
@@ -38,6 +45,8 @@ class Filtered:
     """Probability to keep; None: all."""
     top_k: int | None
     """Tokens to keep; None: all."""
+    keep_crossing: bool = True
+    """As in `top_p`."""
 
     def __post_init__(self) -> None:
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -56,7 +65,7 @@ class Filtered:
         probs = scaled.softmax(-1)
         kept = torch.ones_like(probs, dtype=torch.bool)
         if self.top_p is not None:
-            kept &= top_p(probs, self.top_p)
+            kept &= top_p(probs, self.top_p, self.keep_crossing)
         if self.top_k is not None:
             kept &= top_k(probs, self.top_k)
         filtered = replace(prediction, logits=prediction.logits.masked_fill(~kept, -torch.inf))

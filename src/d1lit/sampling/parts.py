@@ -7,7 +7,7 @@ rows of one network call, M the positions of the active block that may still be 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -15,6 +15,30 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from d1lit.types import Draws
+
+
+@dataclass
+class Memory:
+    """What a part keeps from step to step: tensors [N W ...] by row and by place modulo W, zero to begin with."""
+
+    width: int
+    """W: the block length, or the completion's where a part looks beyond the block."""
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def read(self, name: str, rows: Int[Tensor, " n"], places: Int[Tensor, "n M"]) -> Float[Tensor, "n M ..."]:
+        """What is kept at some places of some rows."""
+        return self.tensors[name][rows[:, None], places % self.width]
+
+    def write(
+        self, name: str, rows: Int[Tensor, " n"], places: Int[Tensor, "n M"], value: Float[Tensor, "n M ..."]
+    ) -> None:
+        """Keep something there."""
+        self.tensors[name][rows[:, None], places % self.width] = value.to(self.tensors[name].dtype)
+
+    def forget(self, rows: Int[Tensor, " n"]) -> None:
+        """Begin anew for some rows."""
+        for tensor in self.tensors.values():
+            tensor[rows] = 0
 
 
 @dataclass(frozen=True)
@@ -38,6 +62,22 @@ class Cells:
     quota: int | None
     """Tokens to fix in this step; None where the commit rule decides from the predictions."""
     draws: Draws
+    block_length: int = 1
+    """Positions of a block, masked or not."""
+    index: Int[Tensor, " n"] | None = None
+    """Place of each row in the sampling call, by which `memory` is kept."""
+    memory: Memory | None = None
+    """What the sampler's memory keeps; None where there is no such part."""
+
+    def recall(self, name: str) -> Float[Tensor, "n M ..."]:
+        """What the memory keeps at the cells."""
+        assert self.memory is not None and self.index is not None
+        return self.memory.read(name, self.index, self.positions)
+
+    def keep(self, name: str, value: Float[Tensor, "n M ..."]) -> None:
+        """Put something into the memory at the cells."""
+        assert self.memory is not None and self.index is not None
+        self.memory.write(name, self.index, self.positions, value)
 
     def uniform(
         self, stream: str, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32
@@ -109,4 +149,58 @@ class CommitRule(Protocol):
 
     def select(self, scores: Float[Tensor, "n M"], cells: Cells) -> Bool[Tensor, "n M"]:
         """The positions to fix; scores are -inf where `cells.candidates` is False."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------- tokens that are given back
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The active block after a step's commits: what a remask rule looks at."""
+
+    cells: Cells
+    """All positions of the block; a candidate is one where a token stands."""
+    confidence: Float[Tensor, "n M"]
+    """The score each token was fixed with."""
+    age: Int[Tensor, "n M"]
+    """Steps since it was fixed: 0 for one of this step."""
+    verified: Float[Tensor, "n M"] | None
+    """Probability of each token that stood before this step, seen with its own position hidden; on request."""
+
+
+@runtime_checkable
+class RemaskRule(Protocol):
+    """Which tokens of the block are given back, to be predicted again."""
+
+    @property
+    def verifies(self) -> bool:
+        """Whether it reads `verified`, for which every forward carries a hidden copy of the block."""
+        ...
+
+    @property
+    def runs_all_steps(self) -> bool:
+        """Whether a block goes on for its planned steps although nothing is masked any more."""
+        ...
+
+    def give_back(self, standing: Standing) -> Bool[Tensor, "n M"]:
+        """The tokens to hide again; none in the last planned step, or the block would not end."""
+        ...
+
+
+@runtime_checkable
+class StepMemory(Protocol):
+    """A part that carries something from one denoising step to the next, and may change the logits by it."""
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether it follows the positions behind the block too: then all masked positions are predicted."""
+        ...
+
+    def shapes(self, vocabulary: int) -> dict[str, tuple[int, ...]]:
+        """Names of what it keeps at each position, and their shapes."""
+        ...
+
+    def __call__(self, logits: Float[Tensor, "n M V"], cells: Cells) -> Float[Tensor, "n M V"]:
+        """The logits that the other parts see; reads and writes `cells.memory`."""
         ...

@@ -38,9 +38,11 @@ class Canvas:
     """Rows as the network sees them: prompt and completion, tokens or masks."""
 
     ids: Int[Tensor, "n L"]
-    attention: Bool[Tensor, "n L"] | None
+    attention: Bool[Tensor, "n L"] | Bool[Tensor, "n L L"] | None
     """None where no prompt is padded."""
     prompt_length: int
+    position_ids: Int[Tensor, "n L"] | None = None
+    """None: the place in the canvas."""
 
 
 def guided(
@@ -70,12 +72,12 @@ def predict(
         blind = ids.clone()
         blind[:, : canvas.prompt_length] = policy.mask_token_id
         ids, keep = torch.cat([ids, blind]), keep.repeat(2, 1)
-        attention = None if attention is None else attention.repeat(2, 1)
+        attention = None if attention is None else attention.repeat(2, *[1] * (attention.dim() - 1))
     cache = None
     if view is not None:
         start, stop = view.span
         ids, keep, cache = ids[:, start:stop], keep - start, view.cache
-    logits = policy.head(policy.hidden(ids, attention, keep=keep, cache=cache))
+    logits = policy.head(policy.hidden(ids, attention, canvas.position_ids, keep, cache))
     if not guidance:
         return logits
     conditional, unconditional = logits.chunk(2)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from d1lit.sampling.parts import Memory
 from d1lit.types import PromptBatch, Rollout
 
 
@@ -28,6 +29,8 @@ class Rows:
     steps_taken: Int[Tensor, " N"]
     """Denoising steps of each row so far: the index its next step carries in the record."""
     trace: Int[Tensor, "S N C"] | None
+    memory: Memory | None = None
+    """What the sampler's memory keeps from step to step."""
     num_forwards: int = 0
     num_tokens_forward: int = 0
 
@@ -46,6 +49,21 @@ class Rows:
         if self.trace is not None:
             self.trace[self.steps_taken[index], index] = self.ids[index, self.prompt_length :]
         self.steps_taken[index] += 1
+
+    def give_back(
+        self,
+        index: Int[Tensor, " n"],
+        places: Int[Tensor, "n M"],
+        chosen: Bool[Tensor, "n M"],
+        mask_token_id: int,
+    ) -> None:
+        """Hide tokens again, and forget what was noted when they were fixed."""
+        who, column = chosen.nonzero(as_tuple=True)
+        rows, where = index[who], places[who, column]
+        self.ids[rows, self.prompt_length + where] = mask_token_id
+        self.commit_step[rows, where] = -1
+        for record in (self.sampled_logprobs, self.confidence, self.entropy):
+            record[rows, where] = 0
 
     def end_at_eos(self, index: Int[Tensor, " n"], eos: int) -> list[bool]:
         """Which rows hold EOS; what they never reached is filled with it. The one read from the device in a block."""
