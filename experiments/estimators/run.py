@@ -22,7 +22,7 @@ import torch
 from jumps import steps_explained
 from outcome import GROUP_SIZE, RATES, outcome, rank_correlation
 from pairs import pairs
-from tables import write_plot, write_tables
+from tables import plot_of, tables_of
 from updates import check_lookup, measure
 from world import Setting, World, expected_reward, flat_gradient, trained_world
 
@@ -132,8 +132,8 @@ def main() -> None:
     elif not choice.tables_only:
         compute(QUICK if choice.quick else FULL, out)
     results = json.loads((out / "results.json").read_text())
-    write_tables(results, out / "tables.md", READ_BY_OUTCOME)
-    write_plot(results, out / "plot.svg", READ_BY_OUTCOME)
+    (out / "tables.md").write_text(tables_of(results, READ_BY_OUTCOME))
+    (out / "plot.svg").write_text(plot_of(results, READ_BY_OUTCOME))
     print(out / "results.json")
 
 
