@@ -32,28 +32,22 @@ def train(name: str, start: World, setting: Setting, rate: float, steps: int, se
         return float(expected_reward(world, setting))
 
 
-def outcomes(
-    start: World, setting: Setting, names: Sequence[str], steps: int, tuning_seeds: int, seeds: int
-) -> dict[str, dict[str, Any]]:
-    """For each pair: the best rate on seeds of their own, and J reached on fresh seeds at that rate."""
-    found = {}
-    for name in names:
-        tried = {
-            rate: sum(train(name, start, setting, rate, steps, 100 + s) for s in range(tuning_seeds)) / tuning_seeds
-            for rate in RATES
-        }
-        best = max(tried, key=lambda rate: tried[rate])
-        reached = [train(name, start, setting, best, steps, 200 + s) for s in range(seeds)]
-        spread = torch.tensor(reached)
-        found[name] = {
-            "rate": best,
-            "tuning": {f"{rate:g}": value for rate, value in tried.items()},
-            "reached": reached,
-            "mean": float(spread.mean()),
-            "error": float(spread.std() / len(reached) ** 0.5),
-        }
-        print(f"  {name}: {found[name]['mean']:.3f} at {best:g}", flush=True)
-    return found
+def outcome(name: str, start: World, setting: Setting, steps: int, tuning_seeds: int, seeds: int) -> dict[str, Any]:
+    """The best rate of a pair on seeds of their own, and J reached on fresh seeds at that rate."""
+    tried = {
+        rate: sum(train(name, start, setting, rate, steps, 100 + s) for s in range(tuning_seeds)) / tuning_seeds
+        for rate in RATES
+    }
+    best = max(tried, key=lambda rate: tried[rate])
+    reached = [train(name, start, setting, best, steps, 200 + s) for s in range(seeds)]
+    spread = torch.tensor(reached)
+    return {
+        "rate": best,
+        "tuning": {f"{rate:g}": value for rate, value in tried.items()},
+        "reached": reached,
+        "mean": float(spread.mean()),
+        "error": float(spread.std() / len(reached) ** 0.5),
+    }
 
 
 def ranks(values: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 python experiments/estimators/run.py            # all of it; the README states what it took
 python experiments/estimators/run.py --quick    # the same path in about a minute, numbers too noisy to read
+python experiments/estimators/run.py --outcomes # only the pairs that the second panel of the stored results lacks
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from jumps import steps_explained
-from outcome import GROUP_SIZE, RATES, outcomes, rank_correlation
+from outcome import GROUP_SIZE, RATES, outcome, rank_correlation
 from pairs import pairs
-from tables import write_plot, write_tables
+from tables import plot_of, tables_of
 from updates import check_lookup, measure
 from world import Setting, World, expected_reward, flat_gradient, trained_world
 
@@ -60,22 +61,8 @@ MORE: dict[str, tuple[str, Setting, int]] = {
 }
 """Measured on half as many rollouts."""
 READ_BY_OUTCOME = "trained, low confidence, T 1.0"
-TRAINED = (
-    "trajectory",
-    "d1 (one step, row)",
-    "espo",
-    "all proposals",
-    "left to right",
-    "elbo 1 + reinforce",
-    "coupled",
-    "spg",
-    "unigrpo",
-    "step merge, 2",
-    "gdsd",
-    "drift, 2 steps",
-    "wd1",
-)
-"""Panel 2 trains these: one of each family (each costs eight runs)."""
+SAME_AS_ANOTHER = {"trajectory, temperature 1"}
+"""At temperature 1 this pair is the trajectory itself; training it would count one pair twice."""
 
 
 def gradients(worlds: dict[str, World], size: Size, save: Any) -> None:
@@ -113,15 +100,19 @@ def changes(worlds: dict[str, World], size: Size, save: Any) -> None:
                 print(f"jumps: {model} {order} {rate:g}: R2 {found['first_order_r2']:.3f}", flush=True)
 
 
-def training(worlds: dict[str, World], size: Size, results: dict[str, Any], save: Any) -> None:
-    """Panel 2."""
-    names = [name for name in TRAINED if name in results["gradients"][READ_BY_OUTCOME]["pairs"]]
-    found = outcomes(worlds["trained"], BASE, names, size.updates, size.tuning_seeds, size.seeds)
-    save("outcome", "pairs", found)
+def training(start: World, size: Size, results: dict[str, Any], save: Any) -> None:
+    """Panel 2: those pairs that have not been trained yet, cheapest first (each costs eight runs)."""
     measured = results["gradients"][READ_BY_OUTCOME]["pairs"]
-    reached = [found[name]["mean"] for name in names]
-    for key in ("cosine", "alignment"):
-        save("outcome", key, rank_correlation([measured[name][key] for name in names], reached))
+    found = results["outcome"].setdefault("pairs", {})
+    for name in sorted(measured, key=lambda name: measured[name]["passes"]):
+        if name in found or name in SAME_AS_ANOTHER:
+            continue
+        found[name] = outcome(name, start, BASE, size.updates, size.tuning_seeds, size.seeds)
+        print(f"  {name}: {found[name]['mean']:.3f} at {found[name]['rate']:g}", flush=True)
+        reached = [found[pair]["mean"] for pair in found]
+        for key in ("cosine", "alignment") if len(found) > 2 else ():
+            results["outcome"][key] = rank_correlation([measured[pair][key] for pair in found], reached)
+        save("outcome", "pairs", found)
 
 
 def main() -> None:
@@ -132,14 +123,17 @@ def main() -> None:
     parser.add_argument(
         "--tables-only", action="store_true", help="write tables and plot of a stored results.json anew"
     )
+    parser.add_argument("--outcomes", action="store_true", help="train the pairs that a stored results.json lacks")
     choice = parser.parse_args()
     out = choice.out or (Path("outputs/estimators-quick") if choice.quick else HERE)
     out.mkdir(parents=True, exist_ok=True)
-    if not choice.tables_only:
+    if choice.outcomes:
+        more_outcomes(QUICK if choice.quick else FULL, out)
+    elif not choice.tables_only:
         compute(QUICK if choice.quick else FULL, out)
     results = json.loads((out / "results.json").read_text())
-    write_tables(results, out / "tables.md", READ_BY_OUTCOME)
-    write_plot(results, out / "plot.svg", READ_BY_OUTCOME)
+    (out / "tables.md").write_text(tables_of(results, READ_BY_OUTCOME))
+    (out / "plot.svg").write_text(plot_of(results, READ_BY_OUTCOME))
     print(out / "results.json")
 
 
@@ -161,14 +155,33 @@ def compute(size: Size, out: Path) -> None:
     def save(part: str, name: str, value: Any) -> None:
         results[part][name] = value
         results["seconds"] = time.perf_counter() - started
-        (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        write(results, out)
 
     worlds = {"untrained": World(0), "trained": trained_world(0, 4)}
     for setting in (BASE, Setting("random", 0.9)):
         check_lookup(worlds["trained"], setting, pairs)
     gradients(worlds, size, save)
-    training(worlds, size, results, save)
+    training(worlds["trained"], size, results, save)
     changes(worlds, size, save)
+
+
+def more_outcomes(size: Size, out: Path) -> None:
+    """The second panel of stored results goes on; it may be stopped after any pair."""
+    torch.set_num_threads(1)
+    results = json.loads((out / "results.json").read_text())
+
+    def save(part: str, name: str, value: Any) -> None:
+        results[part][name] = value
+        write(results, out)
+
+    training(trained_world(0, 4), size, results, save)
+
+
+def write(results: dict[str, Any], out: Path) -> None:
+    """Replace results.json in one step."""
+    staging = out / "results.json.tmp"
+    staging.write_text(json.dumps(results, indent=1) + "\n")
+    staging.replace(out / "results.json")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 
@@ -14,8 +13,8 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([_row(*head), "|" + "---|" * len(head), *(_row(*row) for row in rows)])
 
 
-def write_tables(results: dict[str, Any], path: Path, main: str) -> None:
-    """All tables, the main cell first."""
+def tables_of(results: dict[str, Any], main: str) -> str:
+    """All tables as Markdown, the main cell first."""
     cells = results["gradients"]
     parts = ["<!-- written by run.py from results.json -->", f"### {main} (J {cells[main]['J']:.3f}, G 8)\n"]
     rows = []
@@ -68,10 +67,10 @@ def write_tables(results: dict[str, Any], path: Path, main: str) -> None:
             if key != "pairs"
         ]
         parts.append(_table(["predictor", "Spearman", "95 %", "permutation p", "pairs"], body) + "\n")
-    path.write_text("\n".join(parts))
+    return "\n".join(parts)
 
 
-def write_plot(results: dict[str, Any], path: Path, main: str) -> None:
+def plot_of(results: dict[str, Any], main: str) -> str:
     """Cosine against the reward reached, one point a pair, as SVG."""
     found, measured = results["outcome"]["pairs"], results["gradients"][main]["pairs"]
     points = [(measured[name]["cosine"], found[name]["mean"], found[name]["error"], name) for name in found]
@@ -105,4 +104,4 @@ def write_plot(results: dict[str, Any], path: Path, main: str) -> None:
         lines.append(f'<path d="M{px:.1f} {low:.1f}V{high:.1f}" stroke="#2563eb" opacity="0.5"/>')
         lines.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3.5" fill="#2563eb"/>')
         lines.append(f'<text x="{px + 6:.1f}" y="{py - 4:.1f}" fill="#333">{name}</text>')
-    path.write_text("\n".join([*lines, "</svg>"]) + "\n")
+    return "\n".join([*lines, "</svg>"]) + "\n"

@@ -1,0 +1,271 @@
+"""Tables and plots of the ablations: experiments/masking, inner_updates, losses and schedules.
+
+python experiments/ablations.py masking                    # README table and plot.svg from the committed results.json
+python experiments/ablations.py masking outputs/masking    # ... after making results.json from the runs of the sweep
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d1lit.statistics import Interval, mean_over_seeds
+
+HERE = Path(__file__).resolve().parent
+EMPTIES = 8
+"""Empty cells of every test puzzle; a row's verdict is how many of them are right."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is read off a run: right cells of every test row."""
+
+    name: str
+    stage: str
+    probe: str | None
+    """None for the evaluation itself."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a sweep varies, and what its arms are compared with."""
+
+    key: str
+    baseline: str
+    arms: dict[str, str]
+    """What each arm is, in words."""
+    measures: tuple[Measure, ...]
+    stage: str
+    """Whose cost is stated."""
+
+
+GRPO = (Measure("greedy", "grpo", None),)
+STUDIES = {
+    "masking": Study(
+        "arm",
+        "row",
+        {
+            "row": "0.15, each rollout its own, new at every inner update (d1)",
+            "none": "0: the prompt as it is",
+            "half": "0.5, else as d1",
+            "group": "0.15, shared by a group",
+            "fixed": "0.15, the same at all inner updates",
+        },
+        GRPO,
+        "grpo",
+    ),
+    "inner_updates": Study(
+        "arm",
+        "mu4",
+        {
+            "mu1": "10 rollouts, each used once",
+            "mu2": "10 rollouts, twice",
+            "mu4": "10 rollouts, four times",
+            "mu8": "10 rollouts, eight times",
+            "mu1_more": "40 rollouts, each used once: as many updates as mu4",
+        },
+        GRPO,
+        "grpo",
+    ),
+    "losses": Study(
+        "loss",
+        "clipped",
+        {
+            "clipped": "d1: token ratios clipped at 0.5, mean over tokens",
+            "dr_grpo": "token ratios clipped at 0.2, a constant length",
+            "gspo": "one ratio a sequence, clipped at 3e-4 and 4e-4",
+            "reinforce": "no ratio, no clip",
+            "wd1": "weighted likelihoods, no ratio",
+        },
+        GRPO,
+        "grpo",
+    ),
+    "schedules": Study(
+        "schedule",
+        "linear",
+        {
+            "linear": "t masked, weight 1/t (LLaDA, d1)",
+            "linear_unweighted": "t masked, weight 1",
+            "cosine": "fewer tokens hidden early (MDLM), its own weight",
+            "square": "t squared masked (BD3LM), its own weight",
+        },
+        (Measure("greedy", "sft", None), Measure("forced-x", "sft", "forced")),
+        "sft",
+    ),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ gathering
+
+
+def gather(name: str, folder: Path) -> dict[str, Any]:
+    """The small record of a sweep: for every run its right cells, row by row as digits, and its cost."""
+    study, runs = STUDIES[name], []
+    for file in sorted(folder.glob("*/results.json")):
+        words = dict(word.split("=", 1) for word in file.parent.name.split(","))
+        results = json.loads(file.read_text())
+        found = {measure.name: _cells(results, file.parent, measure) for measure in study.measures}
+        start = Measure("start", "sft" if study.stage == "grpo" else "base", None)
+        cost = results["cost"]["stages"][study.stage]
+        runs.append(
+            {
+                "arm": words[study.key],
+                "seed": results["seed"],
+                "start": _cells(results, file.parent, start),
+                "measures": found,
+                "forwards": cost["forwards"],
+                "flops": cost["flops"],
+            }
+        )
+    environment = json.loads((file.parent / "environment.json").read_text())
+    kept = {key: environment[key] for key in ("packages", "python", "platform", "processor", "threads")}
+    return {"study": name, "empties": EMPTIES, "environment": kept, "runs": runs}
+
+
+def _cells(results: dict[str, Any], folder: Path, measure: Measure) -> str:
+    """Right cells of every row, one digit a row."""
+    entries = results["evaluations"] if measure.probe is None else results["probes"]
+    (entry,) = [e for e in entries if e["stage"] == measure.stage and e.get("probe") == measure.probe]
+    rows = [json.loads(line) for line in (folder / entry["rows_file"]).read_text().splitlines()]
+    rows.sort(key=lambda row: row["index"])
+    return "".join(str(round(EMPTIES * row["extra"]["cell_accuracy"])) for row in rows)
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def share(cells: str) -> float:
+    """Per cent of all empty cells."""
+    return 100 * sum(map(int, cells)) / (EMPTIES * len(cells))
+
+
+def reached(results: dict[str, Any], measure: str) -> dict[str, dict[int, float]]:
+    """Cell accuracy in per cent, by arm and seed."""
+    found: dict[str, dict[int, float]] = {}
+    for run in results["runs"]:
+        cells = run["start"] if measure == "start" else run["measures"][measure]
+        found.setdefault(run["arm"], {})[run["seed"]] = share(cells)
+    return found
+
+
+def against(values: dict[str, dict[int, float]], arm: str, baseline: str) -> list[float]:
+    """Differences to the baseline, seed by seed: both arms start from the same weights and see the same prompts."""
+    return [values[arm][seed] - values[baseline][seed] for seed in sorted(values[baseline])]
+
+
+def write_table(results: dict[str, Any]) -> str:
+    """The study's table as Markdown."""
+    study = STUDIES[results["study"]]
+    seeds = sorted({run["seed"] for run in results["runs"]})
+    head = ["arm", "what", *(f"seed {seed}" for seed in seeds), "mean", f"minus {study.baseline} (95 %)", "TFLOPs"]
+    parts = []
+    for measure in study.measures:
+        values = reached(results, measure.name)
+        start = reached(results, "start")[study.baseline]
+        rows = [["start", "", *_shown([start[seed] for seed in seeds]), "", ""]] if measure.probe is None else []
+        for arm, what in study.arms.items():
+            own = [values[arm][seed] for seed in seeds]
+            difference = "" if arm == study.baseline else _difference(against(values, arm, study.baseline))
+            flops = [run["flops"] for run in results["runs"] if run["arm"] == arm]
+            rows.append([arm, what, *_shown(own), difference, f"{sum(flops) / len(flops) / 1e12:.2f}"])
+        if len(study.measures) > 1:
+            parts.append(f"Cell accuracy, {measure.name}, per cent:\n")
+        parts.append("\n".join([_row(head), "|" + "---|" * len(head), *map(_row, rows)]) + "\n")
+    return "\n".join(parts)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _shown(values: Sequence[float]) -> list[str]:
+    return [*(f"{value:.1f}" for value in values), f"{sum(values) / len(values):.1f}"]
+
+
+def _difference(values: Sequence[float]) -> str:
+    """Mean over seeds with Student's interval; bold where 0 lies outside it."""
+    interval = mean_over_seeds(values)
+    text = f"{interval.value:+.1f} [{interval.low:+.1f}, {interval.high:+.1f}]"
+    return f"**{text}**" if interval.low > 0 or interval.high < 0 else text
+
+
+# ----------------------------------------------------------------------------------------------------------------- plot
+
+WIDTH, LINE, LEFT, RIGHT = 760, 34, 170, 30
+COLOURS = ("#2563eb", "#d97706")
+
+
+def write_plot(results: dict[str, Any]) -> str:
+    """Differences to the baseline as SVG: a dot a seed, a bar the interval of their mean."""
+    study = STUDIES[results["study"]]
+    arms = [arm for arm in study.arms if arm != study.baseline]
+    drawn: list[tuple[int, int, list[float], Interval]] = []
+    for number, measure in enumerate(study.measures):
+        values = reached(results, measure.name)
+        for place, arm in enumerate(arms):
+            points = against(values, arm, study.baseline)
+            drawn.append((number, place, points, mean_over_seeds(points)))
+    every = [0.0, *(v for _, _, points, mean in drawn for v in (*points, mean.low, mean.high))]
+    low, high = min(every), max(every)
+    height = 60 + LINE * len(arms)
+
+    def at(value: float) -> float:
+        return LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif"'
+        ' font-size="12">',
+        f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
+        f'<path d="M{at(0):.1f} 8V{height - 45}" stroke="#444"/>',
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 8}" text-anchor="middle">points of cell accuracy above'
+        f" {study.baseline}</text>",
+    ]
+    for tick in sorted({low, 0.0, high}):
+        lines.append(f'<text x="{at(tick):.1f}" y="{height - 28}" text-anchor="middle">{tick:+.1f}</text>')
+    for place, arm in enumerate(arms):
+        lines.append(f'<text x="{LEFT - 12}" y="{30 + LINE * place}" text-anchor="end">{arm}</text>')
+    for number, place, points, mean in drawn:
+        y, colour = 26 + LINE * place + 9 * number, COLOURS[number]
+        lines.append(f'<path d="M{at(mean.low):.1f} {y}H{at(mean.high):.1f}" stroke="{colour}" stroke-width="2"/>')
+        lines.append(f'<path d="M{at(mean.value):.1f} {y - 6}V{y + 6}" stroke="{colour}" stroke-width="3"/>')
+        lines += [f'<circle cx="{at(p):.1f}" cy="{y}" r="3" fill="{colour}" opacity="0.6"/>' for p in points]
+    for number, measure in enumerate(study.measures if len(study.measures) > 1 else ()):
+        lines.append(f'<text x="10" y="{14 + 14 * number}" fill="{COLOURS[number]}">{measure.name}</text>')
+    return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------- page
+
+TABLE = re.compile(r"(?<=<!-- table -->\n)\n.*?(?=<!-- end of table -->)", re.DOTALL)
+
+
+def write_page(page: str, table: str) -> str:
+    """The README with the table between its marks."""
+    assert len(TABLE.findall(page)) == 1, "README.md: one <!-- table --> and one <!-- end of table -->"
+    return TABLE.sub(lambda _: f"\n{table}\n", page)
+
+
+def main() -> None:
+    """Results, where runs are given; then table and plot."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("study", choices=sorted(STUDIES))
+    parser.add_argument("runs", nargs="?", type=Path, help="the sweep's folder")
+    given = parser.parse_args()
+    folder = HERE / given.study
+    if given.runs is not None:
+        (folder / "results.json").write_text(json.dumps(gather(given.study, given.runs), indent=1) + "\n")
+    results = json.loads((folder / "results.json").read_text())
+    table = write_table(results)
+    (folder / "plot.svg").write_text(write_plot(results))
+    readme = folder / "README.md"
+    readme.write_text(write_page(readme.read_text(), table))
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
