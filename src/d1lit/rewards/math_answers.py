@@ -134,8 +134,10 @@ class MathAnswer:
         decided = decide(gold_form, form)
         if decided is not None:
             return Verdict(float(decided), parsed=answer)
-        if is_copied(form, gold_form, question) or _POWER_TOWER.search(form.text):
+        if is_copied(form, gold_form, question):
             return Verdict(0.0, parsed=answer)
+        if _POWER_TOWER.search(form.text):
+            return Verdict(0.0, "unparsed", answer)  # refused, and counted as such
         # Where only one side kept its equals sign, the other's `y =` is part of an equation.
         gold_text = f"{gold_form.symbol}={gold_form.text}" if gold_form.symbol and "=" in form.text else gold_form.text
         text = f"{form.symbol}={form.text}" if form.symbol and "=" in gold_form.text else form.text
