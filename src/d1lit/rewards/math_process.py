@@ -151,7 +151,8 @@ class MathVerify:
         self.wall_seconds = _PATIENCE * seconds if wall_seconds is None else wall_seconds
         if not 0.0 < seconds <= self.wall_seconds:
             raise ValueError(
-                f"seconds: {seconds} of processor time do not fit into {self.wall_seconds} s. Try: 0 < seconds <= wall_seconds"
+                f"seconds: {seconds} of processor time do not fit into {self.wall_seconds} s. "
+                "Try: 0 < seconds <= wall_seconds"
             )
         self._worker: _Worker | None = None
         self._number = 0
