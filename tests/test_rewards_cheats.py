@@ -6,7 +6,7 @@ import pytest
 
 from d1lit.rewards.graders import countdown_grader, gsm8k_grader, math_grader, sudoku_grader
 from d1lit.types import Reward
-from tests import rewards_cheats
+from tests import rewards_cheats, rewards_forms
 
 STRICT: dict[str, Reward] = {
     "countdown": countdown_grader().strict,
@@ -36,6 +36,19 @@ def test_no_cheat_earns_anything(task: str) -> None:
     print(f"{task}: {count} cheats, {len(failed)} ended in a judge's failure")
     assert not paid, "\n".join(map(str, paid))
     assert not failed, "\n".join(map(str, failed))
+
+
+@pytest.mark.parametrize(("task", "table"), [("gsm8k", rewards_forms.GSM8K), ("math", rewards_forms.MATH)])
+def test_right_answers_in_other_forms_are_accepted(task: str, table: list[tuple[dict[str, Any], list[str]]]) -> None:
+    refused, count = [], 0
+    for row, answers in table:
+        texts = [f"<answer>{answer}</answer>" for answer in answers]
+        for answer, verdict in zip(answers, STRICT[task](texts, [row] * len(texts)), strict=True):
+            count += 1
+            if verdict.value != 1.0:
+                refused.append((row, answer, verdict))
+    print(f"{task}: {count} right answers")
+    assert not refused, "\n".join(map(str, refused))
 
 
 def test_answers_outside_their_place_earn_nothing() -> None:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from d1lit.rewards.math_answers import MathAnswer
-from d1lit.rewards.math_process import MathVerify
+from d1lit.rewards.math_process import MathVerify, _Gone, _Worker
 
 SLOW = "9^{9^{9}}"
 """One C call of big integers that no signal interrupts (compare sympy#24187)."""
@@ -34,17 +34,90 @@ def test_expressions_are_compared(judge: MathVerify) -> None:
     assert all(judge(*pair).outcome == "ok" for pair in (*EQUAL, *UNEQUAL))
 
 
+def processor_seconds(judge: MathVerify) -> float:
+    """What the worker's children have used so far, the serving one and those that ended."""
+    parent, child = judge.pids
+    ended = psutil.Process(parent).cpu_times()
+    used = ended.children_user + ended.children_system
+    with contextlib.suppress(psutil.NoSuchProcess):
+        used += sum(psutil.Process(child).cpu_times()[:2])
+    return used
+
+
 def test_a_comparison_past_its_deadline_is_a_timeout_and_the_worker_is_back_at_once(judge: MathVerify) -> None:
-    start = time.monotonic()
+    judge.start()
+    before, start = processor_seconds(judge), time.monotonic()
     verdict = judge("9^{9}", SLOW)
-    took = time.monotonic() - start
+    spent, took = processor_seconds(judge) - before, time.monotonic() - start
     assert (verdict.outcome, verdict.value) == ("timeout", 0.0)
-    start = time.monotonic()
+    before, start = processor_seconds(judge), time.monotonic()
     assert judge("x+1", "1+x").value == 1.0
-    back = time.monotonic() - start
-    print(f"deadline 1.0 s, returned after {took:.3f} s; the next verdict took {back * 1e3:.0f} ms")
-    assert took < 1.2
-    assert back < 1.0
+    again, back = processor_seconds(judge) - before, time.monotonic() - start
+    print(
+        f"deadline 1.0 s of processor time: {spent:.2f} s spent, {took:.3f} s by the clock; "
+        f"the next verdict: {again:.2f} s spent, {back * 1e3:.0f} ms by the clock"
+    )
+    assert 0.9 < spent < 1.2
+    assert again < 0.5
+    assert took < judge.wall_seconds
+
+
+def stop_for(judge: MathVerify, seconds: float) -> None:
+    """Keep the serving child from running for a while, as a machine with other work does."""
+    child = judge.pids[1]
+    os.kill(child, signal.SIGSTOP)
+    time.sleep(seconds)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGCONT)
+
+
+def test_a_busy_machine_changes_no_verdict() -> None:
+    """The worker gets no processor for three times its deadline, in the middle of a comparison."""
+    judge = MathVerify(seconds=0.3)
+    judge.start()
+    pair = ("5x-7y+11z+4=0", "10x-14y+22z+8=0")
+    try:
+        thread = threading.Thread(target=stop_for, args=(judge, 0.9))
+        thread.start()
+        time.sleep(0.05)
+        start = time.monotonic()
+        verdict = judge(*pair)
+        took = time.monotonic() - start
+        thread.join()
+        print(f"answered after {took:.2f} s by the clock with a deadline of 0.3 s")
+        assert took > 0.7
+        assert (verdict.value, verdict.outcome) == (1.0, "ok")
+    finally:
+        judge.close()
+
+
+def test_a_worker_that_waits_for_ever_is_ended_by_the_clock() -> None:
+    judge = MathVerify(seconds=0.3, wall_seconds=0.6)
+    judge.start()
+    try:
+        os.kill(judge.pids[1], signal.SIGSTOP)
+        start = time.monotonic()
+        verdict = judge("x+1", "1+x")
+        took = time.monotonic() - start
+        assert (verdict.value, verdict.outcome) == (0.0, "timeout")
+        assert 0.6 <= took < 0.6 + 0.2
+        judge.wall_seconds = 60.0
+        assert judge("x+1", "1+x").value == 1.0
+    finally:
+        judge.close()
+
+
+def test_children_that_never_serve_end_the_worker_instead_of_being_forked_for_ever() -> None:
+    start = time.monotonic()
+    with pytest.raises(_Gone):
+        _Worker(seconds=1.0, memory=2**70)  # no such limit can be set: each child ends at once
+    print(f"given up after {time.monotonic() - start:.1f} s")
+
+
+@pytest.mark.parametrize(("seconds", "wall_seconds"), [(0.0, None), (-1.0, None), (2.0, 1.0)])
+def test_limits_that_cannot_hold_are_refused(seconds: float, wall_seconds: float | None) -> None:
+    with pytest.raises(ValueError, match="processor time"):
+        MathVerify(seconds, wall_seconds=wall_seconds)
 
 
 @pytest.mark.parametrize("victim", ["child", "whole worker"])
@@ -78,7 +151,7 @@ def test_a_worker_killed_in_the_middle_of_a_batch_costs_no_verdict(judge: MathVe
 
 def test_the_workers_memory_stays_below_its_limit() -> None:
     limit = 400 * 2**20
-    judge = MathVerify(seconds=2.0, memory=limit)
+    judge = MathVerify(seconds=1.0, memory=limit)
     judge.start()
     largest = 0
     assert psutil.Process(judge.pids[1]).rlimit(psutil.RLIMIT_AS) == (limit, limit)
@@ -144,7 +217,7 @@ def test_a_forked_process_gets_a_worker_of_its_own(judge: MathVerify) -> None:
 
 def test_it_works_in_threads_and_survives_pickling(judge: MathVerify) -> None:
     copy = pickle.loads(pickle.dumps(judge))  # noqa: S301 - our own object
-    assert (copy.seconds, copy.memory, copy.pids) == (judge.seconds, judge.memory, ())
+    assert copy.__getstate__() == judge.__getstate__() and copy.pids == ()
     found: list[float] = []
     threads = [threading.Thread(target=lambda: found.append(judge("x+1", "1+x").value)) for _ in range(8)]
     for thread in threads:

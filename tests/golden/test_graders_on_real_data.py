@@ -314,8 +314,6 @@ WHY: dict[str, list[int]] = {
         101,
         103,
         104,
-        123,
-        124,
     ],
     "inexact: a rounded decimal is not the exact answer": [126, 133, 139],
     "notation: a set for a pair, a bare value for a named ratio, tuples for named values, a set for plus-minus": [
@@ -324,7 +322,6 @@ WHY: dict[str, list[int]] = {
         210,
         211,
         228,
-        260,
     ],
     "direction: an inequality for an interval; the library itself refuses it in its default mode (pair 187)": [186],
     "repeated: the list holds an item twice": [219, 238],

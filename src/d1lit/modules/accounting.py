@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
 
 from d1lit.costs import SectionCost, Work, matmul_peak, utilisation
+from d1lit.modules.experience import judged
 from d1lit.types import Metrics, RewardBatch, Rollout
 
 _MB = 2**20
@@ -240,22 +241,32 @@ class UpdateMetrics(nn.Module):
         group_size: int,
         eos_token_id: int,
     ) -> None:
-        """A rollout of this rank, with the rewards of all ranks."""
-        total = rewards.total.reshape(-1, group_size)
+        """A rollout of this rank, with the rewards of all ranks; what no judge could judge is in no mean."""
+        total, counts = (value.view(-1, group_size) for value in (rewards.total, judged(rewards)))
+        n = counts.sum(1, keepdim=True)
+        centred = (total - (total * counts).sum(1, keepdim=True) / n.clamp(min=1)) * counts
+        std = ((centred**2).sum(1) / n[:, 0].clamp(min=1)).sqrt()
         self._rollout = {
-            "rollout/reward": total.mean(),
-            "rollout/reward_std": total.std(dim=1, correction=0).mean(),
-            "rollout/zero_std_fraction": (total.std(dim=1, correction=0) < 1e-6).float().mean(),
+            "rollout/reward": (total * counts).sum() / n.sum().clamp(min=1),
+            "rollout/reward_std": std.mean(),
+            "rollout/zero_std_fraction": (std < 1e-6).float().mean(),
             "rollout/advantage_abs": advantages.abs().mean(),
-            "rollout/failed_judge_fraction": 1 - rewards.valid.float().mean(),
+            "rollout/failed_judge_fraction": 1 - counts.float().mean(),
         }
         for column, name in enumerate(names):
-            self._rollout[f"rollout/reward/{name}"] = rewards.value[:, column].mean()
+            value, valid = rewards.value[:, column], rewards.valid[:, column]
+            self._rollout[f"rollout/reward/{name}"] = value[valid].sum() / valid.sum().clamp(min=1)
         lengths = rollout.completion_mask.sum(1).float()
         self._mean_of("rollout/length", lengths)
         ended = (rollout.completion_ids == eos_token_id).any(dim=1)
         self._mean_of("rollout/truncated_fraction", ~ended)
         self._mean_of("rollout/entropy", rollout.entropy[rollout.completion_mask])
+
+    def add_outcomes(self, shares: Mapping[str, float]) -> None:
+        """Shares of this rank's latest rollout where a judge's outcome was another than a verdict, by outcome."""
+        device = self._rollout["rollout/reward"].device
+        for outcome, share in shares.items():
+            self._mean_of(f"reward/{outcome}_fraction", torch.tensor(share, device=device))
 
     def add_approximation(self, name: str, nats: Tensor) -> None:
         """How far the sampler's own log-probs lie from the network's, in nats."""
@@ -273,7 +284,8 @@ class UpdateMetrics(nn.Module):
                 metric.reset()
         self._loss.reset()
         self._rollout = {}
-        self.latest_rollout |= {name: value for name, value in numbers.items() if name.startswith("rollout/")}
+        here = {name: value for name, value in numbers.items() if name.startswith(("rollout/", "reward/"))}
+        self.latest_rollout |= here
         return self.latest_rollout | numbers
 
     def _mean_of(self, name: str, value: Tensor) -> None:

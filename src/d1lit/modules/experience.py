@@ -41,6 +41,26 @@ def reward_batch(
     return RewardBatch(value.to(device), valid.to(device), weight.to(device), step)
 
 
+def judged(rewards: RewardBatch) -> Tensor:
+    """[N]: whether every part that weighs anything could judge the completion."""
+    return (rewards.valid | (rewards.weights == 0)).all(-1)
+
+
+def whole_rows(rewards: RewardBatch) -> RewardBatch:
+    """The same, where a completion that one part failed to judge counts as not judged at all.
+
+    What the other parts sum up to would hold a silent zero for the failed one.
+    """
+    return replace(rewards, valid=rewards.valid & judged(rewards)[:, None])
+
+
+def neutral_totals(rewards: RewardBatch, group_size: int) -> Tensor:
+    """[N] sums, and the mean of its judged group for a completion that was not judged, so that it says nothing."""
+    total, counts = (value.view(-1, group_size) for value in (rewards.total, judged(rewards)))
+    mean = (total * counts).sum(1, keepdim=True) / counts.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(counts, total, mean).flatten()
+
+
 def detached(logprobs: LogProbs) -> LogProbs:
     """The same likelihood as a constant."""
     parts = {name: value.detach() for name, value in logprobs.parts.items()}

@@ -17,7 +17,16 @@ from d1lit.losses import check_pair, check_trajectory
 from d1lit.models import Policy
 from d1lit.models.sharding import gathered
 from d1lit.modules.accounting import Meter, StageCost, UpdateMetrics, cost_metrics, machine_peak, over_ranks
-from d1lit.modules.experience import Experience, dealt, detached, restored, reward_batch
+from d1lit.modules.experience import (
+    Experience,
+    dealt,
+    detached,
+    judged,
+    neutral_totals,
+    restored,
+    reward_batch,
+    whole_rows,
+)
 from d1lit.modules.optimizing import (
     OptimizerFactory,
     ScheduleFactory,
@@ -28,7 +37,7 @@ from d1lit.modules.optimizing import (
 )
 from d1lit.processes import gathered as gathered_objects
 from d1lit.processes import gathered_rows
-from d1lit.rewards.parts import RewardParts
+from d1lit.rewards.parts import RewardParts, outcome_fraction
 from d1lit.sampling import ApproximateSampler
 from d1lit.sampling.prediction import evaluation_mode
 from d1lit.scoring import score
@@ -38,6 +47,7 @@ from d1lit.types import (
     LogProbEstimator,
     LogProbs,
     LossInputs,
+    Outcome,
     PolicyLoss,
     PromptBatch,
     RewardBatch,
@@ -48,9 +58,8 @@ from d1lit.types import (
 )
 
 MAX_FAILED_FRACTION = 0.5
-"""A run whose judges fail (timeout, error) on more than this share of a rollout stops: its rewards mean nothing."""
-
-
+"""A run whose judges fail (timeout, error) on more than this share of a rollout's completions stops."""
+LOGGED_OUTCOMES: tuple[Outcome, ...] = ("timeout", "error", "unparsed")
 REPLAYED_ROWS = 2
 """Rollouts of a batch on which an approximate sampler is compared with the exact network: one forward a step."""
 
@@ -160,13 +169,15 @@ class DiffuGRPO(L.LightningModule):
             self.verdicts = self.reward.grade(rollout.completions, rollout.examples)
             rewards = self._gathered(reward_batch(self.verdicts, self.reward.weights, rollout.device, step))
             self._refuse_failed(rewards)
-            advantages = self.advantage(rewards, self.group_size)
+            advantages = self.advantage(whole_rows(rewards), self.group_size)
         here = slice(self.global_rank * len(rollout.row_ids), (self.global_rank + 1) * len(rollout.row_ids))
         names, eos = list(self.verdicts), self.policy.eos_token_id
         self.metrics.add_rollout(rollout, rewards, advantages, names, self.group_size, eos)
+        self.metrics.add_outcomes({kind: outcome_fraction(self.verdicts, kind) for kind in LOGGED_OUTCOMES})
         self._measure_approximation(rollout)
         with self.meter("scoring"), evaluation_mode(self.policy):
-            return self._freeze(rollout, rewards.total[here], advantages[here], step, num_micro)
+            totals = neutral_totals(rewards, self.group_size)
+            return self._freeze(rollout, totals[here], advantages[here], step, num_micro)
 
     def update(self, experience: Experience, inner: int, num_micro: int) -> Tensor:
         """The policy loss of one micro-batch under the corruption of this inner update."""
@@ -245,10 +256,12 @@ class DiffuGRPO(L.LightningModule):
         return replace(rewards, value=gathered_rows(rewards.value), valid=gathered_rows(rewards.valid))
 
     def _refuse_failed(self, rewards: RewardBatch) -> None:
-        failed = 1.0 - float(rewards.valid.float().mean())
+        failed = 1.0 - float(judged(rewards).float().mean())
         if failed > MAX_FAILED_FRACTION:
+            late, broken = (outcome_fraction(self.verdicts, kind) for kind in ("timeout", "error"))
             raise RuntimeError(
-                f"reward: the judges failed on {failed:.0%} of a rollout's completions, so its rewards mean nothing. "
+                f"reward: the judges failed on {failed:.0%} of a rollout's completions (here: time-out {late:.0%}, "
+                f"error {broken:.0%}), so its rewards mean nothing. "
                 "Try: `d1lit doctor`, a longer reward deadline, or another reward"
             )
 

@@ -23,7 +23,7 @@ def math_grader(seconds: float = 2.0) -> Grader:
     """Grader of MATH rows (`answer`: the bare gold answer).
 
     Args:
-        seconds: deadline of one symbolic comparison.
+        seconds: deadline of one symbolic comparison, in processor time.
     """
     return Grader(MathAnswer(MathVerify(seconds)), D1MathEvaluation())
 

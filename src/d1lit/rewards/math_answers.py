@@ -11,8 +11,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from d1lit.rewards.arithmetic import Refused, TooMuch, python_value
 from d1lit.rewards.extract import LONGEST_ANSWER, final_answer
-from d1lit.rewards.math_forms import Form, normalised, top_level_items
+from d1lit.rewards.math_forms import APART, Form, normalised, top_level_items
 from d1lit.rewards.rows import judge_rows
 from d1lit.types import Example, Verdict
 
@@ -22,6 +23,8 @@ _CLOCK = re.compile(r"[0-9.]+(?::[0-9.]+)+")
 _RELATION = re.compile(r"[<>]|\\[lg]eq")
 _OPERATION = re.compile(r"[+*/^]|-|\\(?:frac|sqrt|times|cdot|div|pm)|[0-9A-Za-z)}]\(")
 _LAYOUT = re.compile(r"[\s$]|\\(?:left|right|!|,)")
+_LONG_NUMERAL = re.compile(r"[0-9](?:\.?[0-9]){7}")
+_POWERS = re.compile(r"[0-9+\-*^{}()]+")
 _FRACTION_SIZE = re.compile(r"\\[dt]frac")
 _BRACKETS = ("()", "[]", "(]", "[)")
 _POWER_TOWER = re.compile(r"\^\{?-?[0-9]+\^|\^\{?-?[0-9]{4,}|[0-9]{60,}|!{2,}|[0-9]{4,}!")
@@ -34,9 +37,15 @@ def same_form(gold: Form, answer: Form) -> bool:
 
 
 def _compatible(gold: Form, answer: Form) -> bool:
+    """Whether units, names and hedges allow two answers to be the same."""
+    if gold.hedges != answer.hedges or (gold.symbol and answer.symbol and gold.symbol != answer.symbol):
+        return False
     if gold.units and answer.units and gold.units != answer.units:
         return False
-    return not (gold.symbol and answer.symbol and gold.symbol != answer.symbol)
+    sides = (gold.units | gold.marks, answer.units | answer.marks)
+    if not all(sides):
+        return True  # units may be left out
+    return gold.marks <= sides[1] and answer.marks <= sides[0]
 
 
 def _items(text: str) -> tuple[str, list[str]]:
@@ -53,34 +62,68 @@ def _items(text: str) -> tuple[str, list[str]]:
     return "", bare
 
 
-def decide(gold: Form, answer: Form) -> bool | None:
-    """What can be said without algebra: True, False, or None where algebra must decide."""
+Pairs = list[tuple[str, str]]
+"""Expressions that algebra has to find equal, every one."""
+
+
+def decide(gold: Form, answer: Form) -> bool | Pairs:
+    """What can be said without algebra, or what algebra has to decide."""
     if not _compatible(gold, answer):
         return False
     if gold.text == answer.text:
         return True
     gold_number, number = gold.number, answer.number
     if gold_number is not None or number is not None:
-        return gold_number is not None and gold_number == number
+        return (_power_value(gold.text) if gold_number is None else gold_number) == number
     if _WORDS.fullmatch(gold.text):
         return len(gold.text) > 1 and gold.text.lower() == answer.text.lower()
-    if _BASE.fullmatch(gold.text) or _CLOCK.fullmatch(gold.text) or not answer.text:
+    if _BASE.fullmatch(gold.text) or _CLOCK.fullmatch(gold.text) or not answer.text or APART in answer.text:
         return False
+    if _LONG_NUMERAL.search(answer.text) and not _LONG_NUMERAL.search(gold.text):
+        return False  # many digits that come near a root or pi
     if _RELATION.search(gold.text) and not _RELATION.search(answer.text):
-        return None  # an interval may say what a chain of inequalities says
+        # An interval may say what a chain of inequalities says.
+        return _whole(gold, answer) if answer.text[0] in "([" and answer.text[-1] in ")]" else False
     gold_kind, gold_items = _items(gold.text)
     kind, items = _items(answer.text)
     if len(gold_items) != len(items) or (len(items) > 1 and gold_kind != kind):
         return False
-    if len(items) > 1:
-        return _decide_items(gold_items, items, ordered=bool(kind))
-    return None
+    verdict = _decide_items(gold_items, items, ordered=bool(kind)) if len(items) > 1 else None
+    return _whole(gold, answer) if verdict is None else verdict
 
 
-def _decide_items(gold: list[str], items: list[str], ordered: bool) -> bool | None:
+def _whole(gold: Form, answer: Form) -> Pairs:
+    """The two answers as they are; where only one side kept its equals sign, the other's `y =` is part of it."""
+    left = f"{gold.symbol}={gold.text}" if gold.symbol and "=" in answer.text else gold.text
+    right = f"{answer.symbol}={answer.text}" if answer.symbol and "=" in gold.text else answer.text
+    return [(left, right)]
+
+
+def _power_value(text: str) -> int | None:
+    """The whole number that sums and products of powers are (`2^{27}-2^{11}`), where it can be had exactly."""
+    if not _POWERS.fullmatch(text):
+        return None
+    try:
+        value = python_value(text.replace("^", "**").replace("{", "(").replace("}", ")"))
+    except (Refused, TooMuch):
+        return None
+    return value if isinstance(value, int) else None
+
+
+def _decide_items(gold: list[str], items: list[str], ordered: bool) -> bool | Pairs | None:
     """Lists item by item; bare lists (the roots of an equation) in any order, repeated items as often as in gold."""
-    gold_keys = [_key(item) for item in gold]
-    keys = [_key(item) for item in items]
+    gold_names, gold_keys = _named(gold)
+    names, keys = _named(items)
+    if names and not gold_names and len(set(names)) > 1:
+        return False
+    if len(set(gold_names)) > 1:  # `a=1,b=2`: names, or else their order, say which value is whose
+        named, asked = dict(zip(gold_names, gold_keys, strict=True)), dict(zip(names or gold_names, keys, strict=True))
+        if len(named) < len(gold) or named.keys() != asked.keys():
+            return False
+        open_pairs = [(named[name], asked[name]) for name in gold_names if named[name] != asked[name]]
+        return False if any("=" in pair[0][:1] + pair[1][:1] for pair in open_pairs) else open_pairs or True
+    if names and gold_names and names != gold_names:
+        return False
     if not ordered:
         gold_keys, keys = sorted(gold_keys), sorted(keys)
     if gold_keys == keys:
@@ -89,10 +132,11 @@ def _decide_items(gold: list[str], items: list[str], ordered: bool) -> bool | No
     return False if all_numbers else None
 
 
-def _key(item: str) -> str:
-    form = normalised(item)
-    number = form.number
-    return form.text if number is None else f"={number}"
+def _named(items: list[str]) -> tuple[list[str], list[str]]:
+    """The names that stand before an equals sign in every item (none where one has none), and a key for each value."""
+    forms = [normalised(item) for item in items]
+    names = [form.symbol for form in forms]
+    return names if all(names) else [], [form.text if form.number is None else f"={form.number}" for form in forms]
 
 
 def is_copied(answer: Form, gold: Form, question: str) -> bool:
@@ -132,12 +176,14 @@ class MathAnswer:
             return Verdict(0.0, "unparsed", answer)
         gold_form, form = normalised(gold), normalised(answer)
         decided = decide(gold_form, form)
-        if decided is not None:
+        if isinstance(decided, bool):
             return Verdict(float(decided), parsed=answer)
-        if is_copied(form, gold_form, question) or _POWER_TOWER.search(form.text):
+        if is_copied(form, gold_form, question):
             return Verdict(0.0, parsed=answer)
-        # Where only one side kept its equals sign, the other's `y =` is part of an equation.
-        gold_text = f"{gold_form.symbol}={gold_form.text}" if gold_form.symbol and "=" in form.text else gold_form.text
-        text = f"{form.symbol}={form.text}" if form.symbol and "=" in gold_form.text else form.text
-        verdict = self.equivalence(gold_text, text)
-        return Verdict(verdict.value, verdict.outcome, answer)
+        if _POWER_TOWER.search(form.text):
+            return Verdict(0.0, "unparsed", answer)  # refused, and counted as such
+        for pair in decided:
+            verdict = self.equivalence(*pair)
+            if verdict.value != 1.0:
+                return Verdict(verdict.value, verdict.outcome, answer)
+        return Verdict(1.0, parsed=answer)

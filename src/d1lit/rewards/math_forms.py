@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 
+from d1lit.rewards.answer_words import hedges_in, marks_in, units_in
+
 _SAME = (
     ("\u2212", "-"),
     ("\u03c0", "\\pi "),
@@ -42,7 +44,7 @@ _PATTERNS = tuple(
     for pattern, new in (
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\(?:left|right|bigl|bigr|big|Bigl|Bigr|Big)(?![A-Za-z])\.?", ""),
-        (r"\\(?:,|;|:|quad(?![A-Za-z])|qquad(?![A-Za-z])| )|~", " "),
+        (r"(?<!\\)\\(?:,|;|:|quad(?![A-Za-z])|qquad(?![A-Za-z])| )|~", " "),
         (r"\\le(?![A-Za-z])", r"\\leq"),
         (r"\\ge(?![A-Za-z])", r"\\geq"),
         (r"\\ne(?![A-Za-z])", r"\\neq"),
@@ -52,18 +54,27 @@ _PATTERNS = tuple(
     )
 )
 _TEXT_MACRO = re.compile(
-    r"\\(?:text|mbox|mathrm|textbf|textit|textnormal|textrm|mathbf|operatorname)\s?\{([^{}\\]*)\}(\^\{?[0-9]\}?)?"
+    r"\\(?:text|mbox|mathrm|textbf|textit|textnormal|textrm|mathbf|operatorname)\s?\{([^{}\\]*)\}(\s*\^\{?[0-9]\}?)?"
 )
 _CONNECTIVE = re.compile(r"(?<![A-Za-z\\])(?:,\s*)?(?:and|or)(?![A-Za-z])")
-_WRAPPINGS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("\\boxed{", "}"))
+_WRAPPINGS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("\\boxed{", "}"), ("{", "}"))
 _SYMBOL = r"(?:\\?[A-Za-z]+(?:_\{?[A-Za-z0-9]+\}?)?)"
 _ASSIGNMENT = re.compile(
     rf"({_SYMBOL}(?:\({_SYMBOL}\))?|\({_SYMBOL}(?:,{_SYMBOL})+\))(?:=|\\in(?![A-Za-z]))(?=[^=])(.+)"
 )
-_TRAILING_WORDS = re.compile(r"([0-9.,}/)]|\\pi)\s*([A-Za-z]{2,}(?:[.\s]+[A-Za-z]{2,})*[.\s]*(?:\^\{?[23]\}?)?)$")
+_TRAILING_WORDS = re.compile(r"([0-9}/)]|\\pi)\.?\s*([A-Za-z]{2,}(?:[.\s/]+[A-Za-z]{2,})*[.\s]*(?:\^\{?[23]\}?)?)$")
 _FUNCTION_WORDS = frozenset(
-    re.findall(r"\w+", "pi sin cos tan sec csc cot log ln exp sqrt frac mod gcd lcm cup cap infty arcsin arccos arctan")
+    re.findall(r"\w+", "pi sin cos tan sec csc cot log ln exp sqrt frac mod gcd lcm arcsin arccos arctan")
 )
+_SPACING_AT_THE_END = re.compile(r"(?:(?<!\\)\\(?:[,;:! ]|q?quad)|~|\s)+$")
+_GROUPED_BY_SPACES = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:\s[0-9]{3})+(?![0-9])")
+_SPACED_FRACTION = re.compile(r"\\frac\s*([0-9])\s*([0-9])(?![0-9])")
+_MIXED = re.compile(r"(-?\s*[0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)")
+_BRACED_FRACTION = re.compile(r"(?<=[0-9])\{(\\frac\{[0-9]+\}\{[0-9]+\})\}")
+_TWO_NUMBERS = re.compile(r"(?<=[0-9])(?<![_^][0-9])\s+(?=[0-9.])")
+APART = "\u2423"
+"""Stands for the space between two numbers that nothing joins."""
+_LEADING_PLUS = re.compile(r"(?<![0-9A-Za-z)}\]!])\+")
 _SPACED_THOUSANDS = re.compile(r"(?<=[0-9]),\\[!,]\s*(?=[0-9]{3})")
 _DOUBLED_BACKSLASH = re.compile(r"\\\\(?=[A-Za-z])")
 _BRACKET = re.compile(r"[(\[]|\\\{")
@@ -75,40 +86,6 @@ _SLASH = re.compile(r"(-?)([0-9]+)/([0-9]+)")
 _SINGLE_BRACED = re.compile(r"([_^])\{([0-9A-Za-z])\}")
 _CHOICE = re.compile(r"\(([A-Z])\)")
 
-_UNITS = {
-    name: canonical
-    for canonical, names in {
-        "inch": "inch inches in",
-        "foot": "foot feet ft",
-        "yard": "yard yards yd",
-        "mile": "mile miles mi",
-        "mm": "mm millimeter millimeters",
-        "cm": "cm centimeter centimeters centimetre centimetres",
-        "m": "m meter meters metre metres",
-        "km": "km kilometer kilometers kilometre kilometres",
-        "g": "g gram grams",
-        "kg": "kg kilogram kilograms",
-        "pound": "pound pounds lb lbs",
-        "ounce": "ounce ounces oz",
-        "second": "second seconds sec s",
-        "minute": "minute minutes min",
-        "hour": "hour hours hr hrs h",
-        "day": "day days",
-        "week": "week weeks",
-        "month": "month months",
-        "year": "year years",
-        "mph": "mph",
-        "cent": "cent cents",
-        "dollar": "dollar dollars",
-        "euro": "euro euros",
-        "radian": "radian radians",
-        "degree": "degree degrees",
-        "am": "am a.m.",
-        "pm": "pm p.m.",
-    }.items()
-    for name in names.split()
-}
-
 
 @dataclass(frozen=True)
 class Form:
@@ -119,7 +96,11 @@ class Form:
     symbol: str
     """What stood in front of an equals sign, if anything did."""
     units: frozenset[str]
-    """Known units that were cut from the end."""
+    """Known units that stood there as words and were cut."""
+    marks: frozenset[str]
+    """Units that stood there as signs (dollar, per cent, degree) and were cut."""
+    hedges: frozenset[str]
+    """Words that were cut and leave the answer undecided (`not`, `about`, `million`)."""
 
     @property
     def number(self) -> Fraction | None:
@@ -131,12 +112,14 @@ class Form:
 
 def _unwrapped(text: str) -> str:
     for _ in range(4):
-        text = text.strip().rstrip(".,;").strip()
+        text = _SPACING_AT_THE_END.sub("", text).strip().rstrip(".,;").strip()
         for opening, closing in _WRAPPINGS:
             inside = text[len(opening) : len(text) - len(closing)]
             if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening) + len(closing):
                 if closing == "}" and not _is_balanced(inside):
                     continue
+                if opening == "{" and len(top_level_items(inside)) > 1:
+                    continue  # a set
                 if closing == "$" and "$" in inside:
                     continue
                 text = inside
@@ -167,8 +150,8 @@ def _resolve_text_macro(has_core: bool, cut: list[str], match: re.Match[str]) ->
     content = match[1].strip()
     if content.strip(" ,.") in ("and", "or"):
         return ","
-    if has_core and (content.lower() in _UNITS or len(content) > 1):
-        cut.append(content)
+    if has_core and (units_in([content]) or len(content) > 1):
+        cut.append(content + (match[2] or "").strip())
         return " "
     return f" {content} " + (match[2] or "")
 
@@ -186,11 +169,29 @@ def _plain_decimal(match: re.Match[str]) -> str:
     return f"{whole}.{part}" if part else whole
 
 
+def _without_loose_spaces(text: str) -> str:
+    """White space gone, where it joins nothing: `1 200` is a number, `3 1/2` a mixed one, `1 2` neither."""
+    mixed = _MIXED.fullmatch(text)
+    if mixed:
+        text = f"{mixed[1]}\\frac{{{mixed[2]}}}{{{mixed[3]}}}"
+    text = _SPACED_FRACTION.sub(r"\\frac{\1}{\2}", text)
+    text = _GROUPED_BY_SPACES.sub(lambda match: re.sub(r"\s", "", match[0]), text)
+    return re.sub(r"\s+", "", _TWO_NUMBERS.sub(APART, text))
+
+
+def _without_plus_minus(text: str) -> str:
+    r"""`3\pm2` as the two values it stands for, where it is the whole answer."""
+    if text.count("\\pm") != 1 or len(top_level_items(text)) > 1 or _BRACKET.match(text):
+        return text
+    return ",".join(_LEADING_PLUS.sub("", re.sub(r"\\pm(?![A-Za-z])", sign, text)) for sign in "+-")
+
+
 def normalised(answer: str) -> Form:
     """The one spelling of an answer."""
     text = _unwrapped(_SPACED_THOUSANDS.sub(",", answer))
     if "\\begin" not in text:
         text = _DOUBLED_BACKSLASH.sub(r"\\", text)
+    marks = marks_in(text)
     for old, new in _SAME:
         text = text.replace(old, new)
     for pattern, new in _PATTERNS:
@@ -198,27 +199,33 @@ def normalised(answer: str) -> Form:
     text = text.replace("$", "")
     if not _BRACKET.search(text):  # "(12,102)" is a pair
         text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
-    text, units = _without_text_macros(text)
+    text, cut = _without_text_macros(text)
     if re.search(r"[0-9)}\]]", text) or "=" in text:
         text = _CONNECTIVE.sub(",", text)
     text, words = _without_trailing_words(text.strip().rstrip(".,;").strip())
-    text = re.sub(r"\s+", "", re.sub(r",\s*,", ",", text)).rstrip(".,;")
+    text = _without_loose_spaces(re.sub(r",\s*,", ",", text).strip()).rstrip(".,;")
     assignment = _ASSIGNMENT.fullmatch(text)
     symbol = ""
     if assignment and "=" not in assignment[2]:
         symbol, text = assignment[1], assignment[2]
+    text = _without_plus_minus(_spelled(text))
+    choice = _CHOICE.fullmatch(text)
+    cut.append(words)
+    return Form(choice[1] if choice else text, symbol, units_in(cut), marks, hedges_in(cut))
+
+
+def _spelled(text: str) -> str:
+    """One spelling of decimals, fractions, roots and indices."""
     text = _DECIMAL.sub(_plain_decimal, text)
     text = _FRACTION_ARGUMENTS.sub(
         lambda match: f"\\frac{match[2] or '{' + match[1] + '}'}{match[4] or '{' + match[3] + '}'}", text
     )
+    text = _BRACED_FRACTION.sub(r"\1", text)
     text = _ROOT_ARGUMENT.sub(r"\\sqrt{\1}", text)
     slash = _SLASH.fullmatch(text)
     if slash:
         text = f"{slash[1]}\\frac{{{slash[2]}}}{{{slash[3]}}}"
-    text = _SINGLE_BRACED.sub(r"\1\2", text)
-    choice = _CHOICE.fullmatch(text)
-    found = {_UNITS[w] for cut in (*units, words) for w in re.split(r"[\s^]+", cut.lower()) if w in _UNITS}
-    return Form(choice[1] if choice else text, symbol, frozenset(found))
+    return _SINGLE_BRACED.sub(r"\1\2", text)
 
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,60}")

@@ -2,6 +2,9 @@
 
 Timeouts by SIGALRM fail in threads (every reward silently 0) and inside one long C call (sympy's big powers); pools
 wait for ever for a worker that never comes back. A process of its own, killed and forked anew, has neither fault.
+
+A reward must not depend on how busy the machine is. So the deadline counts the worker's processor time, and the kernel
+ends the worker there. Beside it stands a far longer limit by the clock, for a worker that waits instead of working.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from typing import Any
 from d1lit.types import Verdict
 
 _WORKER = Path(__file__).with_name("math_worker.py")
-_START_SECONDS = 60.0
+_START_SECONDS = 120.0
+_PATIENCE = 15.0
+"""The clock's limit in deadlines, unless told otherwise: a machine may be this many times too busy."""
 
 
 class _Died(Exception):
@@ -35,7 +40,11 @@ class _Gone(Exception):
 
 
 class _Late(Exception):
-    """No answer within the deadline."""
+    """The deadline ended the comparison; the next child is up."""
+
+
+class _Silent(Exception):
+    """No word from the worker until the clock's limit."""
 
 
 def _end(process: subprocess.Popen[bytes], link: socket.socket) -> None:
@@ -71,7 +80,7 @@ class _Worker:
         self.await_child(time.monotonic() + _START_SECONDS)
 
     def _read(self, until: float) -> dict[str, Any]:
-        """The next well-formed line. Raises _Late or _Gone."""
+        """The next well-formed line. Raises _Silent or _Gone."""
         while True:
             line, newline, rest = self.buffer.partition(b"\n")
             if newline:
@@ -81,7 +90,7 @@ class _Worker:
                 continue
             ready, _, _ = select.select([self.link], [], [], max(until - time.monotonic(), 0.0))
             if not ready:
-                raise _Late
+                raise _Silent
             try:
                 received = self.link.recv(65536)
             except OSError as error:
@@ -105,7 +114,7 @@ class _Worker:
         self.child = 0
 
     def ask(self, number: int, gold: str, answer: str, until: float) -> dict[str, Any]:
-        """Send one request and wait for its answer. Raises _Died, _Late or _Gone."""
+        """Send one request and wait for its answer. Raises _Died, _Late, _Silent or _Gone."""
         if not self.child:
             self.await_child(time.monotonic() + _START_SECONDS)
         try:
@@ -116,7 +125,7 @@ class _Worker:
             message = self._read(until)
             if "pid" in message:
                 self.child = message["pid"]
-                raise _Died
+                raise _Late if message["was_late"] else _Died
             if message.get("id") == number:
                 return message
 
@@ -125,22 +134,32 @@ class MathVerify:
     """Equality of two mathematical expressions by math-verify (github.com/huggingface/Math-Verify), within a deadline.
 
     The worker starts with the first call. One that dies is replaced and the request repeated once within the same
-    deadline. Differs from the library's defaults: 12 decimals must agree, not 6.
+    limit of the clock. Differs from the library's defaults: 12 decimals must agree, not 6.
 
     Args:
-        seconds: deadline of one comparison.
+        seconds: deadline of one comparison, in seconds of the worker's processor time.
         memory: address space of the worker, in bytes.
+        wall_seconds: limit of one comparison by the clock; None for 15 times `seconds`.
+
+    Raises:
+        ValueError: limits that cannot hold.
     """
 
-    def __init__(self, seconds: float = 2.0, memory: int = 2 * 2**30) -> None:
+    def __init__(self, seconds: float = 2.0, memory: int = 2 * 2**30, wall_seconds: float | None = None) -> None:
         self.seconds = seconds
         self.memory = memory
+        self.wall_seconds = _PATIENCE * seconds if wall_seconds is None else wall_seconds
+        if not 0.0 < seconds <= self.wall_seconds:
+            raise ValueError(
+                f"seconds: {seconds} of processor time do not fit into {self.wall_seconds} s. "
+                "Try: 0 < seconds <= wall_seconds"
+            )
         self._worker: _Worker | None = None
         self._number = 0
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "memory": self.memory}
+        return {"seconds": self.seconds, "memory": self.memory, "wall_seconds": self.wall_seconds}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
@@ -184,7 +203,7 @@ class MathVerify:
         for _ in range(2):
             try:
                 worker = self._running()
-                until = until or time.monotonic() + self.seconds
+                until = until or time.monotonic() + self.wall_seconds
                 self._number += 1
                 message = worker.ask(self._number, gold, answer, until)
             except _Died:
@@ -194,6 +213,8 @@ class MathVerify:
                 until = None  # starting anew is no part of the comparison
                 continue
             except _Late:
+                return Verdict(0.0, "timeout", answer)
+            except _Silent:
                 self._kill_child()
                 return Verdict(0.0, "timeout", answer)
             if "equal" in message:

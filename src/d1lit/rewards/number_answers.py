@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from d1lit.rewards.answer_words import hedges_in
 from d1lit.rewards.extract import LONGEST_ANSWER, final_answer
 from d1lit.rewards.rows import judge_rows
 from d1lit.types import Example, Verdict
@@ -25,16 +26,10 @@ _CURRENCY = re.compile(r"[€£¥₹]|\b(?:USD|US)\b|\\\$")
 _UNIT_POWER = re.compile(r"(?<=[A-Za-z])(?:\^?\{?[23]\}?|[²³])(?![0-9.,])")
 _FOREIGN_DIGIT = re.compile(r"[^\D0-9]|[⁰¹⁴-⁹₀-₉]")
 _UNFINISHED = re.compile(r"\s*[-/*](?![A-Za-z])")
-_WORD = re.compile(r"[A-Za-z']+")
 _AROUND = re.compile(r"[A-Za-z'°%\s/.!:;,()\[\]*_`~$-]*")
-_HEDGES = frozenset(
-    re.findall(
-        r"[\w']+",
-        "not no nor or isn't wasn't never about approximately roughly around almost nearly between either "
-        "maybe perhaps than least most under over below above cannot can't unknown wrong incorrect false "
-        "except but plus times dozen thousand million billion hundred half twice and to through ",
-    )
-)
+_MULTIPLES = re.compile(r"\s?(?:[kK]|[MB]|[mb]n)(?![A-Za-z])")
+_GLUED = re.compile(r"[.,]?[0-9]|\.[0-9]|\s?/\s?[0-9]|[eE]-?$")
+_DENIED = re.compile(r"[!<>~/:\u2248\u2260\u2264\u2265]\s?=")
 _NEGATIVE_WORDS = re.compile(r"\b(?:minus|negative)\s+(?=[$0-9.])", re.IGNORECASE)
 
 
@@ -70,6 +65,8 @@ def read_number(answer: str) -> Fraction | None:
     if len(answer) > LONGEST_ANSWER or _FOREIGN_DIGIT.search(answer):
         return None
     text = _plain(answer)
+    if _DENIED.search(text):
+        return None
     if "=" in text:
         # "9 * 2 = 18" commits itself to what stands on the right; "x = 18" too.
         text = text.rsplit("=", 1)[1].strip()
@@ -91,13 +88,13 @@ def _harmless(before: str, after: str) -> bool:
     if not (_AROUND.fullmatch(before) and _AROUND.fullmatch(after)):
         return False
     # Glued signs and points change the number: "1--5", "3.4.5"; so does an exponent: "1e".
-    if before.rstrip().endswith(("-", "/", "(-")) or re.match(r"[.,]?[0-9]|\.[0-9]|\s?/\s?[0-9]|[eE]-?$", after):
+    if before.rstrip().endswith(("-", "/", "(-", "~")) or _MULTIPLES.match(after) or _GLUED.match(after):
         return False
     if _UNFINISHED.match(after) and not before.endswith(after.strip()[:1]):
         return False
     if before and before[-1].isalpha():
         return False
-    return not _HEDGES.intersection(word.lower() for word in _WORD.findall(before + " " + after))
+    return not hedges_in([before, after])
 
 
 @dataclass(frozen=True)
