@@ -71,9 +71,8 @@ class StageFolder:
 
 def write_cost(folder: StageFolder, record: dict[str, Any]) -> None:
     """Keep a stage's account, whole or not at all."""
-    folder.path.mkdir(
-        parents=True, exist_ok=True
-    )  # nothing else has made it where neither checkpoints nor logs are kept
+    # Nothing else has made it where neither checkpoints nor logs are kept.
+    folder.path.mkdir(parents=True, exist_ok=True)
     staging = folder.cost.with_suffix(".staging")
     staging.write_text(json.dumps(record, indent=2))
     staging.replace(folder.cost)
