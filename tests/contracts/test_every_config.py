@@ -1,17 +1,22 @@
 """Every YAML of every group composes, builds, and is what its group promises."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.strategies import Strategy
 from omegaconf import OmegaConf
 
 from d1lit.build import build, plan_run
+from d1lit.components import check_trainer, check_watchers
 from d1lit.rewards.parts import RewardParts
 from d1lit.sampling import BlockSampler
+from d1lit.strategies import Setting
 from d1lit.tasks import Task
 from d1lit.types import Advantage, LogProbEstimator, PolicyLoss, RewardBatch, Sampler, Schedule, Verdict
 from d1lit.validation import CONF, compose_jobs
+from d1lit.values import check_values
 
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
 FILES = sorted((file.parent.name, file.stem) for file in CONF.glob("*/*.yaml"))
@@ -114,6 +119,61 @@ def test_logger(name, tmp_path: Path):
         assert name == "none"
         return
     assert build(config, "logger")(save_dir=tmp_path, name="logs", version="sft").name == "logs"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "lr_schedule"), zip(("adamw", "muon", "adamw"), choices("lr_schedule"), strict=True)
+)
+def test_optimizer_and_lr_schedule(optimizer, lr_schedule):
+    """Each is made for a stage's parameters and takes a step; the learning rate never falls below 0."""
+    assert choices("optimizer") == ["adamw", "muon"]
+    stage = "stages.grpo"
+    config = config_with(f"optimizer@{stage}.optimizer={optimizer}", f"lr_schedule@{stage}.lr_schedule={lr_schedule}")
+    matrix, vector = (torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 4), (4,)))
+    made = build(config, f"{stage}.optimizer")([("model.layers.0.matrix", matrix), ("vector", vector)])
+    schedule = build(config, f"{stage}.lr_schedule")(made, 5)
+    assert isinstance(made, torch.optim.Optimizer)
+    assert isinstance(schedule, torch.optim.lr_scheduler.LRScheduler)
+    for _ in range(5):
+        ((matrix**2).sum() + (vector**2).sum()).backward()
+        made.step()
+        made.zero_grad()
+        assert all(rate >= 0 for rate in schedule.get_last_lr())
+        schedule.step()
+    assert float(matrix.detach().mean()) < 1.0 > float(vector.detach().mean())
+
+
+@pytest.mark.parametrize("name", choices("strategy"))
+def test_strategy(name):
+    make = build(config_with(f"strategy={name}"), "strategy")
+    assert make(Setting(1, torch.device("cpu"), False)) == "auto"
+    if name != "single":
+        assert isinstance(make(Setting(2, torch.device("cpu"), True)), Strategy)
+
+
+@pytest.mark.parametrize("name", choices("hardware"))
+def test_hardware(name):
+    hardware = config_with(f"hardware={name}").hardware
+    assert 0 < hardware.utilisation <= 1
+    assert all(hardware[key] is None or hardware[key] > 0 for key in ("memory_gib", "peak_tflops"))
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [(g, n) for g, n in FILES if g in ("callbacks", "debug", "evaluation", "trainer")]
+)
+def test_choice_of_a_whole_run(group, name):
+    """It composes, its values are within their ranges, and Trainer and callbacks take what it says."""
+    config = config_with(f"{group}={name}", "task=sudoku")
+    check_values(config)
+    check_trainer(config)
+    check_watchers(config, Path("checked"))
+
+
+@pytest.mark.parametrize(("group", "name"), [(g, n) for g, n in FILES if g in ("data", "scale", "stage")])
+def test_part_of_other_choices_is_used(group, name):
+    """Nobody names these on the command line: stages, recipes and models are made of them, and built above."""
+    entry = re.compile(rf"/{group}(@[\w.]+)?: {name}\b")
+    assert [file for file in CONF.glob("*/*.yaml") if entry.search(file.read_text())]
 
 
 @pytest.mark.parametrize(("group", "name"), FILES, ids=lambda value: str(value))
