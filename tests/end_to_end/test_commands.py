@@ -310,8 +310,6 @@ def test_a_reference_that_moves_beside_an_adapter(tmp_path, monkeypatch, capsys)
     fast = ["recipe=grpo", "task=sudoku", "debug=fast", "report=false", "evaluation.base=false", "run_dir=run"]
     assert train([*SMALL, *fast, *moving]) == 0
     check_entry(results_of(capsys.readouterr().out)["evaluations"][-1])
-    kl = dict(read_scalars(tmp_path / "run" / "logs" / "grpo")["train/kl"])
-    assert kl[2] < 1e-3 * kl[3]  # at the second rollout, and once the policy has left it
     assert not [file for file in (tmp_path / "run" / "model").rglob("*") if "reference" in file.name]
     assert targets_of(tmp_path / "run" / "model")
 
