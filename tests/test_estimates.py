@@ -54,7 +54,8 @@ def test_the_papers_run_is_estimated_whole():
     assert [stage.name for stage in stages] == ["sft", "grpo"]
     sft, grpo = stages
     assert grpo.work.rollout_rows * 8 == 96, "96 completions an update, as d1 ran"
-    assert grpo.memory.weights == pytest.approx((8_015_581_184 + 167_772_160) * 2)
+    assert grpo.memory.weights == 8_015_581_184 * 2 + 167_772_160 * 4, "the adapter is in float32"
+    assert grpo.memory.optimizer == 2 * 167_772_160 * 4
     assert sft.tokens == 2460 * 8 * 4096
     assert 16 * GIB < grpo.memory.peak < 24 * GIB
     assert any("estimates for 8 devices" in line for line in lines)
@@ -81,6 +82,34 @@ def test_what_cannot_fit_is_refused_with_what_would(capsys):
     estimate_run(plan, world_size=devices)
     with pytest.raises(ConfigError):
         estimate_run(plan, world_size=devices // 2)
+
+
+def test_a_card_too_small_for_bfloat16_is_told_of_four_bits():
+    plan = plan_for("hardware.memory_gib=17")
+    with pytest.raises(ConfigError, match=r"stages.sft: needs about 18.5 GiB") as caught:
+        estimate_run(plan, world_size=1)
+    assert caught.value.cure.startswith("lora.quantize=nf4")
+    nf4 = ("scale.sft.lora.quantize=nf4", "scale.grpo.lora.quantize=nf4", "sampler.rows_per_forward=4")
+    sft, grpo = estimate_run(plan_for("hardware.memory_gib=17", "dry_run=true", *nf4), world_size=1)[0]
+    whole, packed = 8_015_581_184, 32 * (4 * 4096**2 + 3 * 4096 * 12288)
+    assert grpo.memory.start == 2 * whole, "loaded in bfloat16, then packed"
+    expected = 2 * (whole - packed) + packed * (0.5 + 1 / 64 + 4 / (64 * 256)) + 4 * 167_772_160
+    assert grpo.memory.weights == pytest.approx(expected)
+    assert sft.memory.peak < 17 * GIB
+
+
+def test_evaluation_and_merge_are_estimated_at_every_length():
+    plan = plan_for("recipe=grpo", "evaluation.lengths=[128,256]", "task.num_builtin.test=40")
+    _, lines = estimate_run(plan, world_size=1)
+    at = {n: next(line for line in lines if f"at {n} tokens" in line) for n in (128, 256)}
+    assert all("40 rows" in line and "for each of 2 models" in line for line in at.values())
+    hours = {n: float(line.split("rows, ")[1].split()[0]) for n, line in at.items()}
+    # Twice the steps over a canvas that is longer by 128 of about 640 tokens.
+    assert 2 * 1.1 < hours[256] / hours[128] < 2 * 1.4
+    merge = next(line for line in lines if line.startswith("merging"))
+    assert float(merge.split(": ")[1].split()[0]) == pytest.approx(
+        (2 * 8_015_581_184 + 12 * 4096 * 12288) / GIB, abs=0.06
+    )
 
 
 SHAPES = ("sft-full", "sft-recomputing", "grpo-lora", "grpo-full")

@@ -12,22 +12,23 @@ LAYERS: list[set[str]] = [
     {"scoring", "sampling", "footprint"},
     {"tasks", "data", "exact"},
     {"evaluation"},
+    {"checkpoint"},
     {"strategies"},
-    {"modules", "checkpoint"},
+    {"modules"},
     {"callbacks", "recipes", "report"},
     {"validation"},
     {"components", "values"},
     {"build"},
     {"evaluating", "estimates"},
     {"opening"},
-    {"playing", "chatting", "handing_on", "doctor", "harness", "verify"},
+    {"playing", "chatting", "handing_on", "consolidating", "doctor", "harness", "verify"},
     {"presenting"},
     {"running", "sweeps"},
     {"commands"},
     {"cli"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-HEAVY_FROM = {"lightning": LAYER["strategies"], "hydra": LAYER["validation"], "omegaconf": LAYER["validation"]}
+HEAVY_FROM = {"lightning": LAYER["checkpoint"], "hydra": LAYER["validation"], "omegaconf": LAYER["validation"]}
 
 
 def room_of(file: Path) -> str:

@@ -22,6 +22,9 @@ from d1lit.components import (
     check_watchers,
 )
 from d1lit.data import BatchPlan, CompletionRows, EncodedRow, PromptCycles
+from d1lit.estimators.one_step import OneStepEstimator
+from d1lit.losses.clipped import ClippedPolicyLoss
+from d1lit.losses.terms import micro_batch_token_mean
 from d1lit.models import (
     LoraSettings,
     Policy,
@@ -31,12 +34,14 @@ from d1lit.models import (
     load_tokenizer,
 )
 from d1lit.models.loading import find_folder, load_config, shard_files
+from d1lit.models.quantizing import check_bitsandbytes
 from d1lit.modules import Corpus, Demonstrations, DiffuGRPO, MaskedSFT, Prompts, StageData
 from d1lit.modules.stage_data import StageRows, prompt_rows
 from d1lit.processes import place
 from d1lit.recipes import Stage
 from d1lit.rewards.parts import RewardParts
 from d1lit.sampling import BlockSampler
+from d1lit.strategies import fsdp
 from d1lit.tasks import Split, Task, graded_text
 from d1lit.types import LogProbEstimator, PolicyLoss, Sampler, Schedule
 from d1lit.validation import ConfigError, as_config_error, under
@@ -65,6 +70,8 @@ class StageParts:
     max_updates: int
     batch_size: int
     micro_batch_size: int
+    fits_memory: bool
+    """The size of a micro-batch follows from the memory of a device (estimates.py); until then it is 1."""
     gradient_clip: float | None
     validate_every: int | None
     """Optimizer steps between two looks at the validation rows; None for none."""
@@ -156,6 +163,8 @@ def plan_run(config: DictConfig, trains: bool = True) -> Plan:
         ConfigError: for the first part that refuses its values.
     """
     check_values(config)
+    if config.paper_compat:
+        _check_is_d1(config)
     check_targets(config)
     check_trainer(config)
     check_watchers(config, Path("checked"))
@@ -171,12 +180,40 @@ def plan_run(config: DictConfig, trains: bool = True) -> Plan:
         base = _stage(config, "model.base", "base", world_size=1)
         _check_stage(config, "model.base", base, world_size=1)
     plan = Plan(config, task, sampler, stages, base)
+    for stage in stages:
+        _check_quantized(config, stage)
     tokenizer = plan.tokenizer_here()
     if tokenizer is not None:  # else the start of the run finds out
         _check_rows(plan, tokenizer, trains)
     for length in config.evaluation.lengths or ():
         evaluation_sampler(plan, length)
     return plan
+
+
+def _check_quantized(config: DictConfig, stage: StageParts) -> None:
+    """Four bits go with bitsandbytes, with whole copies of the model, and not with merged rollouts."""
+    if stage.lora is None or stage.lora.quantize is None:
+        return
+    key = f"stages.{stage.name}.lora.quantize"
+    strategy = build(config, "strategy")
+    if isinstance(strategy, partial) and strategy.func is fsdp:
+        raise ConfigError("strategy", "fsdp cannot shard weights of four bits", f"strategy=ddp, or {key}=null")
+    if isinstance(stage.module, partial) and stage.module.keywords.get("merge_for_rollouts"):
+        cause = "an adapter does not fit into weights of four bits"
+        raise ConfigError(f"stages.{stage.name}.module.merge_for_rollouts", cause, f"false, or {key}=null")
+    if not config.dry_run:
+        try:
+            check_bitsandbytes()
+        except ValueError as error:
+            raise under(error, f"stages.{stage.name}") from None
+
+
+def _check_is_d1(config: DictConfig) -> None:
+    """d1's accidents are those of its own estimator and loss."""
+    for group, kind in (("estimator", OneStepEstimator), ("loss", ClippedPolicyLoss)):
+        if config[group]._target_ != f"{kind.__module__}.{kind.__qualname__}":
+            cause = f"the recipe {config.recipe.name} has not d1's {group}, whose accidents these are"
+            raise ConfigError("paper_compat", cause, "recipe=d1, grpo or sft, or paper_compat=false")
 
 
 def _stage(config: DictConfig, key: str, name: str, world_size: int) -> StageParts:
@@ -197,7 +234,8 @@ def _stage(config: DictConfig, key: str, name: str, world_size: int) -> StagePar
         lora=settings,
         max_updates=node.max_updates,
         batch_size=node.batch_size,
-        micro_batch_size=min(node.micro_batch_size, max(1, node.batch_size // world_size)),
+        micro_batch_size=min(node.micro_batch_size or 1, max(1, node.batch_size // world_size)),
+        fits_memory=node.micro_batch_size is None,
         gradient_clip=node.gradient_clip,
         validate_every=node.validate_every,
         select=node.select,
@@ -212,6 +250,10 @@ def _check_stage(config: DictConfig, key: str, stage: StageParts, world_size: in
         # SFT's loss is another one than RL's; only RL has an estimator.
         if name in arguments and not (name == "loss" and "estimator" not in arguments):
             _check_kind(config, f"{key}.module", name, arguments[name], kind)
+    aggregate = getattr(arguments.get("loss"), "aggregate", None)
+    if stage.fits_memory and isinstance(aggregate, partial) and aggregate.func is micro_batch_token_mean:
+        cause = "null, but the loss is a mean over each micro-batch, whose size would follow from the device"
+        raise ConfigError(f"{key}.micro_batch_size", cause, "1, as d1")
     if "advantage" in arguments:
         check_advantage("advantage", arguments["advantage"])
     check_optimizer(key, stage.optimizer, stage.lr_schedule, stage.max_updates)
@@ -350,7 +392,8 @@ def make_stage(
 
 def _module_extras(plan: Plan, parts: StageParts, policy: Policy, tokenizer: Any) -> dict[str, Any]:
     if isinstance(parts.data, Prompts):
-        return {"decode": partial(judged_text, plan.task, tokenizer, policy.eos_token_id)}
+        end = None if plan.config.quirks.reward_after_end else policy.eos_token_id
+        return {"decode": partial(judged_text, plan.task, tokenizer, end)}
     rows: Sequence[EncodedRow] = ()
     if parts.validate_every is not None and isinstance(parts.data, Demonstrations):
         rows = parts.data.validation_rows(plan.task, tokenizer)
@@ -362,9 +405,16 @@ def decode(tokenizer: Any, eos_token_id: int, ids: torch.Tensor) -> str:
     return decode_completion(tokenizer, ids.tolist(), eos_token_id)
 
 
-def judged_text(task: Task, tokenizer: Any, eos_token_id: int, ids: torch.Tensor) -> str:
-    """What the judges read of a completion: with the prompt's prefill before it where the template says so."""
-    return graded_text(task.template, decode(tokenizer, eos_token_id, ids))
+def judged_text(task: Task, tokenizer: Any, eos_token_id: int | None, ids: torch.Tensor) -> str:
+    """What the judges read of a completion: with the prompt's prefill before it where the template says so.
+
+    Args:
+        task: whose template it is.
+        tokenizer: of the model.
+        eos_token_id: ends the text; None reads all of it, special tokens left out, as d1's rewards do.
+        ids: of the completion.
+    """
+    return graded_text(task.template, decode(tokenizer, -1 if eos_token_id is None else eos_token_id, ids))
 
 
 def _dataset(

@@ -162,7 +162,7 @@ def _sweep(words: Sequence[str], jobs: Jobs) -> int:
         _hydra([*(() if any(word in _MULTIRUN for word in words) else _MULTIRUN[:1]), *words])
     except Exception as error:  # a launcher whose worker was killed; the table says what became of the jobs
         print(f"error: the sweep was cut short: {' '.join(str(error).split())[:300]}", file=sys.stderr)
-    return show_sweep(folder, jobs.overrides)
+    return show_sweep(folder, None if jobs.is_search else jobs.overrides)
 
 
 def _hydra(words: Sequence[str]) -> int:
@@ -170,13 +170,15 @@ def _hydra(words: Sequence[str]) -> int:
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
-    sys.argv = [sys.argv[0], *words]
+    from d1lit.validation import with_choice
+
+    sys.argv = [sys.argv[0], *map(with_choice, words)]
 
     @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")
-    def job(config) -> None:
+    def job(config) -> float | None:
         from d1lit.processes import place
         from d1lit.running import run_training
-        from d1lit.sweeps import FOLDER, run_job
+        from d1lit.sweeps import FOLDER, reached, run_job
 
         said = list(HydraConfig.get().overrides.task)
         swept = HydraConfig.get().sweeper.get("params") or {}  # by an experiment: a sweep even over one value
@@ -187,6 +189,7 @@ def _hydra(words: Sequence[str]) -> int:
         else:
             command = [*_ITSELF, "train", *_where_to_look(words), "hydra.mode=RUN"]
             run_job(command, HydraConfig.get().job.num, said, Path(config.run_dir))
+        return reached(Path(config.run_dir))
 
     job()
     return 0

@@ -231,6 +231,29 @@ def export(words: Sequence[str]) -> int:
     return _guarded(act)
 
 
+def consolidate(words: Sequence[str]) -> int:
+    """`d1lit consolidate RUN FOLDER`: a checkpoint as one model folder."""
+    parser = _parser("consolidate", "Write the model in a checkpoint, sharded or not, as one folder; adapters merged.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, finished or not")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="is created")
+    parser.add_argument("--stage", help="whose checkpoint (default: the last stage that has one)")
+    parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    parser.add_argument("--layout", choices=("d1lit", "official"), default="d1lit", help="names of the weights")
+    parser.add_argument(
+        "--trust", action="append", default=[], metavar="PACKAGE", help="a package of yours the run uses"
+    )
+    given = parser.parse_args(list(words))
+    _see(given.trust)
+
+    def act() -> int:
+        from d1lit.consolidating import consolidate as write
+
+        print(write(given.run, given.folder, given.stage, given.step, given.layout, given.trust))
+        return 0
+
+    return _guarded(act)
+
+
 def harness(words: Sequence[str]) -> int:
     """`d1lit harness TASK...`: generation tasks of lm-evaluation-harness."""
     parser = _parser("harness", "Generation tasks of lm-evaluation-harness (the extra `harness`) through our sampler.")
@@ -304,5 +327,6 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "verify": (verify, "generate the paper's published rows again with LLaDA's weights, and compare"),
     "doctor": (doctor, "look at this machine: what is missing for a run, and the cure"),
     "export": (export, "write a run's final model as one whole, adapters merged"),
+    "consolidate": (consolidate, "write the model in a checkpoint, sharded or not, as one folder"),
     "push": (push, "upload a run's model to the hub, when told so twice"),
 }

@@ -16,10 +16,10 @@ import psutil
 import torch
 from omegaconf import OmegaConf
 
-from d1lit.build import Plan, StageParts, build
-from d1lit.costs import RolloutPlan, matmul_peak
+from d1lit.build import Plan, StageParts, build, evaluation_sampler
+from d1lit.costs import RolloutPlan, exact_rollout_flops, matmul_peak
 from d1lit.draws import CounterDraws
-from d1lit.footprint import Memory, Work, count_parameters, cycle_flops, memory, update_flops
+from d1lit.footprint import Memory, Work, count_parameters, cycle_flops, memory, network_shape, update_flops
 from d1lit.models import MaskedDiffusionConfig, build_tiny_tokenizer
 from d1lit.models.layouts import read_config
 from d1lit.models.loading import load_config
@@ -85,6 +85,7 @@ def stage_work(plan: Plan, parts: StageParts, world_size: int) -> Work:
         scored=0,
         views_per_chunk=keywords.get("views_per_chunk"),
         keeps_reference=False,
+        is_quantized=parts.lora is not None and parts.lora.quantize is not None,
     )
     if isinstance(parts.data, Prompts):
         return _rl_work(plan, parts, common, keywords, bool(getattr(loss, "needs_reference", False)))
@@ -165,7 +166,10 @@ def estimate_stage(plan: Plan, parts: StageParts, world_size: int, peak: float, 
     inner = keywords.get("num_inner_updates", 1)
     rollouts = -(-parts.max_updates // inner) if work.rollout is not None else 0
     flops = world_size * (parts.max_updates * update_flops(work) + rollouts * cycle_flops(work))
-    kept = work.counts.trainable * work.itemsize * (1 + work.optimizer_slots)
+    half = work.itemsize < work.wide
+    own = work.itemsize if work.counts.adapter == 0 else work.wide
+    copies = work.wide if half and work.counts.adapter == 0 else 0
+    kept = work.counts.trainable * (own + copies + work.wide * work.optimizer_slots)
     return StageEstimate(
         name=parts.name,
         work=work,
@@ -175,8 +179,77 @@ def estimate_stage(plan: Plan, parts: StageParts, world_size: int, peak: float, 
         flops=flops,
         tokens=parts.max_updates * work.num_micro * work.views * work.length * world_size,
         hours=flops / (world_size * peak * utilisation) / 3600,
-        checkpoint_bytes=int(3 * kept) + work.counts.trainable * work.itemsize,
+        checkpoint_bytes=int(3 * kept) + work.counts.trainable * own,
     )
+
+
+@dataclass(frozen=True)
+class EvaluationEstimate:
+    """What evaluating one model at one completion length would need."""
+
+    completion_length: int
+    rows: int
+    memory: int
+    """Bytes on each device, weights and adapter included."""
+    hours: float
+
+
+def estimate_evaluations(
+    plan: Plan, work: Work, world_size: int, peak: float, utilisation: float
+) -> list[EvaluationEstimate]:
+    """Every completion length that is asked for; no row is assumed to end early, and judging is left out.
+
+    Args:
+        plan: the run.
+        work: its last stage, whose model is evaluated whole on every device.
+        world_size: devices, which share the rows.
+        peak: operations a second that one device can do at most.
+        utilisation: share of the peak that is reached.
+    """
+    settings, task = plan.config.evaluation, plan.task
+    count = len(task.rows(settings.split)[: settings.rows])
+    prompt = max(task.max_prompt_length, task.max_test_prompt_length)
+    found = []
+    for length in settings.lengths or [plan.sampler.completion_length]:
+        sampler = evaluation_sampler(plan, length)
+        at_once = min(settings.batch_size, sampler.rows_per_forward or settings.batch_size)
+        rollout = RolloutPlan(at_once, prompt, length, sampler.block_length, sampler.steps_per_block)
+        whole = replace(work, rollout=rollout, merges=False, is_sharded=False, is_offloaded=False)
+        need = memory(whole)
+        share = -(-count // world_size)
+        flops = exact_rollout_flops(network_shape(work.config), replace(rollout, rows=share))
+        hours = flops / (peak * utilisation) / 3600
+        found.append(EvaluationEstimate(length, count, need.weights + need.rollout, hours))
+    return found
+
+
+# --------------------------------------------------------------------------------- micro-batches from a memory budget
+
+FILL = 0.9
+"""Share of a device's memory that micro-batches chosen by the estimate may fill."""
+
+
+def micro_batch_sizes(plan: Plan, world_size: int) -> dict[str, int]:
+    """For each stage whose `micro_batch_size` is null, the largest that fits every device, by the estimate.
+
+    1 where nothing does: the dry run then says what would help.
+    """
+    found = {}
+    for parts in plan.stages:
+        if not parts.fits_memory:
+            continue
+        share = parts.batch_size // world_size
+        sizes = [size for size in range(share, 0, -1) if share % size == 0]
+        limit = FILL * device_memory(plan)
+        needs = ((size, stage_work(plan, replace(parts, micro_batch_size=size), world_size)) for size in sizes)
+        found[parts.name] = next((size for size, work in needs if memory(work).peak <= limit), 1)
+    return found
+
+
+def with_micro_batches(plan: Plan, sizes: Mapping[str, int]) -> Plan:
+    """The plan with micro-batches of these sizes."""
+    stages = [replace(s, micro_batch_size=sizes.get(s.name, s.micro_batch_size)) for s in plan.stages]
+    return replace(plan, stages=stages)
 
 
 def smaller(work: Work) -> Iterator[tuple[str, Work]]:
@@ -190,8 +263,13 @@ def smaller(work: Work) -> Iterator[tuple[str, Work]]:
             "views_per_chunk=1 and sampler.rows_per_forward=4",
             replace(work, recomputes_blocks=True, views_per_chunk=1, rollout=few),
         )
+    if work.counts.adapter and not work.is_quantized and not work.is_sharded:
+        few = None if work.rollout is None else replace(work.rollout, rows=min(4, work.rollout.rows))
+        packed = replace(work, recomputes_blocks=True, is_quantized=True, rollout=few)
+        rows = "" if few is None else " sampler.rows_per_forward=4"
+        yield f"lora.quantize=nf4 (in the stage){rows}", packed
     for devices in (2, 4, 8, 16, 32, 64):
-        if devices > work.world_size or not work.is_sharded:
+        if not work.is_quantized and (devices > work.world_size or not work.is_sharded):
             sharded = replace(work, recomputes_blocks=True, is_sharded=True, world_size=max(devices, work.world_size))
             yield f"strategy=fsdp trainer.devices={sharded.world_size}", sharded
 
@@ -202,13 +280,19 @@ def cures(work: Work, limit: float) -> list[str]:
     return found[:2]
 
 
+def device_memory(plan: Plan) -> float:
+    """Bytes of one device: stated, or this machine's."""
+    if plan.config.hardware.memory_gib is not None:
+        return float(plan.config.hardware.memory_gib * GIB)
+    if plan.device.type == "cuda":
+        return float(torch.cuda.get_device_properties(plan.device).total_memory)
+    return float(psutil.virtual_memory().total)
+
+
 def device_limits(plan: Plan) -> tuple[float, float, str]:
     """Bytes and operations a second of one device, stated or measured here, and a word on where they come from."""
     hardware, device = plan.config.hardware, plan.device
-    total = psutil.virtual_memory().total
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-    limit = hardware.memory_gib * GIB if hardware.memory_gib is not None else total
+    limit = device_memory(plan)
     if hardware.peak_tflops is not None:
         return float(limit), float(hardware.peak_tflops) * 1e12, "stated"
     dtype = getattr(torch, plan.config.model.dtype)
@@ -221,6 +305,7 @@ def estimate_run(plan: Plan, world_size: int) -> tuple[list[StageEstimate], list
     Raises:
         ConfigError: for the first stage that does not fit, naming what would.
     """
+    plan = with_micro_batches(plan, micro_batch_sizes(plan, world_size))
     limit, peak, source = device_limits(plan)
     utilisation = plan.config.hardware.utilisation
     stages = [estimate_stage(plan, parts, world_size, peak, utilisation) for parts in plan.stages]
@@ -229,7 +314,17 @@ def estimate_run(plan: Plan, world_size: int) -> tuple[list[StageEstimate], list
         f"{peak / 1e12:.3g} TFLOP/s ({source}), of which {utilisation:.0%} is assumed to be reached"
     ]
     lines += [line for stage in stages for line in describe(stage)]
-    lines.append(f"all stages: {sum(stage.hours for stage in stages):.3g} hours, evaluation and judging apart")
+    evaluations = estimate_evaluations(plan, stages[-1].work, world_size, peak, utilisation) if stages else []
+    models = len(stages) + bool(plan.config.evaluation.base)
+    lines += [
+        f"evaluation at {e.completion_length} tokens: {e.rows} rows, {e.hours:.3g} hours for each of {models} models, "
+        f"{e.memory / GIB:.3g} GiB on each device"
+        for e in evaluations
+    ]
+    if stages:
+        lines.append(describe_merge(stages[-1].work))
+    total = sum(stage.hours for stage in stages) + models * sum(e.hours for e in evaluations)
+    lines.append(f"everything: {total:.3g} hours, judging apart")
     for stage in stages:
         if stage.memory.peak > limit:
             print("\n".join(lines))
@@ -240,6 +335,13 @@ def estimate_run(plan: Plan, world_size: int) -> tuple[list[StageEstimate], list
                 "; or ".join(found) if found else "an adapter (LoRA) instead of full training, or larger devices",
             )
     return stages, lines
+
+
+def describe_merge(work: Work) -> str:
+    """What `d1lit export` and the hand-over between stages need."""
+    widest = max(work.config.intermediate_size, work.config.hidden_size) * work.config.hidden_size
+    need = (work.counts.total - work.counts.adapter) * work.itemsize + 3 * widest * work.wide
+    return f"merging an adapter, or export: {need / GIB:.3g} GiB for a moment, and the model's size on disk"
 
 
 def describe(stage: StageEstimate) -> list[str]:

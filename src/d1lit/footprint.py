@@ -18,6 +18,7 @@ from d1lit.models import LoraSettings, MaskedDiffusionConfig
 from d1lit.models.head import DEFAULT_BUDGET, rows_per_chunk
 from d1lit.models.lora import adapt, lora_layers
 from d1lit.models.presets import build_on_meta
+from d1lit.models.quantizing import BITS_PER_WEIGHT
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,29 @@ class Counts:
     matrices: int
     """Trainable entries of the blocks' matrices, which some optimizers treat apart."""
     adapted_names: tuple[str, ...]
+    base_matrices: int
+    """Entries of all matrices of the blocks, adapters apart: what quantisation packs."""
+
+
+_COUNTED: dict[tuple[str, str], Counts] = {}
+"""What was counted already: building the tree takes a second, and an estimate asks for it again and again."""
 
 
 def count_parameters(config: MaskedDiffusionConfig, lora: LoraSettings | None) -> Counts:
     """Counted on the module tree itself, built without memory."""
+    key = (config.to_json_string(), repr(lora))
+    if key not in _COUNTED:
+        _COUNTED[key] = _count(config, lora)
+    return _COUNTED[key]
+
+
+def _count(config: MaskedDiffusionConfig, lora: LoraSettings | None) -> Counts:
     network = build_on_meta(config)
     body = sum(p.numel() for p in network.parameters())
     adapter, adapted, names = 0, 0, ()
+    packed = sum(p.numel() for layer in network.model.layers for p in layer.parameters() if p.dim() == 2)
     if lora is not None:
-        layers = list(lora_layers(adapt(network, lora, seed=0)))
+        layers = list(lora_layers(adapt(network, replace(lora, quantize=None), seed=0)))
         adapted = sum(layer.get_base_layer().weight.numel() for _, layer in layers)  # type: ignore[operator]
         adapter = sum(lora.rank * (sum(layer.get_base_layer().weight.shape)) for _, layer in layers)  # type: ignore[arg-type]
         names = tuple(sorted({path.rsplit(".", 1)[-1] for path, _ in layers}))
@@ -51,7 +66,7 @@ def count_parameters(config: MaskedDiffusionConfig, lora: LoraSettings | None) -
     matrices = sum(p.numel() for layer in network.model.layers for p in layer.parameters() if p.dim() == 2)
     head = config.vocab_size * config.hidden_size
     trainable = body if lora is None else adapter
-    return Counts(body + adapter, trainable, adapter, adapted, block, head, matrices, names)
+    return Counts(body + adapter, trainable, adapter, adapted, block, head, matrices, names, packed)
 
 
 # --------------------------------------------------------------------------------------------------------- the workload
@@ -85,6 +100,7 @@ class Work:
     passes: int = 0
     """Passes without gradient over each micro-batch of a rollout: old and reference log-probs."""
     merges: bool = False
+    is_quantized: bool = False
 
     @property
     def wide(self) -> int:
@@ -113,6 +129,8 @@ class Memory:
     """Gradients of an earlier micro-batch stand beside the activations."""
     scratch: int
     """The optimizer's, at its step."""
+    start: int
+    """Before the stage, where the base is loaded whole and then quantised."""
 
     @property
     def fixed(self) -> int:
@@ -124,14 +142,19 @@ class Memory:
         """At the widest moment of the stage."""
         beside = self.gradients if self.gradients_first else 0
         update = max(self.update + beside, self.gradients + self.scratch)
-        return self.fixed + max(update, self.rollout, self.scoring)
+        return max(self.start, self.fixed + max(update, self.rollout, self.scoring))
 
 
 def memory(work: Work) -> Memory:
     """Memory of one device."""
     counts, item = work.counts, work.itemsize
     share = work.world_size if work.is_sharded else 1
-    weights = counts.total * item // share
+    base = counts.total - counts.adapter
+    packed = int(counts.base_matrices * (item - BITS_PER_WEIGHT / 8)) if work.is_quantized else 0
+    weights = (base * item - packed + counts.adapter * work.wide) // share
+    # Adapters are in float32 beside a half-precision base; a base that trains has float32 copies in its optimizer.
+    own = work.wide if counts.adapter else item
+    copies = counts.trainable * work.wide if own < work.wide else 0
     gathered = 0
     if work.is_sharded:  # the block at work, the one fetched ahead, and what belongs to no block
         blocks = counts.block * work.config.num_hidden_layers
@@ -140,14 +163,15 @@ def memory(work: Work) -> Memory:
     largest = max(counts.head, counts.block // 3)
     return Memory(
         weights=weights * on_host,
-        gradients=counts.trainable * item // share * on_host,
-        optimizer=int(counts.trainable * work.optimizer_slots * item) // share * on_host,
+        gradients=counts.trainable * own // share * on_host,
+        optimizer=(int(counts.trainable * work.optimizer_slots * work.wide) + copies) // share * on_host,
         reference=(counts.total - counts.adapter) * item // share * on_host if work.keeps_reference else 0,
         update=_update_bytes(work) + gathered,
         rollout=_rollout_bytes(work) + (counts.total * item if work.is_sharded else 0),
         scoring=_scoring_bytes(work) + gathered if work.passes else 0,
         gradients_first=work.num_micro > 1,
-        scratch=2 * min(largest, counts.trainable) * item // share,
+        scratch=(2 * min(largest, counts.trainable) * work.wide + copies) // share,
+        start=base * item if work.is_quantized else 0,
     )
 
 

@@ -8,10 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
+from peft import PeftModel
+from torch import Tensor
 
-from d1lit.models import export_model, merge_lora
-from d1lit.opening import open_run
+from d1lit.build import evaluation_rows
+from d1lit.models import export_model
+from d1lit.models.lora import merge
+from d1lit.opening import OpenRun, open_run
 from d1lit.report.runs import Run, read_run
 from d1lit.security import redact
 from d1lit.validation import ConfigError
@@ -190,6 +195,8 @@ def export(
 ) -> Path:
     """The run's final model as one whole: adapters merged in float32, with tokenizer and card.
 
+    Prints how far merging has moved log-probabilities.
+
     Args:
         folder: of the run.
         target: is created; refused if it holds a model already.
@@ -202,11 +209,21 @@ def export(
     if (target / "config.json").exists():
         raise ConfigError("export", f"{target} holds a model already", "another folder")
     run = open_run(folder, (), trusted)
-    policy = merge_lora(run.policy)
-    export_model(policy.network, target, layout)
+    network = run.policy.network
+    if isinstance(run.policy.model, PeftModel):
+        network, shift = merge(run.policy.model, _some_prompts(run))
+        print(f"{shift}, over prompts of {run.plan.task.display_name}")
+    export_model(network, target, layout)
     run.tokenizer.save_pretrained(target)
     (target / "README.md").write_text(model_card(read_run(folder), merged=True), encoding="utf-8")
     return target
+
+
+def _some_prompts(run: OpenRun, count: int = 8) -> Tensor:
+    """The last tokens of a few evaluation prompts, as many of each."""
+    rows = evaluation_rows(run.plan, run.tokenizer)[:count]
+    shortest = min(len(row.prompt_ids) for row in rows)
+    return torch.tensor([list(row.prompt_ids)[-shortest:] for row in rows], device=run.policy.device)
 
 
 def push(folder: Path, repository: str, *, yes: bool, private: bool) -> str:

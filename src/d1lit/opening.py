@@ -47,10 +47,23 @@ def open_run(folder: Path, words: Sequence[str] = (), trusted: Sequence[str] = (
     Raises:
         ConfigError: if there is no finished run, or it asks for components that are not allowed.
     """
+    if not (folder / "model").is_dir():
+        raise ConfigError("run", f"{folder} holds no finished run", "a folder that train.py has made")
+    plan = plan_of_run(folder, words, trusted)
+    policy, tokenizer = trained_policy(plan, folder)
+    return OpenRun(folder, plan, policy.eval(), tokenizer)
+
+
+def plan_of_run(folder: Path, words: Sequence[str] = (), trusted: Sequence[str] = ()) -> Plan:
+    """The plan of a run, finished or not; see `open_run`.
+
+    Raises:
+        ConfigError: if there is no run, or it asks for components that are not allowed.
+    """
     quiet_libraries()
     file = folder / "overrides.json"
-    if not file.is_file() or not (folder / "model").is_dir():
-        raise ConfigError("run", f"{folder} holds no finished run", "a folder that train.py has made")
+    if not file.is_file():
+        raise ConfigError("run", f"{folder} holds no run", "a folder that train.py has made")
     said = [word.split("=", 1)[0].lstrip("+~") for word in words]
     kept = [
         word
@@ -62,6 +75,4 @@ def open_run(folder: Path, words: Sequence[str] = (), trusted: Sequence[str] = (
         check_config(OmegaConf.to_container(config, resolve=True), (*OWN, *trusted))  # type: ignore[arg-type]
     except ValueError as error:
         raise as_config_error(error, "run") from None
-    plan = plan_run(config, trains=False)
-    policy, tokenizer = trained_policy(plan, folder)
-    return OpenRun(folder, plan, policy.eval(), tokenizer)
+    return plan_run(config, trains=False)

@@ -11,9 +11,11 @@ from typing import Any
 
 import lightning as L
 import torch
+from peft import PeftModel
 
 from d1lit.checkpoint import newest, read_facts
 from d1lit.models import LoraSettings, Policy, add_lora, load_weights, merge_lora, save_weights
+from d1lit.models.lora import report
 from d1lit.models.sharding import unsharded
 from d1lit.modules import StageData
 from d1lit.modules.accounting import Accounted
@@ -109,6 +111,8 @@ def run_stage(folder: StageFolder, policy: Policy, stage: Stage, seed: int, say:
     """Fit one stage, from its newest good checkpoint where there is one, and keep its weights in its folder."""
     if stage.lora is not None:
         policy = add_lora(policy, stage.lora, seed)
+        assert isinstance(policy.model, PeftModel)
+        say(f"{stage.name}: {report(policy.model)}")
     if folder.weights.exists():
         say(f"{stage.name}: finished earlier, taken from {folder.weights}")
         load_weights(policy, folder.weights)

@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from d1lit.build import Plan, StageParts, build, check_hub_model, make_stage, plan_run
 from d1lit.callbacks import ConsoleProgress, StopFlag, StopOnSignal, Validate
 from d1lit.checkpoint import FolderCheckpointIO, differing_keys, flatten, lock_run
-from d1lit.estimates import estimate_run
+from d1lit.estimates import estimate_run, micro_batch_sizes, with_micro_batches
 from d1lit.evaluating import PACKAGES, TaskEvaluator, quiet_libraries, write_results
 from d1lit.models import Policy, save_weights
 from d1lit.presenting import present
@@ -68,6 +68,10 @@ def run_training(config: DictConfig, overrides: Sequence[str], plan: Plan | None
             make_shared_base(plan, flag)
     join_world(config.trainer.accelerator)
     folder, is_new = first_decides(partial(run_folder, config))
+    sizes = first_decides(partial(micro_batch_sizes, plan, world().world_size))
+    plan = with_micro_batches(plan, sizes)
+    for name, size in sizes.items():
+        say(f"{name}: micro-batches of {size}, by the memory of a device")
     with removed_if_refused(folder, is_new), held_by_first(folder), flag.installed():
         first_decides(partial(refuse_changes, config, folder))
         write_once(folder / "config.yaml", redact_text(OmegaConf.to_yaml(config, resolve=True)))
@@ -111,7 +115,7 @@ def removed_if_refused(folder: Path, is_new: bool) -> Iterator[None]:
 MAY_CHANGE = (
     "run_dir", "resume", "dry_run", "debug", "logger", "logger.", "callbacks.", "evaluation.", "strategy.", "hydra.",
     "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.log_every_n_steps",
-    "trainer.enable_model_summary",
+    "trainer.enable_model_summary", "hardware.",
 )  # fmt: skip
 """Keys that say where and how a run goes on, not what it computes."""
 
@@ -314,7 +318,8 @@ def make_trainer(
 ) -> L.Trainer:
     """A Trainer for one stage; accumulation follows from the global batch and the devices."""
     flags: dict[str, Any] = OmegaConf.to_container(plan.config.trainer, resolve=True)  # type: ignore[assignment]
-    precision = flags.pop("precision") or ("bf16-true" if plan.config.model.dtype == "bfloat16" else "32-true")
+    # Lightning's word for leaving every number in the dtype it has: the model's own, float32 for adapters.
+    precision = flags.pop("precision") or "32-true"
     here = world()
     flags |= {"devices": here.local_world_size, "num_nodes": here.num_nodes}
     trains_large_model = parts.lora is None and plan.config.model.path is not None
@@ -376,7 +381,9 @@ def finish(
 ) -> None:
     """Write the final model and results.json, and print the table."""
     if not (folder / "model").exists():
-        save_weights(policy, folder / "model")
+        # An adapter goes on alone, so it says its places in the words of the model it belongs to.
+        is_official = policy.is_adapted and plan.config.model.path is not None
+        save_weights(policy, folder / "model", "official" if is_official else "d1lit")
         tokenizer.save_pretrained(folder / "model")
     results = {
         "recipe": plan.config.recipe.name,

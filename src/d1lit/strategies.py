@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +12,13 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from d1lit.checkpoint.shards import Rows, read_spread, write_pieces
 from d1lit.models import Policy
-from d1lit.models.sharding import shard, whole
+from d1lit.models.sharding import shard
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,9 @@ class FullySharded(ModelParallelStrategy):
     """FSDP2 on a module's policies, with checkpoints in the project's own form.
 
     Lightning's strategy saves through torch's distributed checkpoints (pickle) or, whole, in a form that it cannot
-    load back beside frozen parameters. Here a checkpoint holds what the same run in one process would have saved:
-    shards are gathered to the first process one at a time, and cut again when they are read. So a run may go on with
-    another number of processes, or under another strategy.
+    load back beside frozen parameters. Here every process writes its own rows into one folder (checkpoint/shards.py)
+    and reads those that are its own then: nothing is gathered, and a run may go on with another number of processes, or
+    under another strategy.
     """
 
     def __init__(self, world_size: int, offload: bool) -> None:
@@ -86,7 +88,7 @@ class FullySharded(ModelParallelStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole weights that are no mere copy of the stage's start, on the first process; nothing on the others."""
+        """This process's rows of the weights that are no mere copy of the stage's start."""
         assert self.lightning_module is not None
         kept = {
             name: parameter
@@ -95,18 +97,19 @@ class FullySharded(ModelParallelStrategy):
         }
         buffers = dict(self.lightning_module.named_buffers())
         others = {n: v for n, v in self.lightning_module.state_dict().items() if n in buffers}
-        return _gathered({**kept, **others}, self.is_global_zero)
+        return _rows({**kept, **others})
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The whole state on the first process; nothing but its frame on the others."""
-        return _gathered(_plain(optimizer).state_dict(), self.is_global_zero)
+        """This process's rows of it."""
+        return _rows(_plain(optimizer).state_dict())
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Every process reads the folder."""
+        """Every process reads its own rows, and what is whole."""
         torch.cuda.empty_cache()
-        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+        mesh = self.device_mesh["data_parallel"]
+        return read_spread(Path(checkpoint_path), mesh.get_local_rank(), mesh.size())
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -114,47 +117,69 @@ class FullySharded(ModelParallelStrategy):
         assert self.lightning_module is not None
         own = dict(self.lightning_module.named_parameters())
         with torch.no_grad():
-            for name, tensor in checkpoint["state_dict"].items():
+            for name, value in checkpoint["state_dict"].items():
                 if name in own:
-                    own[name].copy_(_cut_like(tensor, own[name]))
+                    own[name].copy_(_cut_like(value, own[name]))
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Each process takes its shard of the state of every weight."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             plain = _plain(optimizer)
-            plain.load_state_dict(state)
-            for parameter, values in plain.state.items():
-                for name, value in values.items():
-                    if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        values[name] = _cut_like(value, parameter)
+            parameters = [parameter for group in plain.param_groups for parameter in group["params"]]
+            plain.load_state_dict(_cut_state(state, parameters))
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """The first process writes."""
+        """Every process writes its own rows; the first puts the checkpoint together."""
+        marked = write_pieces(checkpoint, Path(filepath))
         if self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+            self.checkpoint_io.save_checkpoint(marked, filepath, storage_options=storage_options)
 
 
 def _plain(optimizer: Any) -> Optimizer:
     return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
-def _gathered(tree: Any, keep: bool) -> Any:
-    """The same tree with whole tensors on the CPU where they are kept, and None where they are not."""
-    if isinstance(tree, Tensor):
-        tensor = whole(tree.detach())
-        return tensor.cpu() if keep else None
+def _rows(tree: Any) -> Any:
+    """The same tree with this process's rows in the place of tensors that are spread."""
+    if isinstance(tree, DTensor):
+        assert tree.placements == (Shard(0),)
+        return Rows(tree.to_local().detach(), tuple(tree.shape))
     if isinstance(tree, dict):
-        return {key: _gathered(value, keep) for key, value in tree.items()}
+        return {key: _rows(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(_gathered(value, keep) for value in tree)
+        return type(tree)(_rows(value) for value in tree)
     return tree
 
 
-def _cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """This process's shard of a whole tensor, cut as the parameter is; every process holds the whole one already."""
+def _cut_state(state: dict[str, Any], parameters: list[Tensor]) -> dict[str, Any]:
+    """An optimizer's state with shards in the place of whole tensors and of rows."""
+
+    def cut(value: Any, parameter: Tensor) -> Any:
+        is_like = isinstance(value, Rows) or (isinstance(value, Tensor) and value.shape == parameter.shape)
+        return _cut_like(value, parameter) if is_like else value
+
+    if "state" not in state:
+        return state
+    own = {
+        number: {name: cut(value, parameters[number]) for name, value in values.items()}
+        for number, values in state["state"].items()
+    }
+    copies = state.get("copies")
+    if copies is None:
+        return {**state, "state": own}
+    return {**state, "state": own, "copies": [cut(v, p) for v, p in zip(copies, parameters, strict=True)]}
+
+
+def _cut_like(value: Tensor | Rows, parameter: Tensor) -> Tensor:
+    """This process's shard of a tensor, as the parameter is cut: from its rows, or from the whole that all hold."""
     if not isinstance(parameter, DTensor):
-        return tensor
-    tensor = tensor.to(parameter.to_local().device)
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        assert isinstance(value, Tensor)
+        return value
+    device, mesh = parameter.to_local().device, parameter.device_mesh
+    if isinstance(value, Tensor):
+        return distribute_tensor(value.to(device), mesh, parameter.placements, src_data_rank=None)
+    shape, stride = parameter.shape, parameter.stride()
+    local = value.local.to(device)
+    return DTensor.from_local(local, mesh, parameter.placements, run_check=False, shape=shape, stride=stride)

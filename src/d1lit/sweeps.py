@@ -93,8 +93,15 @@ def own_device(folder: Path) -> Iterator[dict[str, str]]:
         time.sleep(1.0)
 
 
-def show_sweep(folder: Path, jobs: Sequence[Sequence[str]]) -> int:
-    """The closing table of a sweep: every job, how it ended, what it reached; 1 if any failed."""
+def show_sweep(folder: Path, jobs: Sequence[Sequence[str]] | None) -> int:
+    """The closing table of a sweep: every job, how it ended, what it reached; 1 if any failed.
+
+    Args:
+        folder: of the sweep.
+        jobs: what each was told; None where a search has chosen them, which are those that left word.
+    """
+    if jobs is None:
+        jobs = [()] * len(list(notes_of(folder).glob("job-*.json")))
     table = Table(title=f"sweep in {folder}")
     for column in ("job", "what", "ended", "seconds", "accuracy", "folder"):
         table.add_column(column, overflow="fold")
@@ -107,9 +114,10 @@ def show_sweep(folder: Path, jobs: Sequence[Sequence[str]]) -> int:
             continue
         record = json.loads(file.read_text())
         failed += record["status"] != 0
-        ended, reached = _ended(record["status"]), _accuracy(Path(record["run_dir"]))
+        ended, found = _ended(record["status"]), reached(Path(record["run_dir"]))
+        share = "" if found is None else f"{100 * found:.1f}"
         table.add_row(
-            str(number), " ".join(record["overrides"]), ended, str(record["seconds"]), reached, record["run_dir"]
+            str(number), " ".join(record["overrides"]), ended, str(record["seconds"]), share, record["run_dir"]
         )
     console.print(table)
     print(folder)
@@ -127,9 +135,10 @@ def _ended(status: int) -> str:
     return f"failed: killed by signal {-status}" if status < 0 else f"failed: exit status {status}"
 
 
-def _accuracy(run_dir: Path) -> str:
+def reached(run_dir: Path) -> float | None:
+    """Accuracy of a run's last evaluation: what a search wants large; None where there is none."""
     file = run_dir / "results.json"
     if not file.exists():
-        return ""
+        return None
     evaluations: list[dict[str, Any]] = json.loads(file.read_text())["evaluations"]
-    return f"{100 * evaluations[-1]['accuracy']:.1f}" if evaluations else ""
+    return float(evaluations[-1]["accuracy"]) if evaluations else None

@@ -15,6 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -78,6 +79,8 @@ class Jobs:
     overrides: Sequence[Sequence[str]]
     """What was said for each of them."""
     is_multirun: bool
+    is_search: bool = False
+    """A sweeper chooses the jobs one after the other; `configs` holds one of them."""
 
 
 def compose_jobs(name: str, words: Sequence[str]) -> Jobs:
@@ -91,8 +94,11 @@ def compose_jobs(name: str, words: Sequence[str]) -> Jobs:
         config, experiment = _compose_with_mode(name, overrides, is_multirun)
         if experiment is None:
             return Jobs([config], [overrides], False)
-        jobs = _sweep([*experiment, *overrides])
-        return Jobs([_compose(name, job) for job in jobs], jobs, True)
+        words = [*experiment, *overrides]
+        is_search = any(word.startswith("hydra/sweeper=") for word in words)
+        # What a search will try is not known yet: the first candidate of each range stands for all of them.
+        jobs = [[_first_candidate(word) for word in words]] if is_search else _sweep(words)
+        return Jobs([_compose(name, job) for job in jobs], jobs, True, is_search)
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], bool]:
@@ -113,8 +119,16 @@ def _split(words: Sequence[str]) -> tuple[list[str], bool]:
         elif "=" not in word and not word.startswith("~"):
             raise ConfigError(word, "is not KEY=VALUE", f"{word}=VALUE, or --help")
         else:
-            overrides.append(word)
+            overrides.append(with_choice(word))
     return overrides, is_multirun
+
+
+def with_choice(word: str) -> str:
+    """`paper_compat=true` as Hydra wants the choice of a group whose names are `true` and `false`: in quotes."""
+    key, _, value = word.partition("=")
+    if key != "paper_compat":
+        return word
+    return f"{key}={','.join(repr(part.strip().strip(chr(39)).lower()) for part in value.split(','))}"
 
 
 # ------------------------------------------------------------------------------------------------------------ composing
@@ -136,6 +150,19 @@ def _sweep(overrides: Sequence[str]) -> list[list[str]]:
         raise _syntax_error(error, overrides) from None
 
 
+def _first_candidate(word: str) -> str:
+    """A word of a search with the first of its values."""
+    try:
+        (override,) = OverridesParser.create().parse_overrides([word])
+    except HydraException as error:
+        raise _syntax_error(error, [word]) from None
+    swept = override.value()
+    if not override.is_sweep_override():
+        return word
+    first = swept.list[0] if isinstance(swept, ChoiceSweep) else swept.start
+    return f"{override.get_key_element()}={first}"
+
+
 def _compose_with_mode(name: str, overrides: Sequence[str], is_multirun: bool) -> tuple[DictConfig, list[str] | None]:
     """The composed configuration; and, of a sweep, the values that its experiment sweeps over, else None.
 
@@ -152,7 +179,7 @@ def _compose_with_mode(name: str, overrides: Sequence[str], is_multirun: bool) -
     if is_multirun or str(config.hydra.mode) == "RunMode.MULTIRUN":
         params = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=True)
         assert isinstance(params, dict)
-        experiment = [f"{key}={value}" for key, value in params.items()]
+        experiment = [with_choice(f"{key}={value}") for key, value in params.items()]
     with open_dict(config):
         del config["hydra"]
     return config, experiment

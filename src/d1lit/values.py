@@ -54,17 +54,19 @@ def _truth(value: Any) -> str | None:
     return None if isinstance(value, bool) else "is neither true nor false"
 
 
-_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true")
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+"""The others of Lightning's cast the weights, which `model.dtype` has chosen, and float32 adapters with them."""
 _STAGE: dict[str, tuple[Complaint, str]] = {
     "max_updates": (_whole(1), "1 or more"),
     "batch_size": (_whole(1), "1 or more"),
-    "micro_batch_size": (_whole(1), "1 or more"),
+    "micro_batch_size": (_optional(_whole(1)), "1 or more, or null for what fits the device's memory"),
     "gradient_clip": (_optional(_number(0, inclusive=False)), "null for no clipping"),
     "validate_every": (_optional(_whole(1)), "null for no looks at the validation rows"),
     "select": (_one_of("last", "best_val"), "last"),
     "optimizer.lr": (_number(0), "1.0e-5"),
     "optimizer.weight_decay": (_number(0), "0.0"),
     "optimizer.betas": (_each(_number(0)), "[0.9, 0.99]"),
+    "lora.quantize": (_optional(_one_of("nf4")), "nf4, or null"),
     "lr_schedule.warmup_updates": (_number(0), "0"),
     "data.count": (_optional(_whole(1)), "null for all"),
 }
@@ -72,7 +74,9 @@ _VALUES: dict[str, tuple[Complaint, str]] = {
     "seed": (_whole(0), "0"),
     "run_dir": (_optional(_text), "a folder's path, or null"),
     "resume": (_one_of("auto", "never", "force"), "auto"),
-    "paper_compat": (_truth, "false"),
+    "quirks.inner_index_by_micro_batch": (_truth, "false"),
+    "quirks.dropout_everywhere": (_truth, "false"),
+    "quirks.reward_after_end": (_truth, "false"),
     "dry_run": (_truth, "false"),
     "model.path": (_optional(_text), "a folder, a hub id, or null for the built-in model"),
     "model.dtype": (_one_of("float32", "bfloat16", "float16", "float64"), "float32"),
@@ -80,7 +84,7 @@ _VALUES: dict[str, tuple[Complaint, str]] = {
     "model.compile": (_truth, "false"),
     "model.cuda_graphs": (_truth, "false"),
     "task.grader": (_one_of("strict", "d1"), "strict"),
-    "trainer.precision": (_optional(_one_of(*_PRECISIONS)), "null"),
+    "trainer.precision": (_optional(_one_of(*_PRECISIONS)), "null, with model.dtype as you want the weights"),
     "trainer.devices": (_whole(1), "trainer.devices=1"),
     "trainer.num_nodes": (_whole(1), "trainer.num_nodes=1"),
     "trainer.accelerator": (_one_of("auto", "cpu", "gpu", "cuda", "mps"), "auto"),

@@ -58,7 +58,7 @@ CASES: dict[str, tuple[str, str, str]] = {
     "fraction for a whole number": ("stages.grpo.max_updates=2.5", "stages.grpo.max_updates", "a whole number"),
     "list for a number": ("sampler.num_steps=[1,2]", "sampler.num_steps", "a whole number"),
     "number for a truth": ("evaluation.base=1", "evaluation.base", "true"),
-    "text for a truth": ("paper_compat=perhaps", "paper_compat", "true nor false"),
+    "text for a truth": ("paper_compat=perhaps", "paper_compat", "one of false, true"),
     "text where null stood": ("evaluation.rows=many", "evaluation.rows", "whole number"),
     "number for a list": ("evaluation.lengths=64", "evaluation.lengths", "list"),
     "text for a block": ("stages.grpo.optimizer=muon", "stages.grpo.optimizer", "optimizer@stages.grpo.optimizer=CHOICE"),

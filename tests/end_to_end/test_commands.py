@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from d1lit.cli import evaluate, train
 from d1lit.handing_on import export
@@ -272,6 +273,10 @@ def test_the_8b_path_on_a_small_folder(llada_folder, tmp_path, monkeypatch, caps
     assert all(entry["settings"]["dtype"] == "bfloat16" for entry in results["evaluations"])
     targets = {stage: targets_of(tmp_path / "run" / "stages" / stage / "model") for stage in ("sft", "grpo")}
     assert targets == {"sft": {"q_proj", "k_proj", "v_proj"}, "grpo": {"q_proj", "k_proj", "v_proj", "up_proj"}}
+
+    final = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
+    assert "base_model.model.model.transformer.blocks.0.q_proj.lora_A.weight" in final, "LLaDA's own names"
+    assert {tensor.dtype for tensor in final.values()} == {torch.float32}
 
     assert evaluate(["run=run"]) == 0
     (entry,) = results_of(capsys.readouterr().out)["evaluations"]

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from d1lit.checkpoint import newest, read_facts
+from d1lit.consolidating import consolidate
+from d1lit.models import load_network
 from d1lit.processes import launch
+from d1lit.validation import ConfigError
 from tests.end_to_end.distributed_worker import Record, main, read
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -197,6 +200,14 @@ def test_whole_recipe_in_two_processes(tmp_path):
         found[name] = ([(e["stage"], e["n"], e["correct"]) for e in results["evaluations"]], rows)
     assert found["one"] == found["two"]
     assert found["one"] == found["torchrun"]
+    # The last checkpoint, written in two shards, is the final model as soon as it is put together.
+    checkpoint, _ = newest(tmp_path / "torchrun" / "stages" / "grpo" / "checkpoints")
+    assert checkpoint is not None and len(list(checkpoint.glob("shard-*.safetensors"))) == 2
+    consolidate(tmp_path / "torchrun", tmp_path / "whole")
+    whole, final = (load_network(str(tmp_path / name)) for name in ("whole", "torchrun/model"))
+    assert all(torch.equal(p, final.get_parameter(name)) for name, p in whole.named_parameters())
+    with pytest.raises(ConfigError, match=r"holds no such checkpoint. Try: .*--stage grpo --step 2"):
+        consolidate(tmp_path / "torchrun", tmp_path / "other", step=99)
 
 
 @pytest.mark.slow

@@ -20,13 +20,15 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from d1lit.checkpoint.tree import join_tree, split_tree
+from d1lit.checkpoint.tree import holds_pieces, join_tree, split_tree
 
 SCHEMA = 1
 """Version of the layout of the folder; a reader refuses a newer one."""
 
 MANIFEST = "manifest.json"
-_STRUCTURE = "structure.json"
+STRUCTURE = "structure.json"
+PIECES = "shard-"
+"""How the files begin that single processes of a run have written (shards.py)."""
 _SHARD_BYTES = 2**30
 """Tensors are serialised in memory, a shard at a time."""
 _FREE_SPACE_FACTOR = 2.2
@@ -58,7 +60,7 @@ def write_tree(
     structure, tensors = split_tree(tree)
     encoded = json.dumps(structure, allow_nan=False, separators=(",", ":")).encode()
     _make_folder(folder.parent)
-    _check_free_space(folder, len(encoded) + sum(tensor.nbytes for tensor in tensors.values()))
+    check_free_space(folder, len(encoded) + sum(tensor.nbytes for tensor in tensors.values()))
     staging = folder.parent / f".{folder.name}.staging"
     _remove(staging)
     try:
@@ -66,15 +68,33 @@ def write_tree(
         files = {}
         for i, shard in enumerate(_shards(tensors, shard_bytes)):
             name = f"tensors-{i:05d}.safetensors"
-            files[name] = _write_file(staging / name, _serialise(shard))
-        files[_STRUCTURE] = _write_file(staging / _STRUCTURE, encoded)
+            files[name] = write_file(staging / name, serialise(shard))
+        if holds_pieces(structure):
+            files |= _adopted(pieces_folder(folder), staging)
+        files[STRUCTURE] = write_file(staging / STRUCTURE, encoded)
         body = {"schema": SCHEMA, "facts": dict(facts or {}), "files": files}
-        _write_file(staging / MANIFEST, _manifest_bytes(body))
+        write_file(staging / MANIFEST, _manifest_bytes(body))
         _sync_folder(staging)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     _put_in_place(staging, folder)
+
+
+def pieces_folder(folder: Path) -> Path:
+    """Where the processes of a run leave their rows of a checkpoint until the first puts it together."""
+    return folder.parent / f".{folder.name}.pieces"
+
+
+def _adopted(beside: Path, staging: Path) -> dict[str, Any]:
+    """Move the files that the processes have written into the checkpoint being made; their manifest entries."""
+    entries = {}
+    for note in sorted(beside.glob("*.json")):
+        name = note.name.removesuffix(".json")
+        os.rename(beside / name, staging / name)
+        entries[name] = json.loads(note.read_text())
+    shutil.rmtree(beside)
+    return entries
 
 
 def _put_in_place(staging: Path, folder: Path) -> None:
@@ -103,7 +123,7 @@ def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Iterable[dict[st
         yield shard
 
 
-def _serialise(shard: Mapping[str, Tensor]) -> bytes:
+def serialise(shard: Mapping[str, Tensor]) -> bytes:
     """The bytes of a safetensors file; views into one storage are copied apart, as the format wants them."""
     whole: dict[str, Tensor] = {}
     storages: set[int] = set()
@@ -117,7 +137,7 @@ def _serialise(shard: Mapping[str, Tensor]) -> bytes:
     return safetensors.torch.save(whole)
 
 
-def _write_file(path: Path, content: bytes) -> dict[str, Any]:
+def write_file(path: Path, content: bytes) -> dict[str, Any]:
     """Write and flush to the disk; returns the manifest's entry. Raw `os` calls: tests break each of them."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
@@ -146,7 +166,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _check_free_space(folder: Path, estimate: int) -> None:
+def check_free_space(folder: Path, estimate: int) -> None:
     free = shutil.disk_usage(folder.parent).free
     if free < _FREE_SPACE_FACTOR * estimate:
         raise OSError(
@@ -174,13 +194,13 @@ def read_tree(folder: Path | str) -> tuple[Any, dict[str, Any]]:
         ValueError: if the folder is not a whole checkpoint of a schema this version reads, naming file and cause.
     """
     folder = Path(folder)
-    body = _read_manifest(folder)
+    body = read_manifest(folder)
     tensors: dict[str, Tensor] = {}
     structure = None
     for name, entry in body["files"].items():
-        content = _read_checked(folder / name, entry)
+        content = read_checked(folder / name, entry)
         try:
-            if name == _STRUCTURE:
+            if name == STRUCTURE:
                 structure = json.loads(content)
             else:
                 tensors |= safetensors.torch.load(content)
@@ -189,15 +209,15 @@ def read_tree(folder: Path | str) -> tuple[Any, dict[str, Any]]:
     try:
         return join_tree(structure, tensors), body["facts"]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / _STRUCTURE}: does not fit its tensors ({error!r}); use an earlier one") from error
+        raise ValueError(f"{folder / STRUCTURE}: does not fit its tensors ({error!r}); use an earlier one") from error
 
 
 def verify(folder: Path | str) -> str | None:
     """None if every byte of the checkpoint is as it was written, else the reason in one line."""
     folder = Path(folder)
     try:
-        for name, entry in _read_manifest(folder)["files"].items():
-            _check_on_disk(folder / name, entry)
+        for name, entry in read_manifest(folder)["files"].items():
+            check_on_disk(folder / name, entry)
     except (ValueError, OSError) as error:
         return str(error)
     return None
@@ -205,7 +225,7 @@ def verify(folder: Path | str) -> str | None:
 
 def read_facts(folder: Path | str) -> dict[str, Any]:
     """The facts in a checkpoint's manifest (step, configuration hash, world size)."""
-    return _read_manifest(Path(folder))["facts"]
+    return read_manifest(Path(folder))["facts"]
 
 
 def newest(folder: Path | str) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -249,7 +269,7 @@ def prune(folder: Path | str, keep: int) -> list[Path]:
         _remove(doomed)
         os.rename(path, doomed)
         removed.append(path)
-    for pattern in (".step_*.staging", ".step_*.removing"):
+    for pattern in (".step_*.staging", ".step_*.removing", ".step_*.pieces"):
         for leftover in folder.glob(pattern):
             shutil.rmtree(leftover)
     return removed
@@ -262,7 +282,7 @@ def _manifest_bytes(body: Mapping[str, Any]) -> bytes:
     return json.dumps({"body": body, "sha256": digest}, sort_keys=True, indent=1, allow_nan=False).encode()
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"{path}: missing, so the save never finished; use an earlier checkpoint")
@@ -284,13 +304,13 @@ def _intact_body(raw: bytes) -> dict[str, Any] | None:
         body = json.loads(raw)["body"]
         entries = body["files"].values()
         well_formed = all(type(entry["size"]) is int and type(entry["sha256"]) is str for entry in entries)
-        complete = {"schema", "facts", "files"} <= body.keys() and _STRUCTURE in body["files"]
+        complete = {"schema", "facts", "files"} <= body.keys() and STRUCTURE in body["files"]
         return body if well_formed and complete and _manifest_bytes(body) == raw else None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 
-def _read_checked(path: Path, entry: Mapping[str, Any]) -> bytes:
+def read_checked(path: Path, entry: Mapping[str, Any]) -> bytes:
     if not path.is_file() or path.is_symlink():
         raise ValueError(f"{path}: missing; use an earlier checkpoint")
     content = path.read_bytes()
@@ -298,7 +318,7 @@ def _read_checked(path: Path, entry: Mapping[str, Any]) -> bytes:
     return content
 
 
-def _check_on_disk(path: Path, entry: Mapping[str, Any]) -> None:
+def check_on_disk(path: Path, entry: Mapping[str, Any]) -> None:
     if not path.is_file() or path.is_symlink():
         raise ValueError(f"{path}: missing; use an earlier checkpoint")
     with path.open("rb") as file:

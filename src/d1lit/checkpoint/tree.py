@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import struct
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 # A JSON object with exactly one key of this form is not a dictionary of the caller's; such dictionaries are escaped.
 _TENSOR, _TUPLE, _FLOAT, _PAIRS, _ORDERED = "$tensor", "$tuple", "$float", "$dict", "$ordered"
+_PIECES = "$pieces"
 _MAX_DEPTH = 100
 """No checkpoint is nested so deep; a structure that contains itself is."""
 
@@ -23,6 +25,14 @@ STORABLE_DTYPES = frozenset(
         torch.float8_e4m3fn, torch.float8_e5m2,
     }
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A tensor that lies cut by its first dimension in files of the checkpoint that others have written."""
+
+    names: tuple[str, ...]
+    """Of the pieces, from the first row to the last."""
 
 
 def split_tree(tree: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -40,25 +50,42 @@ def split_tree(tree: Any) -> tuple[Any, dict[str, Tensor]]:
     return _encode(tree, (), tensors, names), tensors
 
 
-def join_tree(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The structure that `split_tree` took apart."""
+def join_tree(structure: Any, tensors: Mapping[str, Tensor], pieces: Callable[[list[str]], Any] | None = None) -> Any:
+    """The structure that `split_tree` took apart.
+
+    Args:
+        structure: what JSON held.
+        tensors: by name, pieces included.
+        pieces: what becomes of a tensor in pieces, from their names; None puts it together.
+    """
     if isinstance(structure, list):
-        return [join_tree(item, tensors) for item in structure]
+        return [join_tree(item, tensors, pieces) for item in structure]
     if not isinstance(structure, dict):
         return structure
     if len(structure) == 1:
         (tag, value), *_ = structure.items()
         if tag == _TENSOR:
             return tensors[value]
+        if tag == _PIECES:
+            return torch.cat([tensors[name] for name in value]) if pieces is None else pieces(value)
         if tag == _TUPLE:
-            return tuple(join_tree(item, tensors) for item in value)
+            return tuple(join_tree(item, tensors, pieces) for item in value)
         if tag == _FLOAT:
             return struct.unpack(">d", bytes.fromhex(value))[0]
         if tag == _PAIRS:
-            return {key: join_tree(item, tensors) for key, item in value}
+            return {key: join_tree(item, tensors, pieces) for key, item in value}
         if tag == _ORDERED:
-            return OrderedDict((key, join_tree(item, tensors)) for key, item in value)
-    return {key: join_tree(item, tensors) for key, item in structure.items()}
+            return OrderedDict((key, join_tree(item, tensors, pieces)) for key, item in value)
+    return {key: join_tree(item, tensors, pieces) for key, item in structure.items()}
+
+
+def holds_pieces(structure: Any) -> bool:
+    """Whether an encoded structure names tensors in pieces."""
+    if isinstance(structure, list):
+        return any(map(holds_pieces, structure))
+    if not isinstance(structure, dict):
+        return False
+    return (len(structure) == 1 and _PIECES in structure) or any(map(holds_pieces, structure.values()))
 
 
 def _encode(node: Any, path: tuple[str, ...], tensors: dict[str, Tensor], names: dict[tuple[Any, ...], str]) -> Any:
@@ -70,6 +97,8 @@ def _encode(node: Any, path: tuple[str, ...], tensors: dict[str, Tensor], names:
     if kind is float:
         # JSON has no inf and nan; the bit pattern also keeps the payload of a nan.
         return node if math.isfinite(node) else {_FLOAT: struct.pack(">d", node).hex()}
+    if kind is Pieces:
+        return {_PIECES: list(node.names)}
     if isinstance(node, Tensor):
         return {_TENSOR: _name_tensor(node, path, tensors, names)}
     if kind is list:

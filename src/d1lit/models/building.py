@@ -19,6 +19,7 @@ from d1lit.models.loading import find_folder, load_network
 from d1lit.models.lora import LoraSettings, adapt, merge, report
 from d1lit.models.policy import Policy
 from d1lit.models.presets import fresh_network, tiny_config
+from d1lit.models.quantizing import quantize
 from d1lit.models.tokenizers import build_tiny_tokenizer, check_tokenizer, load_tokenizer
 from d1lit.models.transformer import MaskedDiffusionLM
 
@@ -118,6 +119,8 @@ def add_lora(policy: Policy, settings: LoraSettings, seed: int) -> Policy:
     """
     if isinstance(policy.model, PeftModel):
         raise ValueError("lora: the model has an adapter already. Merge it before adding another.")
+    if settings.quantize is not None:
+        quantize(policy.network)
     adapted = adapt(policy.network, settings, seed)
     _log.info("%s", report(adapted))
     return Policy(adapted, policy.attend_padding, policy.head_budget, policy.graphs).train(policy.training)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from d1lit.draws import CounterDraws
 from d1lit.models.head import chunked_logprobs
+from d1lit.models.quantizing import is_quantized, plain, unpacked, unquantize
 from d1lit.models.transformer import MaskedDiffusionLM
 
 ADAPTER = "default"
@@ -35,6 +37,8 @@ class LoraSettings:
     alpha: float | int
     """The update is scaled by alpha / rank."""
     dropout: float | int
+    quantize: Literal["nf4"] | None = None
+    """`nf4`: the frozen matrices of the blocks stand in four bits (QLoRA)."""
 
     def __post_init__(self) -> None:
         names = chosen_names(self.targets)
@@ -48,6 +52,8 @@ class LoraSettings:
             raise ValueError(f"lora.rank must be at least 1, got {self.rank}. Try 8.")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"lora.dropout must be in [0, 1), got {self.dropout}. Try 0.")
+        if self.quantize not in (None, "nf4"):
+            raise ValueError(f"lora.quantize: {self.quantize!r} is not known. Try: nf4, or null")
 
 
 @dataclass(frozen=True)
@@ -96,10 +102,13 @@ def adapt(network: MaskedDiffusionLM, settings: LoraSettings, seed: int) -> Peft
     with torch.random.fork_rng(devices=[]):
         adapted = get_peft_model(network, config, adapter_name=ADAPTER)
     assert isinstance(adapted, PeftModel)
+    keep_exact(adapted, ADAPTER)
     draws = CounterDraws(seed)
     with torch.no_grad():
         for path, layer in lora_layers(adapted):
             weight = factors(layer, ADAPTER)[0]
+            if weight.is_meta:  # shapes alone are asked for
+                continue
             bound = weight.shape[1] ** -0.5  # what PEFT's kaiming_uniform_(a=sqrt(5)) amounts to
             generator = torch.Generator().manual_seed(draws.torch_seed(f"lora.{path}"))
             weight.copy_(
@@ -108,21 +117,41 @@ def adapt(network: MaskedDiffusionLM, settings: LoraSettings, seed: int) -> Peft
     return adapted
 
 
-def lora_layers(adapted: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+class ExactLinear(nn.Linear):
+    """A float32 factor of an adapter whose product is taken in the dtype of its input.
+
+    An adapter beside weights in half precision is kept in float32, because steps of 1e-6 vanish in bfloat16's eight
+    bits; its products are as fast as those of the weights beside it.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Without a bias."""
+        return F.linear(input, self.weight.to(input.dtype))
+
+
+def keep_exact(adapted: nn.Module, adapter: str) -> None:
+    """Let the factors of an adapter stay in float32 where the network is in half precision (PEFT made them so)."""
+    for _, layer in lora_layers(adapted):
+        layer.cast_input_dtype_enabled = False
+        for factor in (layer.lora_A[adapter], layer.lora_B[adapter]):
+            factor.__class__ = ExactLinear
+
+
+def lora_layers(adapted: nn.Module) -> Iterator[tuple[str, Any]]:
     """The adapted matrices with their paths in the plain network."""
     for path, module in adapted.named_modules():
-        if isinstance(module, LoraLinear):
+        if isinstance(module, LoraLayer):
             yield path.removeprefix("base_model.model."), module
 
 
-def factors(layer: LoraLinear, adapter: str) -> tuple[Tensor, Tensor]:
+def factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
     """Down- and up-projection, A [rank, in] and B [out, rank]."""
     down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     assert isinstance(down, Tensor) and isinstance(up, Tensor)
     return down, up
 
 
-def base_weight(layer: LoraLinear) -> nn.Parameter:
+def base_weight(layer: Any) -> nn.Parameter:
     """The frozen matrix under an adapter."""
     weight = layer.get_base_layer().weight
     assert isinstance(weight, nn.Parameter)
@@ -138,17 +167,13 @@ def report(adapted: PeftModel) -> LoraReport:
     return LoraReport(modules, trainable, total, names)
 
 
-def merged_weight(layer: LoraLinear, adapter: str = ADAPTER) -> Float[Tensor, "out_features in_features"]:
+def merged_weight(layer: Any, adapter: str = ADAPTER) -> Float[Tensor, "out_features in_features"]:
     """Base weight plus scaled update, summed in fp32 and cast to the base's dtype.
 
-    Raises:
-        ValueError: where the base weight is quantised, because the sum does not fit its grid.
+    A quantised base is unpacked first: to the very numbers beside which the adapter was trained.
     """
-    weight = base_weight(layer).data
-    if not weight.is_floating_point():
-        raise ValueError(
-            "model.merge: an adapter cannot be merged into quantised weights. Load the model in bfloat16 first."
-        )
+    weight = base_weight(layer)
+    weight = unpacked(weight) if is_quantized(weight) else weight.data
     down, up = factors(layer, adapter)
     exact = weight if weight.dtype == torch.float64 else weight.float()
     update = layer.scaling[adapter] * (up.to(exact.dtype) @ down.to(exact.dtype))
@@ -180,9 +205,14 @@ def merge(adapted: PeftModel, ids: Int[Tensor, "R T"] | None = None) -> tuple[Ma
     network.eval()
     before = None if ids is None else _own_logprobs(network, ids)
     for _, layer in lora_layers(adapted):
-        base_weight(layer).data = merged_weight(layer)
+        merged = merged_weight(layer)
+        if is_quantized(base_weight(layer)):
+            layer.base_layer = plain(layer.base_layer, merged)
+        else:
+            base_weight(layer).data = merged
     network = adapted.unload()
     assert isinstance(network, MaskedDiffusionLM)
+    unquantize(network)
     network.requires_grad_(True)
     shift = None
     if ids is not None and before is not None:

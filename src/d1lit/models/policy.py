@@ -24,7 +24,8 @@ from d1lit.costs import (
 from d1lit.models.cache import KVCache
 from d1lit.models.graphs import ForwardGraphs
 from d1lit.models.head import DEFAULT_BUDGET, chunked_entropy, chunked_logprobs
-from d1lit.models.lora import ADAPTER, base_weight, factors, lora_layers, merged_weight
+from d1lit.models.lora import ADAPTER, base_weight, factors, keep_exact, lora_layers, merged_weight
+from d1lit.models.quantizing import is_quantized
 from d1lit.models.transformer import MaskedDiffusionLM
 
 REFERENCE_ADAPTER = "reference"
@@ -56,6 +57,8 @@ class Policy(nn.Module):
         self.reference_model: MaskedDiffusionLM | None = None
         self.work = Work()
         """Everything the network has computed so far, backward passes included."""
+        self.keeps_dropout = False
+        """Rollouts leave the network in training mode (see `keeping_dropout`)."""
         self._in_reference = False
         self._is_merged = False
 
@@ -218,6 +221,7 @@ class Policy(nn.Module):
         if REFERENCE_ADAPTER not in self.model.peft_config:
             with torch.random.fork_rng(devices=[]):
                 self.model.add_adapter(REFERENCE_ADAPTER, self.model.peft_config[ADAPTER])
+            keep_exact(self.model, REFERENCE_ADAPTER)
         self._reference_weights_track(1.0)
 
     def drop_reference(self) -> None:
@@ -305,6 +309,15 @@ class Policy(nn.Module):
                 layer._active_adapter, layer._disable_adapters = adapter, disabled
                 layer.lora_dropout.train(training)
 
+    @contextmanager
+    def keeping_dropout(self) -> Iterator[None]:
+        """Within the context rollouts leave dropout on, as d1's do."""
+        self.keeps_dropout = True
+        try:
+            yield
+        finally:
+            self.keeps_dropout = False
+
     # ---------------------------------------------------------------------------------------------------- merging
 
     @property
@@ -327,6 +340,11 @@ class Policy(nn.Module):
             yield
             return
         assert not self._in_reference, "merged() inside reference()"
+        if any(is_quantized(base_weight(layer)) for layer in layers):
+            raise ValueError(
+                "module.merge_for_rollouts: an adapter does not fit into weights of four bits. "
+                "Try: merge_for_rollouts=false, or lora.quantize=null"
+            )
         originals = [base_weight(layer).detach().clone() for layer in layers]
         self._is_merged = True
         try:

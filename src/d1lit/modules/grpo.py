@@ -69,6 +69,7 @@ class DiffuGRPO(L.LightningModule):
 
     Differs from d1's code: the inner index comes from the data order (d1's advances per micro-batch), rollouts and old
     log-probs run without dropout, no global seed is touched, and text after the first end-of-sequence is not rewarded.
+    `paper_compat=true` brings these back, the global seed apart (docs/paper-compat.md).
     """
 
     def __init__(
@@ -91,6 +92,8 @@ class DiffuGRPO(L.LightningModule):
         merge_for_rollouts: bool = False,
         views_per_chunk: int | None = None,
         allow_unsound_pair: bool = False,
+        inner_index_by_micro_batch: bool = False,
+        dropout_everywhere: bool = False,
     ) -> None:
         super().__init__()
         self.policy = policy
@@ -110,6 +113,8 @@ class DiffuGRPO(L.LightningModule):
         self.reference_sync_weight = reference_sync_weight
         self.merge_for_rollouts = merge_for_rollouts
         self.views_per_chunk = views_per_chunk
+        self.inner_index_by_micro_batch = inner_index_by_micro_batch
+        self.dropout_everywhere = dropout_everywhere
         self.experience: list[Experience] = []
         self.verdicts: dict[str, list[Verdict]] = {}
         """What the reward parts said of the latest rollout of this rank; the samples table reads it."""
@@ -156,13 +161,13 @@ class DiffuGRPO(L.LightningModule):
         """One inner update of one micro-batch."""
         if batch.prompts is not None:
             self.experience = self.collect(batch.prompts, batch.step, batch.num_micro)
-        return self.update(self.experience[batch.micro], batch.inner, batch.num_micro)
+        return self.update(self.experience[batch.micro], self.mask_index(batch), batch.num_micro)
 
     @torch.no_grad()
     def collect(self, prompts: PromptBatch, step: int, num_micro: int) -> list[Experience]:
         """Sample, judge and freeze: everything that does not change over the inner updates of this rollout."""
         self._sync_reference(step)
-        with self.meter("rollout"), self._rollout_weights(), gathered(self.policy):
+        with self.meter("rollout"), self._rollout_weights(), gathered(self.policy), self._rollout_dropout(step):
             rollout = self.sampler(self.policy, prompts, self.group_size, self.draws.at(step=step))
             rollout = replace(rollout, completions=tuple(self.decode(ids) for ids in rollout.completion_ids))
         with self.meter("reward"):
@@ -175,7 +180,7 @@ class DiffuGRPO(L.LightningModule):
         self.metrics.add_rollout(rollout, rewards, advantages, names, self.group_size, eos)
         self.metrics.add_outcomes({kind: outcome_fraction(self.verdicts, kind) for kind in LOGGED_OUTCOMES})
         self._measure_approximation(rollout)
-        with self.meter("scoring"), evaluation_mode(self.policy):
+        with self.meter("scoring"), nullcontext() if self.dropout_everywhere else evaluation_mode(self.policy):
             totals = neutral_totals(rewards, self.group_size)
             return self._freeze(rollout, totals[here], advantages[here], step, num_micro)
 
@@ -183,7 +188,8 @@ class DiffuGRPO(L.LightningModule):
         """The policy loss of one micro-batch under the corruption of this inner update."""
         self.meter.start("update")  # until `on_after_backward`
         logprobs, scores = self._likelihood(experience.rollout, experience.advantages, experience.step, inner)
-        old = experience.old[inner] if inner else detached(logprobs)
+        is_first = inner == 0 and not self.inner_index_by_micro_batch
+        old = detached(logprobs) if is_first else experience.old[inner]
         loss, metrics = self.loss(
             LossInputs(
                 logprobs=logprobs,
@@ -203,6 +209,16 @@ class DiffuGRPO(L.LightningModule):
         return loss * num_micro * self.trainer.world_size
 
     # ------------------------------------------------------------------------------------------------------ its pieces
+
+    def mask_index(self, batch: InnerUpdate) -> int:
+        """Whose masks an inner update sees: its own.
+
+        With `inner_index_by_micro_batch` those that d1's code takes: it counts micro-batches, the present one included,
+        so that with two of them and an even number of inner updates each sees half of the masks, twice.
+        """
+        if not self.inner_index_by_micro_batch:
+            return batch.inner
+        return (batch.inner * batch.num_micro + batch.micro + 1) % self.num_inner_updates
 
     def _likelihood(self, rollout: Rollout, advantages: Tensor, step: int, inner: int) -> tuple[LogProbs, Scores]:
         """Log-probs of a rollout under the corruption of one inner update: the same views for old, ref and current."""
@@ -226,7 +242,7 @@ class DiffuGRPO(L.LightningModule):
             cut = slice(micro * rows, (micro + 1) * rows)
             part, advantage = rollout.rows(cut.start, cut.stop), advantages[cut]
             inners = range(self.num_inner_updates)
-            needs_old = [self.loss.needs_old and inner > 0 for inner in inners]
+            needs_old = [self.loss.needs_old and (i > 0 or self.inner_index_by_micro_batch) for i in inners]
             old = tuple(self._likelihood(part, advantage, step, i)[0] if needs_old[i] else None for i in inners)
             ref: tuple[LogProbs | None, ...] = (None,) * self.num_inner_updates
             if self.loss.needs_reference:
@@ -267,8 +283,15 @@ class DiffuGRPO(L.LightningModule):
 
     def _rollout_weights(self) -> AbstractContextManager[None]:
         """The adapter folded into the base where that is exact enough, or asked for."""
-        folds = self.merge_for_rollouts or self.policy.merges_exactly
+        folds = (self.merge_for_rollouts or self.policy.merges_exactly) and not self.dropout_everywhere
         return self.policy.merged() if folds else nullcontext()
+
+    def _rollout_dropout(self, step: int) -> AbstractContextManager[None]:
+        """Off; or on, as in d1's code, seeded by rollout and rank (so it is not the same in another world)."""
+        if not self.dropout_everywhere:
+            return nullcontext()
+        seed_dropout(self.policy, self.draws.at(step=step).torch_seed(f"dropout.rollout.{self.global_rank}"))
+        return self.policy.keeping_dropout()
 
     def _measure_approximation(self, rollout: Rollout) -> None:
         """Where the sampler or its merged weights are not exact: by how much, on a few rows."""

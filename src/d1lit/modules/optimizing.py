@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from d1lit.modules.masters import HALF, MasterWeights
+
 OptimizerFactory = Callable[[Iterable[tuple[str, Tensor]]], Optimizer]
 """Builds an optimizer from named parameters."""
 
@@ -57,7 +59,9 @@ def configure(
     module: torch.nn.Module, optimizer: OptimizerFactory, lr_schedule: ScheduleFactory, num_updates: int
 ) -> dict[str, Any]:
     """What Lightning wants of `configure_optimizers`: trainable parameters only; the schedule moves every update."""
-    built = optimizer([(name, p) for name, p in module.named_parameters() if p.requires_grad])
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    is_half = any(p.dtype in HALF for _, p in named)
+    built = MasterWeights(named, optimizer) if is_half else optimizer(named)
     return {"optimizer": built, "lr_scheduler": {"scheduler": lr_schedule(built, num_updates), "interval": "step"}}
 
 
@@ -73,7 +77,11 @@ def seed_dropout(policy: torch.nn.Module, seed: int) -> None:
 def trainable_state(policy: torch.nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """A state dict without the frozen base: the stage's start already holds it. A kept reference stays in."""
     base = {f"policy.{name}" for name, p in policy.named_parameters() if not p.requires_grad}
-    return {name: value for name, value in state.items() if name not in base or "reference" in name}
+
+    def is_base(name: str) -> bool:  # weights in four bits have their scales beside them, as NAME.weight.absmax
+        return name in base or name.split(".weight.")[0] + ".weight" in base
+
+    return {name: value for name, value in state.items() if not is_base(name) or "reference" in name}
 
 
 def refit_counters(checkpoint: dict[str, Any], num_micro: int) -> None:

@@ -24,6 +24,7 @@ from d1lit.sampling.confidence import (
     TokenProbability,
 )
 from d1lit.sampling.filters import Filtered
+from d1lit.sampling.half import HalfGumbel, HalfTokenProbability
 from d1lit.sampling.memory import CreditFusion, PredictionChange, StableThreshold
 from d1lit.sampling.proposal import Gumbel, InverseCDF
 from d1lit.sampling.remask import CappedThreshold, Everything, LowestConfidence, Unverified
@@ -45,6 +46,8 @@ __all__ = [
     "Filtered",
     "FixedQuota",
     "Gumbel",
+    "HalfGumbel",
+    "HalfTokenProbability",
     "Hierarchical",
     "InverseCDF",
     "LeftToRight",

@@ -21,7 +21,10 @@ _CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
 
 @contextmanager
 def evaluation_mode(policy: MaskPredictor) -> Iterator[None]:
-    """Dropout off while sampling; each module gets its own flag back."""
+    """Dropout off while sampling; each module gets its own flag back. Nothing happens to a policy that keeps it on."""
+    if getattr(policy, "keeps_dropout", False):
+        yield
+        return
     network: object = policy
     training = [m for m in network.modules() if m.training] if isinstance(network, nn.Module) else []
     for module in training:

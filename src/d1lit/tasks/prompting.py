@@ -142,14 +142,15 @@ def encode_prompts(
     overlong: str,
     key: str = "task.max_prompt_length",
 ) -> tuple[list[list[int]], list[Example], int]:
-    """Token ids of each row's prompt, the rows kept, and how many were dropped for being too long; none is cut.
+    """Token ids of each row's prompt, the rows kept, and how many were dropped for being too long.
 
     Args:
         rows: examples of one task.
         template: how a row is put.
         tokenizer: anything that d1lit.models.tokenizers.encode_prompt takes.
         max_prompt_length: most tokens a prompt may have, template and chat tokens included.
-        overlong: `error` refuses the first longer prompt, `drop` leaves longer ones out.
+        overlong: `error` refuses the first longer prompt, `drop` leaves longer ones out, `cut_left` takes their head
+            off, as d1's training does.
         key: the configuration key of the limit, for messages.
 
     Raises:
@@ -161,6 +162,8 @@ def encode_prompts(
     for row in rows:
         ids = encode_prompt(tokenizer, *render(template, row))
         longest = max(longest, len(ids))
+        if overlong == "cut_left":
+            ids = ids[-max_prompt_length:]
         if len(ids) <= max_prompt_length:
             encoded.append(ids)
             kept.append(row)

@@ -90,7 +90,8 @@ class Task:
         prompt: a template's name, or the path of a template file.
         max_prompt_length: most tokens of a training prompt.
         max_test_prompt_length: most tokens of a validation or test prompt; a longer test prompt is always an error.
-        overlong: what becomes of longer training and validation prompts: `error`, or `drop` (counted).
+        overlong: what becomes of longer training and validation prompts: `error`, `drop` (counted), or `cut_left`
+            (d1's: they lose their head).
         demonstration_data: `task` for demonstrations made of the task's own train rows, or a path or hub id.
         demonstration_columns: columns of `question` and `completion` in that data.
         demonstration_prompt: template of demonstrations that bring their own questions.
@@ -126,7 +127,7 @@ class Task:
     def __post_init__(self) -> None:
         for key, value, allowed in (
             ("split", self.split, ("by_question", "by_solution")),
-            ("overlong", self.overlong, ("error", "drop")),
+            ("overlong", self.overlong, ("error", "drop", "cut_left")),
             ("grader", self.grader, ("strict", "d1")),
         ):
             if value not in allowed:

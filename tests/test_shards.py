@@ -1,0 +1,120 @@
+"""Checkpoints in shards: what each process wrote is read whole, or cut anew for any number of processes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from d1lit.checkpoint import newest, read_facts, read_tree, verify, write_tree
+from d1lit.checkpoint import shards as shards_module
+from d1lit.checkpoint.folder import PIECES, pieces_folder, serialise, write_file
+from d1lit.checkpoint.shards import Rows, _mark, own_range, read_part, read_spread, write_pieces
+
+WHOLE = {
+    "even": torch.arange(24.0).view(8, 3),
+    "odd": torch.arange(21, dtype=torch.int64).view(7, 3),
+    "few": torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.bfloat16),
+    "vector": torch.linspace(0, 1, 5, dtype=torch.float64),
+}
+
+
+def tree_of(rank: int, world_size: int) -> dict:
+    """What one process holds: its rows, nested as an optimizer's state is, beside what all have."""
+
+    def rows(name):
+        start, stop = own_range(len(WHOLE[name]), rank, world_size)
+        return Rows(WHOLE[name][start:stop].clone(), tuple(WHOLE[name].shape))
+
+    return {
+        "state_dict": {name: rows(name) for name in WHOLE},
+        "optimizer_states": [{"state": {0: {"step": torch.tensor(3.0), "exp_avg": rows("even")}}}],
+        "loops": {"step": 4, "text": ("a", None)},
+    }
+
+
+def written(folder: Path, world_size: int) -> Path:
+    """The folder as so many processes write it."""
+    beside = pieces_folder(folder)
+    beside.mkdir(parents=True)
+    for rank in range(world_size):
+        mine: dict = {}
+        marked = _mark(tree_of(rank, world_size), (), rank, world_size, mine)
+        name = f"{PIECES}{rank:05d}.safetensors"
+        (beside / f"{name}.json").write_text(json.dumps(write_file(beside / name, serialise(mine))))
+    write_tree(folder, marked, {"step": 4})
+    assert not beside.exists()
+    return folder
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 9])
+def test_shards_read_as_a_whole_are_the_whole(world_size, tmp_path):
+    folder = written(tmp_path / "step_4", world_size)
+    assert len(list(folder.glob(f"{PIECES}*.safetensors"))) == world_size
+    tree, facts = read_tree(folder)
+    for name, value in WHOLE.items():
+        assert torch.equal(tree["state_dict"][name], value) and tree["state_dict"][name].dtype == value.dtype
+    assert torch.equal(tree["optimizer_states"][0]["state"][0]["exp_avg"], WHOLE["even"])
+    assert tree["loops"] == {"step": 4, "text": ("a", None)} and facts == {"step": 4}
+    assert newest(tmp_path) == (folder, []) and read_facts(folder) == {"step": 4}
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 3), (3, 2), (4, 9), (9, 4)])
+def test_another_number_of_processes_reads_its_own_rows(before, after, tmp_path):
+    folder = written(tmp_path / "step_4", before)
+    for rank in range(after):
+        tree = read_spread(folder, rank, after)
+        for name, value in WHOLE.items():
+            rows, (start, stop) = tree["state_dict"][name], own_range(len(value), rank, after)
+            assert rows.shape == tuple(value.shape)
+            assert torch.equal(rows.local, value[start:stop]), (name, rank)
+            assert rows.local.shape[1:] == value.shape[1:] and rows.local.dtype == value.dtype
+        assert tree["optimizer_states"][0]["state"][0]["step"] == 3.0
+
+
+def test_rows_of_a_process_are_those_that_torch_gives_it():
+    for length in range(1, 12):
+        for world_size in range(1, 6):
+            chunks = [len(part) for part in torch.arange(length).chunk(world_size)]
+            ranges = [own_range(length, rank, world_size) for rank in range(world_size)]
+            assert [stop - start for start, stop in ranges][: len(chunks)] == chunks
+
+
+def test_a_damaged_shard_is_refused_by_every_reader(tmp_path):
+    folder = written(tmp_path / "step_4", 2)
+    file = folder / f"{PIECES}00001.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    assert "sha256" in (verify(folder) or "")
+    with pytest.raises(ValueError, match="sha256"):
+        read_spread(folder, 0, 2)
+    with pytest.raises(ValueError, match="sha256"):
+        read_tree(folder)
+    file.unlink()
+    assert "missing" in (verify(folder) or "")
+
+
+def test_one_entry_is_read_without_the_rest(tmp_path):
+    folder = written(tmp_path / "step_4", 3)
+    stored = read_part(folder, "state_dict")
+    assert stored.keys() == WHOLE.keys()
+    assert all(torch.equal(stored[name](), value) for name, value in WHOLE.items())
+
+
+def test_what_a_crashed_save_left_is_swept_away_and_a_failed_write_is_everybodys_error(tmp_path, monkeypatch):
+    stale = pieces_folder(tmp_path / "step_4")
+    stale.mkdir()
+    (stale / "shard-00007.safetensors").write_bytes(b"stale")
+    (stale / "shard-00007.safetensors.json").write_text("{}")
+    marked = write_pieces(tree_of(0, 1), tmp_path / "step_4")
+    write_tree(tmp_path / "step_4", marked, {})
+    assert verify(tmp_path / "step_4") is None
+    assert not (tmp_path / "step_4" / "shard-00007.safetensors").exists()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards_module, "write_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_pieces(tree_of(0, 1), tmp_path / "step_5")
