@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from d1lit.cli import evaluate
 from d1lit.draws import CounterDraws
-from d1lit.evaluation import append_records, check_coverage, compare_records, read_records
+from d1lit.evaluating import deal_records, pass_at_1
+from d1lit.evaluation import append_records, check_coverage, compare_records, read_records, records_by_index
 from d1lit.models import build_tiny_tokenizer, export_model
 from d1lit.models.presets import fresh_network, tiny_config
 
@@ -71,7 +73,98 @@ def test_any_text_survives_the_file_and_a_torn_line_is_dropped(tmp_path: Path) -
         check_coverage(read_records(file), 7)
 
 
+def test_rows_that_stand_twice_or_were_made_otherwise_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    append_records(file, [{"index": n, "protocol_sha256": "a"} for n in range(3)])
+    assert sorted(records_by_index(file, "a")) == [0, 1, 2]
+    with pytest.raises(ValueError, match="rows of another protocol"):
+        records_by_index(file, "b")
+    append_records(file, [{"index": 1, "protocol_sha256": "a"}])
+    with pytest.raises(ValueError, match=r"row 1 stands twice in .*rows\.jsonl. Try: another output folder"):
+        records_by_index(file, "a")
+
+
+def test_files_of_several_processes_may_repeat_a_row_but_not_contradict_it(tmp_path: Path) -> None:
+    file, part = tmp_path / "rows.jsonl", tmp_path / "rows.rank1.jsonl"
+    append_records(file, [{"index": 0, "completion": "a"}])
+    append_records(part, [{"index": 0, "completion": "a"}, {"index": 1, "completion": "b"}])  # killed before tidying up
+    deal_records(file, 1)
+    assert [row["completion"] for row in read_records(file)] == ["a", "b"] and not part.exists()
+    append_records(part, [{"index": 1, "completion": "c"}])
+    with pytest.raises(ValueError, match="two files disagree on row 1"):
+        deal_records(file, 1)
+
+
+def test_pass_at_1_by_hand() -> None:
+    def entry(length: int, seed: int, accuracy: float) -> dict[str, Any]:
+        return {"completion_length": length, "seed": seed, "accuracy": accuracy, "n": 10}
+
+    (found,) = pass_at_1([entry(8, 0, 0.2), entry(16, 0, 0.5), entry(8, 1, 0.4)])
+    assert (found["completion_length"], found["seeds"], found["mean"]) == (8, [0, 1], pytest.approx(0.3))
+    # Wilson for 3 of 10 by hand; Student's t with one degree of freedom (12.706) times 0.1, cut at 0 and 1.
+    assert found["interval"] == pytest.approx((0.10779, 0.60322), abs=1e-5)
+    assert found["over_seeds"] == (0.0, 1.0)
+    (same,) = pass_at_1([entry(8, 0, 0.0), entry(8, 1, 0.0)])
+    assert same["interval"][1] > 0.2, "seeds that agree on nothing right do not make a certainty"
+
+
 # ------------------------------------------------------------------------------------------------------------- a real one
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two tiny models of random weights."""
+    tokenizer = build_tiny_tokenizer()
+    ids = (tokenizer.mask_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    config = tiny_config(len(tokenizer), *ids, width=32, num_layers=2, num_heads=2, mlp_width=64, rope_theta=100.0,
+                         max_length=512, init_std=0.3)  # type: ignore[arg-type]  # fmt: skip
+    folders = [tmp_path_factory.mktemp("model") for _ in range(2)]
+    for seed, folder in enumerate(folders):
+        export_model(fresh_network(config, seed), folder)
+        tokenizer.save_pretrained(folder)
+    return folders
+
+
+def evaluated(model: Path, output: Path, *words: str) -> dict[str, Any]:
+    small = ["evaluation.rows=4", "evaluation.batch_size=3", "evaluation.temperature=1.0", "task.num_builtin.train=300"]
+    assert evaluate(["task=countdown", f"model.path={model}", f"output={output}", *small, *words]) == 0
+    return json.loads((output / "results.json").read_text())
+
+
+def test_lengths_seeds_and_pass_at_k_in_one_call(models: list[Path], tmp_path: Path) -> None:
+    wanted = "evaluation.pass_at_k={num_samples:3,ks:[1,3],temperature:1.0,rows:2}"
+    results = evaluated(models[0], tmp_path / "out", "seeds=[0,7]", "lengths=[20,40]", wanted)
+    entries = results["evaluations"]
+    assert [(e["seed"], e["completion_length"], e["n"]) for e in entries] == [
+        *((0, 20, 4), (0, 40, 4), (7, 20, 4), (7, 40, 4))
+    ]
+    assert len({e["protocol_sha256"] for e in entries}) == len({e["rows_file"] for e in entries}) == 4
+    for entry in entries:
+        rows = read_records(tmp_path / "out" / entry["rows_file"])
+        assert sorted(r["index"] for r in rows) == [0, 1, 2, 3]
+        assert {r["protocol_sha256"] for r in rows} == {entry["protocol_sha256"]}
+        assert {"math-verify", "torch", "d1lit"} <= entry["settings"]["packages"].keys()
+        assert 0.0 == entry["timeout_fraction"] == entry["failed_fraction"]
+    first, other = (read_records(tmp_path / "out" / entries[n]["rows_file"]) for n in (0, 2))
+    assert [r["completion"] for r in first] != [r["completion"] for r in other], "the seed changed nothing"
+    assert [(p["completion_length"], p["seeds"]) for p in results["pass_at_1"]] == [(20, [0, 7]), (40, [0, 7])]
+    (probe,) = results["probes"]
+    assert probe["probe"] == "pass_at_k" and set(probe["pass_at_k"]) == {"1", "3"} and probe["n"] == 6
+
+
+def test_rows_of_other_weights_are_never_gone_on_with(models: list[Path], tmp_path: Path) -> None:
+    mine, others = (evaluated(model, tmp_path / "out", "lengths=[20]")["evaluations"][0] for model in models)
+    assert mine["protocol_sha256"] == others["protocol_sha256"] and mine["rows_file"] != others["rows_file"]
+    texts = [[r["completion"] for r in read_records(tmp_path / "out" / e["rows_file"])] for e in (mine, others)]
+    assert len(texts[0]) == len(texts[1]) == 4 and texts[0] != texts[1]
+
+
+@pytest.mark.parametrize(
+    ("word", "key"), [("seeds=[1,1]", "seeds"), ("seeds=[]", "seeds"), ("lengths=[20,20]", "lengths")]
+)
+def test_a_seed_or_length_named_twice_is_refused(models: list[Path], word: str, key: str, capsys: Any) -> None:
+    assert evaluate(["task=countdown", f"model.path={models[0]}", word]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {key}: ")
 
 
 def start(model: Path, output: Path) -> subprocess.Popen[bytes]:

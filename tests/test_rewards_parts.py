@@ -178,7 +178,7 @@ def test_baselines_hang_on_the_row_alone_and_are_judged_like_answers() -> None:
     assert values(SudokuSolved(), baselines.random_solution(rows), rows[0]) == [1.0] * 40
     for kept in (baselines.random_candidate(rows), baselines.row_fill(rows)):
         assert set(values(GivensKept(), kept, rows[0])) == {1.0}
-    assert baselines.constant_digit(rows[:1], "1") == [baselines.as_completion("1" * 16)]
+    assert baselines.constant_digit(rows[:1], digit="1") == [baselines.as_completion("1" * 16)]
     free = [{**COUNTDOWN, "id": str(i)} for i in range(200)]
     expressions = baselines.random_expression(free)
     assert len(set(expressions)) > 50

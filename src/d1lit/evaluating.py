@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -42,12 +44,14 @@ from d1lit.processes import Place, first_decides, gathered, is_first, join_world
 from d1lit.report.console import console, show_table
 from d1lit.rewards.stored import published_row
 from d1lit.sampling import BlockSampler
-from d1lit.statistics import mean_over_seeds, pass_at_k
+from d1lit.statistics import mean_over_seeds, pass_at_k, wilson_interval
 from d1lit.tasks import Task, graded_text, prompt_protocol
 from d1lit.types import Example
 from d1lit.validation import ConfigError, as_config_error
 
-PACKAGES = ("d1lit", "torch", "lightning", "transformers", "peft", "datasets", "torchmetrics")
+PACKAGES = ("d1lit", "torch", "lightning", "transformers", "tokenizers", "peft", "datasets", "torchmetrics")
+GRADING_PACKAGES = ("math-verify", "latex2sympy2_extended", "sympy")
+"""What a verdict of the strict mathematics grader depends on."""
 
 
 def run_evaluation(config: DictConfig) -> int:
@@ -56,6 +60,7 @@ def run_evaluation(config: DictConfig) -> int:
     if config.rescore is not None:
         return _rescore(config)
     console.quiet = not is_first()
+    _check_distinct(config)
     plan = plan_run(config, trains=False)
     check_hub_model(plan, trains=False)
     join_world(config.trainer.accelerator)
@@ -63,11 +68,29 @@ def run_evaluation(config: DictConfig) -> int:
     with flag.installed():
         policy, tokenizer, stage = _policy(plan)
         folder = first_decides(partial(_output_folder, config))  # only now: what cannot be read leaves no folder
-        evaluator = TaskEvaluator(plan, tokenizer, folder, flag)
-        evaluations = [entry for seed in config.seeds for entry in evaluator.at_seed(policy, stage, seed)]
+        evaluator = TaskEvaluator(plan, tokenizer, folder, flag, _weights_seen(config))
+        entries = [entry for seed in config.seeds for entry in evaluator.at_seed(policy, stage, seed)]
+        entries += evaluator.probes(policy, stage)
     if not is_first():
         return 0
-    return _report(plan.config, plan.task.display_name, folder, evaluations)
+    return _report(plan.config, plan.task.display_name, folder, entries)
+
+
+def _check_distinct(config: DictConfig) -> None:
+    """No seed and no length twice: the second would be the first one's rows over again."""
+    for key, values in (("seeds", config.seeds), ("lengths", config.evaluation.lengths or ())):
+        twice = [value for value, count in Counter(values).items() if count > 1]
+        if twice or (key == "seeds" and not values):
+            cause = f"{twice[0]} stands twice" if twice else "none is named"
+            raise ConfigError(key, cause, f"{key}=[0,1,2]" if key == "seeds" else f"{key}=[128,256]")
+
+
+def _weights_seen(config: DictConfig) -> str:
+    """A hash of where the weights lie and of their files' sizes and times: others never go on with these rows."""
+    folders = [Path(place) for place in (config.run, config.adapter, config.model.path) if place is not None]
+    files = sorted(file.resolve() for folder in folders if folder.is_dir() for file in folder.rglob("*.safetensors"))
+    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr((facts, config.model.path, config.model.revision)).encode()).hexdigest()
 
 
 def _policy(plan: Plan) -> tuple[Policy, Any, str]:
@@ -164,13 +187,40 @@ def read_generations(file: Path) -> list[tuple[str, Example]]:
     return found
 
 
-def _report(config: DictConfig, task: str, folder: Path, evaluations: list[dict[str, Any]]) -> int:
+def _report(config: DictConfig, task: str, folder: Path, entries: list[dict[str, Any]]) -> int:
     results = {"recipe": "evaluation", "task": task, "model": config.model.name, "seed": config.seed}
+    evaluations = [entry for entry in entries if "probe" not in entry]
     results |= {"run": config.run, "grader": config.task.grader, "evaluations": evaluations}
+    results |= {"pass_at_1": pass_at_1(evaluations), "probes": [entry for entry in entries if "probe" in entry]}
     write_results(folder / "results.json", results)
     show_table(results)
     print(folder / "results.json")
     return 0
+
+
+def pass_at_1(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each length that was evaluated with several seeds: the mean accuracy over seeds.
+
+    `interval` is Wilson's with a row as one trial, wide enough however the seeds agree; `over_seeds` Student's t.
+    """
+    found = []
+    for length in dict.fromkeys(entry["completion_length"] for entry in evaluations):
+        entries = [entry for entry in evaluations if entry["completion_length"] == length]
+        if len(entries) > 1:
+            seeds, n = [entry["seed"] for entry in entries], entries[0]["n"]
+            mean = mean_over_seeds([entry["accuracy"] for entry in entries])
+            rows = wilson_interval(mean.value * n, n)
+            found.append(
+                {
+                    "completion_length": length,
+                    "seeds": seeds,
+                    "n": n,
+                    "mean": mean.value,
+                    "interval": (rows.low, rows.high),
+                    "over_seeds": (max(0.0, mean.low), min(1.0, mean.high)),
+                }
+            )
+    return found
 
 
 def write_results(file: Path, results: Mapping[str, Any]) -> None:
@@ -198,14 +248,20 @@ class TaskEvaluator:
     tokenizer: Any
     folder: Path
     flag: StopFlag
+    weights: str = ""
+    """What the weights were; within a run's own folder the stage says it."""
 
     def __call__(self, policy: Policy, stage: str) -> list[dict[str, Any]]:
         """Entries of `evaluations`, one a length, and of `probes`, which say what was probed."""
         config = self.plan.config.evaluation
         if stage == "base" and not config.base:
             return []
-        entries = self.at_seed(policy, stage, config.seed)
-        entries += [self._forced(policy, stage, prefix) for prefix in config.forced_prefixes]
+        return [*self.at_seed(policy, stage, config.seed), *self.probes(policy, stage)]
+
+    def probes(self, policy: Policy, stage: str) -> list[dict[str, Any]]:
+        """Forced prefixes and pass@k, where they are asked for."""
+        config = self.plan.config.evaluation
+        entries = [self._forced(policy, stage, prefix) for prefix in config.forced_prefixes]
         return entries if config.pass_at_k is None else [*entries, self._pass_at_k(policy, stage)]
 
     def at_seed(self, policy: Policy, stage: str, seed: int) -> list[dict[str, Any]]:
@@ -245,12 +301,13 @@ class TaskEvaluator:
         seed = self.plan.config.evaluation.seed
         entry = self._entry(policy, f"{stage}-samples", sampler, many, seed, self._graded_prefix)
         records = read_records(self.folder / entry["rows_file"])
-        correct = Counter(r["index"] // wanted.num_samples for r in records if r["strict"]["value"] >= 1.0)
+        grades = [(r["index"] // wanted.num_samples, r[self.plan.task.grader]) for r in records]
+        correct = Counter(row for row, grade in grades if grade["value"] >= grade["out_of"])
         estimates = {}
         for k in wanted.ks:
-            values = [pass_at_k(wanted.num_samples, correct[n], k) for n in range(len(rows))]
-            mean = mean_over_seeds(values)
-            estimates[str(k)] = {"mean": mean.value, "interval": (mean.low, mean.high)}
+            mean = math.fsum(pass_at_k(wanted.num_samples, correct[n], k) for n in range(len(rows))) / len(rows)
+            interval = wilson_interval(mean * len(rows), len(rows))  # a row as one trial: at least as wide as need be
+            estimates[str(k)] = {"mean": mean, "interval": (interval.low, interval.high)}
         return {**entry, "stage": stage, "probe": "pass_at_k", "pass_at_k": estimates}
 
     def _entry(
@@ -258,9 +315,12 @@ class TaskEvaluator:
     ) -> dict[str, Any]:
         task = self.plan.task
         protocol = self._protocol(sampler, len(rows), seed)
-        name = f"{stage}-{task.display_name}-{sampler.completion_length}-{protocol.sha256[:8]}.jsonl"
+        place = (
+            hashlib.sha256((protocol.sha256 + self.weights).encode()).hexdigest() if self.weights else protocol.sha256
+        )
+        name = f"{stage}-{task.display_name}-{sampler.completion_length}-{place[:8]}.jsonl"
         file = self.folder / "evaluations" / name
-        records = self._records(policy, sampler, rows, seed, file, prefix)
+        records = self._records(policy, sampler, rows, seed, file, prefix, protocol.sha256)
         check_coverage(records, len(rows))
         return {
             "stage": stage,
@@ -282,6 +342,7 @@ class TaskEvaluator:
         seed: int,
         file: Path | None,
         prefix: str,
+        protocol_sha256: str = "",
     ) -> list[dict[str, Any]]:
         here = world()
         if file is not None and is_first():
@@ -300,6 +361,7 @@ class TaskEvaluator:
             place=(here.rank, here.world_size),
             progress=self._progress,
             graded_prefix=prefix,
+            protocol_sha256=protocol_sha256,
         )
         records = sorted((record for part in gathered(mine) for record in part), key=lambda record: record["index"])
         if file is not None and is_first():
@@ -326,7 +388,7 @@ class TaskEvaluator:
     def _protocol(self, sampler: Any, num_rows: int, seed: int) -> Protocol:
         config = self.plan.config
         settings = {
-            "sampler": _plain(asdict(sampler)),
+            "sampler": _plain(sampler),
             "sampler_parts": {k: type(getattr(sampler, k)).__name__ for k in ("proposal", "confidence", "commit")},
             "seed": seed,
             "batch_size": config.evaluation.batch_size,
@@ -334,7 +396,7 @@ class TaskEvaluator:
             "device": str(self.plan.device.type),
             "device_name": torch.cuda.get_device_name() if self.plan.device.type == "cuda" else platform.machine(),
             "attend_padding": config.model.attend_padding,
-            "packages": {name: version(name) for name in PACKAGES},
+            "packages": {name: version(name) for name in (*PACKAGES, *GRADING_PACKAGES)},
             **prompt_protocol(self.plan.task.template),
         }
         task = self.plan.task
@@ -351,7 +413,12 @@ def deal_records(file: Path, world_size: int) -> None:
     parts = sorted(file.parent.glob(f"{glob.escape(file.stem)}.rank*.jsonl"))
     if not parts and (world_size == 1 or not file.exists()):
         return
-    found = {r["index"]: r for source in [file, *parts] for r in read_records(source)}
+    found: dict[int, dict[str, Any]] = {}
+    for source in (file, *parts):
+        for row in read_records(source):
+            if found.setdefault(row["index"], row) != row:
+                where = f"{file.parent}: two files disagree on row {row['index']}"
+                raise ValueError(f"evaluation: {where}. Try: another output folder")
     write_records(file, [found[n] for n in sorted(found)])
     for part in parts:
         part.unlink()
@@ -376,8 +443,16 @@ def write_records(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _plain(value: Any) -> Any:
+    """A value as JSON has it, the same in every process: parts and functions by their names and settings."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"class": type(value).__name__} | {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, partial):
+        return {"function": _plain(value.func), **_plain(value.keywords)}
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
-    return value if isinstance(value, str | int | float | bool | None) else repr(value)
+    if isinstance(value, str | int | float | bool | None):
+        return value
+    name = getattr(value, "__qualname__", None)
+    return type(value).__qualname__ if name is None else f"{value.__module__}.{name}"

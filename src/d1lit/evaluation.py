@@ -53,6 +53,8 @@ class EvaluationSummary:
     """Mean tokens up to and including the first end-of-sequence."""
     truncated_fraction: float
     unparsed_fraction: float
+    timeout_fraction: float
+    """Share of answers whose judge was not done in time."""
     failed_fraction: float
     """Share of answers whose judge timed out or failed."""
     extra: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -73,6 +75,7 @@ def evaluate(
     place: tuple[int, int] = (0, 1),
     progress: Progress | None = None,
     graded_prefix: str = "",
+    protocol_sha256: str = "",
 ) -> list[dict[str, Any]]:
     """Generate and grade every row, and return one record a row in row order.
 
@@ -93,8 +96,12 @@ def evaluate(
         place: rank and world size.
         progress: called with rows done and rows in all.
         graded_prefix: text the prompt already opened the completion with, put before it for grading.
+        protocol_sha256: hash of the protocol, written into every record.
+
+    Raises:
+        ValueError: if the file holds a row twice, or rows of another protocol.
     """
-    records = {r["index"]: r for r in read_records(file)} if file is not None else {}
+    records = {} if file is None else records_by_index(file, protocol_sha256)
     rank, world_size = place
     mine = [n for n in range(len(rows)) if n % world_size == rank and n not in records]
     mine.sort(key=lambda n: (len(rows[n].prompt_ids), n))
@@ -102,6 +109,7 @@ def evaluate(
     for start in range(0, len(mine), batch_size):
         numbers = mine[start : start + batch_size]
         new = _batch_records(policy, sampler, rows, numbers, decode, grader, draws, device, graded_prefix)
+        new = [{**r, "protocol_sha256": protocol_sha256} for r in new]
         if file is not None:
             append_records(file, new)
         records |= {r["index"]: r for r in new}
@@ -172,6 +180,22 @@ def read_records(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.split("\n") if line]  # splitlines would break at U+2028 too
 
 
+def records_by_index(file: Path, protocol_sha256: str) -> dict[int, dict[str, Any]]:
+    """The finished rows of an evaluation that goes on.
+
+    Raises:
+        ValueError: if the file holds a row twice, or rows of another protocol.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    for row in read_records(file):
+        if row["index"] in found:
+            raise ValueError(f"evaluation: row {row['index']} stands twice in {file}. Try: another output folder")
+        if row.get("protocol_sha256", "") != protocol_sha256:
+            raise ValueError(f"evaluation: {file} holds rows of another protocol. Try: another output folder")
+        found[row["index"]] = row
+    return found
+
+
 def check_coverage(records: Sequence[Mapping[str, Any]], num_rows: int) -> None:
     """Every row once.
 
@@ -215,6 +239,7 @@ def summarise(records: Sequence[Mapping[str, Any]], grader: Literal["strict", "d
         effective_tokens=sum(r["length"] for r in records) / rows,
         truncated_fraction=sum(r["truncated"] for r in records) / rows,
         unparsed_fraction=sum(r["strict"]["outcome"] == "unparsed" for r in records) / rows,
+        timeout_fraction=sum(r["strict"]["outcome"] == "timeout" for r in records) / rows,
         failed_fraction=sum(r["strict"]["outcome"] in ("timeout", "error") for r in records) / rows,
         extra=extra,
     )

@@ -22,7 +22,9 @@ def show_table(results: Mapping[str, Any]) -> None:
     """The closing table: accuracy with its 95 % interval, the paper's grader beside it."""
     extra = sorted({name for e in results["evaluations"] for name in e["extra"]})
     table = Table(title=f"{results['recipe']} on {results['task']} ({results['model']}, seed {results['seed']})")
-    for column in ("stage", "length", "n", "accuracy", "95 % interval", "d1 grader", *extra, "tokens", "truncated"):
+    judges_failed = any(e["failed_fraction"] for e in results["evaluations"])
+    shares = ("truncated", "failed") if judges_failed else ("truncated",)
+    for column in ("stage", "length", "n", "accuracy", "95 % interval", "d1 grader", *extra, "tokens", *shares):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for e in results["evaluations"]:
         low, high = e["interval"]
@@ -36,6 +38,6 @@ def show_table(results: Mapping[str, Any]) -> None:
             f"{100 * e['d1_correct'] / max(1.0, e['d1_out_of']):.1f}",
             *more,
             f"{e['effective_tokens']:.1f}",
-            f"{100 * e['truncated_fraction']:.1f}",
+            *(f"{100 * e[f'{name}_fraction']:.1f}" for name in shares),
         )
     console.print(table)
