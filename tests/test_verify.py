@@ -109,6 +109,16 @@ def test_another_wording_may_be_brought(folder: Path, own_text: list[str], tmp_p
     assert code == 0 and found["tasks"][0]["prompt"]["prompt"].endswith("p.txt")
 
 
+def test_rows_of_another_prompt_are_never_gone_on_with(
+    folder: Path, own_text: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published = publish(tmp_path, own_text)
+    assert run(folder, published, tmp_path / "out")[0] == 0
+    (tmp_path / "p.txt").write_text("--- user\nSay: {{question}}\n")
+    assert run(folder, published, tmp_path / "out", "--prompt", f"countdown={tmp_path}/p.txt")[0] == 2
+    assert "holds rows of another prompt, model or setting" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("commit", ["main", "abc123", "x" * 40, ""])
 def test_official_code_is_never_run_without_a_full_commit(folder: Path, tmp_path: Path, commit: str, capsys) -> None:
     code, _ = run(folder, publish(tmp_path, ["x"] * 6), tmp_path / "out", "--run-official-code", commit)

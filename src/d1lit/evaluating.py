@@ -388,7 +388,7 @@ class TaskEvaluator:
     def _protocol(self, sampler: Any, num_rows: int, seed: int) -> Protocol:
         config = self.plan.config
         settings = {
-            "sampler": _plain(sampler),
+            "sampler": described(sampler),
             "sampler_parts": {k: type(getattr(sampler, k)).__name__ for k in ("proposal", "confidence", "commit")},
             "seed": seed,
             "batch_size": config.evaluation.batch_size,
@@ -442,16 +442,16 @@ def write_records(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
     os.replace(staging, file)
 
 
-def _plain(value: Any) -> Any:
+def described(value: Any) -> Any:
     """A value as JSON has it, the same in every process: parts and functions by their names and settings."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {"class": type(value).__name__} | {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        return {"class": type(value).__name__} | {f.name: described(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, partial):
-        return {"function": _plain(value.func), **_plain(value.keywords)}
+        return {"function": described(value.func), **described(value.keywords)}
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): described(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [described(v) for v in value]
     if isinstance(value, str | int | float | bool | None):
         return value
     name = getattr(value, "__qualname__", None)

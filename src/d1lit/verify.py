@@ -6,6 +6,7 @@ blocks of 32, temperature 0, `<reasoning>` put in the model's mouth). Here the s
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor
 from d1lit.build import Plan, plan_run
 from d1lit.data import EncodedRow, prompt_batch
 from d1lit.draws import CounterDraws
-from d1lit.evaluating import quiet_libraries
+from d1lit.evaluating import described, quiet_libraries
 from d1lit.evaluation import append_records, read_records
 from d1lit.models import Policy, encode_prompt
 from d1lit.rewards.extract import END_OF_TEXT
@@ -161,6 +162,9 @@ def verify_task(
         prompt: template name or file.
         batch_size: rows at a time; d1's results hang on it, because its pads were attended.
         all_rows: whether these are all published rows, so that the paper's figure may be set beside them.
+
+    Raises:
+        ValueError: if the file holds rows that were made otherwise.
     """
     template = load_template(prompt)
     row = published[0]
@@ -175,7 +179,13 @@ def verify_task(
         record_trace=False,
     )
     examples = [published_row(dict(row))[1] for row in published]
-    known = {record["index"]: record["completion"] for record in read_records(file)}
+    model = {key: plan.config.model[key] for key in ("path", "revision", "dtype", "attend_padding")}
+    settings = [prompt_protocol(template), described(sampler), batch_size, model]
+    made_with = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+    records = read_records(file)
+    if any(record.get("made_with") != made_with for record in records):
+        raise ValueError(f"--output: {file} holds rows of another prompt, model or setting. Try: another folder")
+    known = {record["index"]: record["completion"] for record in records}
     waiting = [n for n in range(len(published)) if n not in known]
     for start in range(0, len(waiting), batch_size):
         numbers = waiting[start : start + batch_size]
@@ -183,7 +193,8 @@ def verify_task(
         prompts = prompt_batch(rows, numbers, policy.pad_token_id).to(plan.device)
         rollout = sampler(policy, prompts, 1, CounterDraws(0))
         texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in rollout.completion_ids.cpu()]
-        append_records(file, [{"index": n, "completion": text} for n, text in zip(numbers, texts, strict=True)])
+        made = [{"index": n, "completion": t, "made_with": made_with} for n, t in zip(numbers, texts, strict=True)]
+        append_records(file, made)
         known |= dict(zip(numbers, texts, strict=True))
     ours = [known[n] for n in range(len(published))]
     theirs = [row["generation"] for row in published]
