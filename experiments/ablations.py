@@ -52,7 +52,6 @@ STUDIES = {
         {
             "row": "0.15, each rollout its own, new at every inner update (d1)",
             "none": "0: the prompt as it is",
-            "half": "0.5, else as d1",
             "group": "0.15, shared by a group",
             "fixed": "0.15, the same at all inner updates",
         },
@@ -63,11 +62,10 @@ STUDIES = {
         "arm",
         "mu4",
         {
-            "mu1": "10 rollouts, each used once",
-            "mu2": "10 rollouts, twice",
-            "mu4": "10 rollouts, four times",
-            "mu8": "10 rollouts, eight times",
-            "mu1_more": "40 rollouts, each used once: as many updates as mu4",
+            "mu1": "each rollout used once: 8 updates",
+            "mu2": "twice: 16 updates",
+            "mu4": "four times: 32 updates",
+            "mu8": "eight times: 64 updates",
         },
         GRPO,
         "grpo",
@@ -77,10 +75,9 @@ STUDIES = {
         "clipped",
         {
             "clipped": "d1: token ratios clipped at 0.5, mean over tokens",
-            "dr_grpo": "token ratios clipped at 0.2, a constant length",
-            "gspo": "one ratio a sequence, clipped at 3e-4 and 4e-4",
             "reinforce": "no ratio, no clip",
             "wd1": "weighted likelihoods, no ratio",
+            "dr_grpo": "token ratios clipped at 0.2, a constant length",
         },
         GRPO,
         "grpo",
@@ -92,7 +89,6 @@ STUDIES = {
             "linear": "t masked, weight 1/t (LLaDA, d1)",
             "linear_unweighted": "t masked, weight 1",
             "cosine": "fewer tokens hidden early (MDLM), its own weight",
-            "square": "t squared masked (BD3LM), its own weight",
         },
         (Measure("greedy", "sft", None), Measure("forced-x", "sft", "forced")),
         "sft",
@@ -110,13 +106,13 @@ def gather(name: str, folder: Path) -> dict[str, Any]:
         words = dict(word.split("=", 1) for word in file.parent.name.split(","))
         results = json.loads(file.read_text())
         found = {measure.name: _cells(results, file.parent, measure) for measure in study.measures}
-        start = Measure("start", "sft" if study.stage == "grpo" else "base", None)
+        start = {m.name: _cells(results, file.parent, Measure(m.name, "base", m.probe)) for m in study.measures}
         cost = results["cost"]["stages"][study.stage]
         runs.append(
             {
                 "arm": words[study.key],
                 "seed": results["seed"],
-                "start": _cells(results, file.parent, start),
+                "start": start,
                 "measures": found,
                 "forwards": cost["forwards"],
                 "flops": cost["flops"],
@@ -144,12 +140,11 @@ def share(cells: str) -> float:
     return 100 * sum(map(int, cells)) / (EMPTIES * len(cells))
 
 
-def reached(results: dict[str, Any], measure: str) -> dict[str, dict[int, float]]:
-    """Cell accuracy in per cent, by arm and seed."""
+def reached(results: dict[str, Any], measure: str, when: str = "measures") -> dict[str, dict[int, float]]:
+    """Cell accuracy in per cent, by arm and seed; `when` is "start" or "measures", the end."""
     found: dict[str, dict[int, float]] = {}
     for run in results["runs"]:
-        cells = run["start"] if measure == "start" else run["measures"][measure]
-        found.setdefault(run["arm"], {})[run["seed"]] = share(cells)
+        found.setdefault(run["arm"], {})[run["seed"]] = share(run[when][measure])
     return found
 
 
@@ -166,8 +161,8 @@ def write_table(results: dict[str, Any]) -> str:
     parts = []
     for measure in study.measures:
         values = reached(results, measure.name)
-        start = reached(results, "start")[study.baseline]
-        rows = [["start", "", *_shown([start[seed] for seed in seeds]), "", ""]] if measure.probe is None else []
+        start = reached(results, measure.name, "start")[study.baseline]
+        rows = [["start", "the base model", *_shown([start[seed] for seed in seeds]), "", ""]]
         for arm, what in study.arms.items():
             own = [values[arm][seed] for seed in seeds]
             difference = "" if arm == study.baseline else _difference(against(values, arm, study.baseline))
