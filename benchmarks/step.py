@@ -57,6 +57,7 @@ from d1lit.costs import (
 )
 from d1lit.draws import CounterDraws
 from d1lit.estimators.one_step import OneStepEstimator
+from d1lit.joint_scoring import likelihoods
 from d1lit.models import LoraSettings, Policy, add_lora
 from d1lit.scoring import score
 from d1lit.types import Context, RewardBatch, Rollout
@@ -191,29 +192,32 @@ def our_step(trainer: Trainer, clock: Clock, shared: bool, cached: bool) -> None
         advantages = trainer.advantages(rollout.completion_ids)
     # The textbook scores every token; these random weights know no end of a sequence either.
     rollout = replace(rollout, completion_mask=torch.ones_like(rollout.completion_mask))
-    with clock("scoring"), torch.no_grad():
-        old = [
-            _likelihood(trainer, estimator, rollout, advantages, inner) if inner else None for inner in range(inners)
-        ]
+    with clock("scoring"):
+        contexts = [_context(trainer, rollout, advantages, inner) for inner in range(inners)]
+        corruptions = [estimator.corrupt(context) for context in contexts]
+        old = [None, *likelihoods(policy, estimator, contexts[1:], corruptions[1:])]
         with policy.reference():
-            ref = [_likelihood(trainer, estimator, rollout, advantages, inner) for inner in range(inners)]
+            ref = likelihoods(policy, estimator, contexts, corruptions)
     with clock("update"):
         for inner in range(inners):
             logprobs = _likelihood(trainer, estimator, rollout, advantages, inner)
             before = old[inner]
-            before = logprobs.detach() if before is None else before
-            loss = textbook.clipped_loss(logprobs, before, ref[inner], advantages, EPSILON, BETA)
+            constant = logprobs.detach() if before is None else before.value
+            loss = textbook.clipped_loss(logprobs, constant, ref[inner].value, advantages, EPSILON, BETA)
             trainer.learn(optimizer, loss)
+
+
+def _context(trainer: Trainer, rollout: Rollout, advantages: torch.Tensor, inner: int) -> Context:
+    inners, mask_id = trainer.case.num_inner_updates, trainer.policy.mask_token_id
+    return Context(rollout, advantages, inner, inners, mask_id, CounterDraws(0, inner=inner))
 
 
 def _likelihood(
     trainer: Trainer, estimator: OneStepEstimator, rollout: Rollout, advantages: torch.Tensor, inner: int
 ) -> torch.Tensor:
-    draws = CounterDraws(0, inner=inner)
-    policy, inners = trainer.policy, trainer.case.num_inner_updates
-    context = Context(rollout, advantages, inner, inners, policy.mask_token_id, draws)
+    context = _context(trainer, rollout, advantages, inner)
     corruption = estimator.corrupt(context)
-    return estimator.combine(score(policy, rollout, corruption).logprobs, corruption, context).value
+    return estimator.combine(score(trainer.policy, rollout, corruption).logprobs, corruption, context).value
 
 
 def step_flops(shape: NetworkShape, plan: RolloutPlan, inners: int, name: str) -> int:

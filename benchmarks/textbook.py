@@ -67,8 +67,8 @@ def completion_logprobs(policy: Policy, noised_ids: Tensor, completion_ids: Tens
 
 def masked_prompts(prompt_ids: Tensor, mask_prob: float, mask_id: int, completion_length: int, seed: int) -> Tensor:
     """A view for each row: its prompt with random tokens masked, and the completion masked altogether."""
-    generator = torch.Generator(prompt_ids.device).manual_seed(seed)
-    hidden = torch.rand(prompt_ids.shape, generator=generator, device=prompt_ids.device) < mask_prob
+    generator = torch.Generator().manual_seed(seed)  # the same views on every device
+    hidden = torch.rand(prompt_ids.shape, generator=generator).to(prompt_ids.device) < mask_prob
     completion = prompt_ids.new_full((len(prompt_ids), completion_length), mask_id)
     return torch.cat([torch.where(hidden, mask_id, prompt_ids), completion], dim=1)
 

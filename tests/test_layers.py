@@ -10,7 +10,7 @@ LAYERS: list[set[str]] = [
     {"schedules", "masking", "estimators", "advantages", "losses", "rewards", "statistics", "costs"},
     {"models"},
     {"scoring", "sampling", "footprint"},
-    {"tasks", "data", "exact"},
+    {"tasks", "data", "exact", "joint_scoring"},
     {"evaluation"},
     {"checkpoint"},
     {"strategies"},

@@ -20,9 +20,11 @@ from d1lit.build import Plan, StageParts, build, evaluation_sampler
 from d1lit.costs import RolloutPlan, exact_rollout_flops, matmul_peak
 from d1lit.draws import CounterDraws
 from d1lit.footprint import Memory, Work, count_parameters, cycle_flops, memory, network_shape, update_flops
+from d1lit.joint_scoring import corruptions_at_once
 from d1lit.models import MaskedDiffusionConfig, build_tiny_tokenizer
 from d1lit.models.layouts import read_config
 from d1lit.models.loading import load_config
+from d1lit.models.policy import bytes_without_gradient
 from d1lit.models.presets import tiny_config
 from d1lit.modules import Prompts
 from d1lit.modules.muon import MuonWithAdamW
@@ -100,17 +102,22 @@ def _rl_work(plan: Plan, parts: StageParts, common: Work, keywords: Mapping[str,
     prompt, completion = plan.task.max_prompt_length, sampler.completion_length
     rows = parts.batch_size // common.world_size * group
     views, length = _views(keywords["estimator"], parts.micro_batch_size, group, prompt, completion, inner)
-    at_once = min(rows, sampler.rows_per_forward or rows)
+    rows_at_once = min(rows, sampler.rows_per_forward or rows)
     exact_weights = common.itemsize >= 4
+    needs_old = keywords["loss"].needs_old
+    view_bytes = bytes_without_gradient(common.config, length, common.itemsize)
+    count = inner if needs_reference else inner - 1
+    at_once = corruptions_at_once(max(1, count), views, view_bytes, common.views_per_chunk)
     return replace(
         common,
         views=views,
         length=length,
         scored=completion,
         keeps_reference=needs_reference and parts.lora is None,
-        rollout=RolloutPlan(at_once, prompt, completion, sampler.block_length, sampler.steps_per_block),
+        rollout=RolloutPlan(rows_at_once, prompt, completion, sampler.block_length, sampler.steps_per_block),
         rollout_rows=rows,
-        passes=(inner - 1 if keywords["loss"].needs_old else 0) + (inner if needs_reference else 0),
+        passes=(inner - 1 if needs_old else 0) + (inner if needs_reference else 0),
+        corruptions_at_once=at_once,
         merges=parts.lora is not None and (exact_weights or keywords["merge_for_rollouts"]),
     )
 

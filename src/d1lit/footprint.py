@@ -101,6 +101,8 @@ class Work:
     """Passes without gradient over each micro-batch of a rollout: old and reference log-probs."""
     merges: bool = False
     is_quantized: bool = False
+    corruptions_at_once: int = 1
+    """Inner updates whose views share a forward without gradient."""
 
     @property
     def wide(self) -> int:
@@ -227,10 +229,12 @@ def _rollout_bytes(work: Work) -> int:
 
 
 def _scoring_bytes(work: Work) -> int:
-    positions = min(work.views, work.views_per_chunk or work.views) * work.scored
+    joined = work.views * work.corruptions_at_once
+    views = min(joined, work.views_per_chunk or joined)
+    positions = views * work.scored
     rows = min(positions, rows_per_chunk(work.config.vocab_size, DEFAULT_BUDGET, work.wide))
     head = 2 * rows * work.config.vocab_size * work.wide
-    return max(work.tokens * block_scratch(work, with_gradient=False), head)
+    return max(views * work.length * block_scratch(work, with_gradient=False), head)
 
 
 # ----------------------------------------------------------------------------------------------------------- operations

@@ -26,9 +26,14 @@ from d1lit.models.graphs import ForwardGraphs
 from d1lit.models.head import DEFAULT_BUDGET, chunked_entropy, chunked_logprobs
 from d1lit.models.lora import ADAPTER, base_weight, factors, keep_exact, lora_layers, merged_weight
 from d1lit.models.quantizing import is_quantized
-from d1lit.models.transformer import MaskedDiffusionLM
+from d1lit.models.transformer import MaskedDiffusionConfig, MaskedDiffusionLM
 
 REFERENCE_ADAPTER = "reference"
+
+
+def bytes_without_gradient(config: MaskedDiffusionConfig, length: int, itemsize: int) -> int:
+    """Bytes of activations of one view of `length` tokens at the widest moment of a block, from which nothing is kept."""
+    return length * itemsize * (14 * config.hidden_size + 4 * config.intermediate_size)
 
 
 class Policy(nn.Module):
@@ -153,15 +158,15 @@ class Policy(nn.Module):
         and attention), or the widest moment of one block without gradient. Logits are not in it: they have a budget
         of their own.
         """
-        config = self.network.config
-        width, mlp = config.hidden_size, config.intermediate_size
         itemsize = torch.finfo(self.dtype).bits // 8
-        per_block = 10 * width + 4 * mlp
+        config = self.network.config
         if not with_gradient:
-            return length * itemsize * (4 * width + per_block)
+            return bytes_without_gradient(config, length, itemsize)
+        width, layers = config.hidden_size, config.num_hidden_layers
+        per_block = 10 * width + 4 * config.intermediate_size
         if self.network.model.layers[0].gradient_checkpointing:
-            return length * itemsize * (config.num_hidden_layers * width + per_block)
-        return length * itemsize * config.num_hidden_layers * per_block
+            return length * itemsize * (layers * width + per_block)
+        return length * itemsize * layers * per_block
 
     # ------------------------------------------------------------------------------------------------- what it costs
 

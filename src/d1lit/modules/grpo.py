@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
+from itertools import compress
 from typing import Any
 
 import lightning as L
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from d1lit.data import InnerUpdate
 from d1lit.draws import CounterDraws
+from d1lit.joint_scoring import likelihoods
 from d1lit.losses import check_pair, check_trajectory
 from d1lit.models import Policy
 from d1lit.models.sharding import gathered
@@ -44,6 +46,7 @@ from d1lit.scoring import score
 from d1lit.types import (
     Advantage,
     Context,
+    Corruption,
     LogProbEstimator,
     LogProbs,
     LossInputs,
@@ -242,20 +245,26 @@ class DiffuGRPO(L.LightningModule):
             cut = slice(micro * rows, (micro + 1) * rows)
             part, advantage = rollout.rows(cut.start, cut.stop), advantages[cut]
             inners = range(self.num_inner_updates)
+            contexts = [self._context(part, advantage, step, inner) for inner in inners]
+            corruptions = [self.estimator.corrupt(context) for context in contexts]
+            # At inner update 0 the policy is the old one.
             needs_old = [self.loss.needs_old and (i > 0 or self.inner_index_by_micro_batch) for i in inners]
-            old = tuple(self._likelihood(part, advantage, step, i)[0] if needs_old[i] else None for i in inners)
+            found = iter(self._likelihoods(list(compress(contexts, needs_old)), list(compress(corruptions, needs_old))))
+            old = tuple(next(found) if needs else None for needs in needs_old)
             ref: tuple[LogProbs | None, ...] = (None,) * self.num_inner_updates
             if self.loss.needs_reference:
                 with self.policy.reference():
-                    ref = tuple(self._likelihood(part, advantage, step, i)[0] for i in inners)
-            units = tuple(self._unit_weight(part, advantage, step, i) for i in inners)
+                    ref = tuple(self._likelihoods(contexts, corruptions))
+            units = tuple(self._unit_weight(c, context) for c, context in zip(corruptions, contexts, strict=True))
             experience.append(Experience(part, advantage, rewards[cut], old, ref, units, float(rows), step))
         return self._with_global_counts(experience)
 
-    def _unit_weight(self, rollout: Rollout, advantages: Tensor, step: int, inner: int) -> float:
+    def _likelihoods(self, contexts: list[Context], corruptions: list[Corruption]) -> list[LogProbs]:
+        """Of several inner updates, without gradients."""
+        return likelihoods(self.policy, self.estimator, contexts, corruptions, self.views_per_chunk)
+
+    def _unit_weight(self, corruption: Corruption, context: Context) -> float:
         """Unit weight of a micro-batch under the coming corruption; no network is needed to know it."""
-        context = self._context(rollout, advantages, step, inner)
-        corruption = self.estimator.corrupt(context)
         blank = torch.zeros_like(corruption.weight)
         return float(self.estimator.combine(blank, corruption, context).weight.sum())
 
