@@ -189,14 +189,21 @@ def test_merged_adapter_and_trained_weights_are_seen() -> None:
     assert tape.records == 3 and policy.graphs is not None and policy.graphs.num_graphs == 1
 
 
-def test_outside_inference_mode_nothing_is_replayed() -> None:
+def test_without_gradients_forwards_are_replayed_in_either_mode() -> None:
     policy, ids = network(), torch.randint(0, 60, (2, 9))
     tape = with_tape(policy)
-    for _ in range(3):
-        policy.hidden(ids)
-        with torch.no_grad():
-            policy.hidden(ids)
-    assert tape.records == 0
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode, torch.no_grad):
+        for shift in range(3):
+            with mode():
+                found = policy.hidden(ids + shift, cache=None)
+            assert not found.requires_grad
+            torch.testing.assert_close(found, network().hidden(ids + shift).detach())
+    assert tape.records == 2
+    with torch.no_grad():
+        cache = KVCache()
+        for _ in range(3):
+            policy.hidden(ids, cache=cache)
+    assert tape.records == 2, "caches belong to rollouts"
 
 
 def test_under_autocast_a_recording_casts_the_trained_weights_anew() -> None:

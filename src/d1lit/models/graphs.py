@@ -1,4 +1,4 @@
-"""Forwards of a fixed shape, recorded once as CUDA graphs and replayed: for rollouts, whose steps are all alike.
+"""Forwards of a fixed shape, recorded once as CUDA graphs and replayed: for rollouts, scoring and updates.
 
 A step of one row under a dual cache is some hundred kernels of a few microseconds, and launching them one by one takes
 longer than running them. A graph is launched at once. It reads and writes fixed addresses: ids, keys that exist and
@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from d1lit.models.cache import KVCache
 from d1lit.models.transformer import MaskedDiffusionLM
+from d1lit.models.update_graphs import Forward, UpdateGraphs, capture_pair
 
 _log = logging.getLogger(__name__)
 
@@ -69,9 +71,9 @@ class _Recording:
 class ForwardGraphs:
     """Replays forwards whose shape was seen before; everything else runs as it would without it.
 
-    The first forward of a shape runs plainly (and warms up libraries and compilers), the second is recorded. Use in
-    inference mode alone. A filled cache is valid until the next cache of its shape is filled; reading an older one is
-    an error.
+    The first forward of a shape runs plainly (and warms up libraries and compilers), the second is recorded. A filled
+    cache is valid until the next cache of its shape is filled; reading an older one is an error. Outside inference mode
+    there are no caches; what is differentiated is replayed with its backward pass (update_graphs.py).
     """
 
     max_graphs: int = 256
@@ -80,21 +82,27 @@ class ForwardGraphs:
     """Kept positions are filled up to a multiple: a block's steps, which keep fewer and fewer, share a graph."""
     device_type: str = "cuda"
     record: Callable[[Run, Any], tuple[Replay, Sequence[Tensor]]] = capture
+    record_pair: Callable[[Forward, Replay, Any], tuple[Replay, Replay, Tensor]] = capture_pair
+    updates: UpdateGraphs = field(init=False)
     _recorded: dict[Hashable, _Recording] = field(default_factory=dict)
     _seen: set[Hashable] = field(default_factory=set)
     _storages: dict[int, _Recording] = field(default_factory=dict)
     """By the address of their first layer's keys."""
-    _addresses: tuple[int, ...] = ()
+    _addresses: dict[int, tuple[int, ...]] = field(default_factory=dict)
     _notes: set[str] = field(default_factory=set)
     _is_off: bool = False
+
+    def __post_init__(self) -> None:
+        self.updates = UpdateGraphs(self.max_graphs, self.device_type, self.record_pair)
 
     @property
     def num_graphs(self) -> int:
         """Shapes recorded so far."""
-        return len(self._recorded)
+        return len(self._recorded) + self.updates.num_graphs
 
     def forget(self) -> None:
         """Give every graph and its memory back."""
+        self.updates.forget()
         self._recorded.clear()
         self._seen.clear()
         self._storages.clear()
@@ -114,19 +122,23 @@ class ForwardGraphs:
         def plainly() -> Tensor:
             return network.hidden(ids, attention, position_ids, keep, cache)
 
-        if position_ids is not None or not self._may_record(ids.device.type):
+        caches_outside = cache is not None and not torch.is_inference_mode_enabled()
+        if position_ids is not None or caches_outside or not self._may_record(network, ids.device.type):
             return plainly()
         self._forget_if_moved(network)
         source = self._source(cache)
         if cache is not None and cache.span is not None and source is None:
             return plainly()  # its cache was filled without a graph
-        width = (
-            None if keep is None else min(ids.shape[1], -(-keep.shape[1] // self.keep_multiple) * self.keep_multiple)
-        )
+        width = None if keep is None else min(ids.shape[1], _rounded_up(keep.shape[1], self.keep_multiple))
         seen = None if attention is None else tuple(attention.shape)
         role = None if cache is None else (cache.span, None if source is None else id(source))
         cast = torch.get_autocast_dtype(ids.device.type) if torch.is_autocast_enabled(ids.device.type) else None
-        key = (id(network), variant, cast, tuple(ids.shape), seen, width, role)
+        mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())  # inference tensors stay among themselves
+        key = (id(network), variant, cast, mode, tuple(ids.shape), seen, width, role)
+        if torch.is_grad_enabled():
+            if self._may_differentiate(network, key, ids, attention, keep, width):
+                return self.updates.hidden(key, ids, attention, keep)
+            return plainly()
         if key not in self._recorded:
             if key not in self._seen:
                 self._seen.add(key)
@@ -137,14 +149,48 @@ class ForwardGraphs:
             self._recorded[key] = recording
         return self._replayed(self._recorded[key], ids, attention, keep, cache)
 
-    def _may_record(self, device_type: str) -> bool:
+    def _may_record(self, network: MaskedDiffusionLM, device_type: str) -> bool:
         if self._is_off:
             return False
+        first = network.model.layers[0]
         if device_type != self.device_type:
             self._note(f"the network is on {device_type}")
+        elif isinstance(first.input_layernorm.weight, DTensor):  # type: ignore[union-attr]
+            self._note("parameters are sharded")
+        elif first.training and first.gradient_checkpointing:
+            self._note("blocks are recomputed (model.gradient_checkpointing)")
         else:
             return True
         return False
+
+    def _may_differentiate(
+        self,
+        network: MaskedDiffusionLM,
+        key: Hashable,
+        ids: Tensor,
+        attention: Tensor | None,
+        keep: Tensor | None,
+        width: int | None,
+    ) -> bool:
+        """Whether forward and backward pass of this shape are recorded, which they are at its second forward."""
+        if self.updates.is_off:
+            return False
+        reason = self.updates.reason_against(network, key)
+        if reason is not None:
+            self._note(reason)
+            return False
+        if key not in self._seen:
+            self._seen.add(key)
+            return False
+        if not self.updates.has(key):
+            try:
+                self.updates.record_shape(network, key, ids, attention, keep, width)
+            except RuntimeError as error:
+                self.updates.forget()
+                self.updates.is_off = True
+                self._note(f"recording an update failed ({str(error).strip().splitlines()[0]})")
+                return False
+        return True
 
     def _note(self, reason: str) -> None:
         """Say once why forwards are not replayed."""
@@ -156,9 +202,9 @@ class ForwardGraphs:
         """Graphs hold addresses: weights may change in place, but not move."""
         weights = [block.input_layernorm.weight for block in network.model.layers]  # type: ignore[union-attr]
         addresses = (network.head_weight.data_ptr(), *(weight.data_ptr() for weight in weights))  # type: ignore[operator]
-        if addresses != self._addresses:
+        if addresses != self._addresses.get(id(network), addresses):
             self.forget()
-            self._addresses = addresses
+        self._addresses[id(network)] = addresses
 
     def _source(self, cache: KVCache | None) -> _Recording | None:
         """The recording in whose storage a span's cache lives."""

@@ -32,7 +32,7 @@ REFERENCE_ADAPTER = "reference"
 
 
 def bytes_without_gradient(config: MaskedDiffusionConfig, length: int, itemsize: int) -> int:
-    """Bytes of activations of one view of `length` tokens at the widest moment of a block, from which nothing is kept."""
+    """Bytes of activations of one view of `length` tokens at the widest moment of a block that keeps nothing."""
     return length * itemsize * (14 * config.hidden_size + 4 * config.intermediate_size)
 
 
@@ -52,7 +52,7 @@ class Policy(nn.Module):
             model: plain, or adapted by PEFT.
             attend_padding: ignore key masks [R T], as d1 does: its left pads are attended like any token.
             head_budget: bytes that the logits of one chunk of positions may take.
-            graphs: replays forwards of a known shape in inference mode, which is where samplers are.
+            graphs: replays forwards of a known shape, and the backward passes of those that are differentiated.
         """
         super().__init__()
         self.model = model
@@ -122,10 +122,11 @@ class Policy(nn.Module):
         if self.attend_padding and attention is not None and attention.dim() == 2:
             attention = None
         backward = self._count_forward(ids, keep, cache)
-        if self.graphs is not None and torch.is_inference_mode_enabled():
+        if self.graphs is None:
+            hidden = self.network.hidden(ids, attention, position_ids, keep, cache)
+        else:
             variant = (self._is_merged, self._in_reference, self.training)
-            return self.graphs.hidden(self.network, variant, ids, attention, position_ids, keep, cache)
-        hidden = self.network.hidden(ids, attention, position_ids, keep, cache)
+            hidden = self.graphs.hidden(self.network, variant, ids, attention, position_ids, keep, cache)
         self._count_when_differentiated(hidden, backward)
         return hidden
 
