@@ -18,10 +18,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from gpu_checks import CHECKS, Bench
+from gpu_checks import CHECKS, QUICK, Bench
 from gpu_memory import measure_memory
 from gpu_rollouts import measure_batches, measure_rollout, measure_whole_rollout
 from gpu_session import GIB, SHAPES, Session, first_line, free, seconds_of
@@ -49,13 +50,13 @@ def measure_machine(session: Session) -> None:
     session.note("machine", facts)
 
 
-def measure_checks(session: Session) -> None:
+def measure_checks(session: Session, names: Sequence[str] = tuple(CHECKS)) -> None:
     """Right before fast."""
     bench = Bench(session.device, session.shape is SHAPES["tiny"])
     found = {}
-    for name, check in CHECKS.items():
+    for name in names:
         try:
-            found[name] = check(bench)
+            found[name] = CHECKS[name](bench)
         except Exception as error:
             traceback.print_exc()
             found[name] = {"ok": False, "error": first_line(error)}
@@ -80,6 +81,8 @@ SECTIONS: dict[str, Callable[[Session], None]] = {
     "batches": measure_batches,
     "whole": measure_whole_rollout,
 }
+BY_NAME = {"quick_checks": partial(measure_checks, names=QUICK)}
+"""Run only where they are asked for."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -99,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         start = time.perf_counter()
         print(f"-- {name}", flush=True)
         try:
-            SECTIONS[name](session)
+            (SECTIONS | BY_NAME)[name](session)
         except Exception as error:
             traceback.print_exc(file=sys.stdout)
             session.note(f"{name} failed", first_line(error))

@@ -248,6 +248,8 @@ def fused_kernels_agree(bench: Bench) -> dict[str, Any]:
     return result
 
 
+QUICK = ("scoring against float64", "replayed forwards give the same tokens")
+"""What `gpu.py --only quick_checks` runs."""
 CHECKS: dict[str, Check] = {
     "draws on the device = draws on the CPU": draws_are_equal,
     "scoring against float64": scoring_is_right,

@@ -31,7 +31,7 @@ def stage(session: Session, counts: Counts, views: int, length: int, scored: int
     return Work(
         config=session.shape.config(), counts=counts, itemsize=2 if session.is_cuda else 4, optimizer_slots=2.0,
         world_size=1, is_sharded=False, is_offloaded=False, recomputes_blocks=recomputes, num_micro=1, views=views,
-        length=length, scored=scored, views_per_chunk=None, keeps_reference=False,
+        length=length, scored=scored, views_per_chunk=None, keeps_reference=False, on_gpu=session.is_cuda,
     )  # fmt: skip
 
 
@@ -83,7 +83,8 @@ def compare_rollouts(session: Session, counts: Counts, compared: Comparison) -> 
                 with session.autocast():
                     sampler(session.adapted, prompts, 1, CounterDraws(0))
 
-            compared.add(f"rollout, B {batch}{', dual cache' if cached else ''}", rolled, memory(work).rollout)
+            name = f"rollout, B {batch}{', dual cache' if cached else ''}"
+            compared.add(name, rolled, memory(replace(work, caches=cached)).rollout)
 
 
 def compare_updates(session: Session, counts: Counts, compared: Comparison) -> None:
@@ -109,7 +110,9 @@ def compare_updates(session: Session, counts: Counts, compared: Comparison) -> N
             work = replace(stage(session, counts, views, plan.length, plan.completion_length, recomputes), passes=1)
             sizes = memory(work)
             label = f"{name}, blocks {'recomputed' if recomputes else 'kept'}"
-            compared.add(f"update, {label}", partial(learnt, corruption), max(sizes.update, sizes.gradients))
+            compared.add(
+                f"update, {label}", partial(learnt, corruption), max(sizes.update, sizes.gradients + sizes.update_end)
+            )
             if not recomputes:
                 compared.add(f"scoring, {name}", partial(scored, corruption), sizes.scoring)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -56,7 +57,8 @@ def rollout_contenders(session: Session, plan: RolloutPlan, temperature: float) 
     def contender(sampler: BlockSampler, flops: float, kernels: Kernels, replays: bool) -> Contender:
         graphs = ForwardGraphs() if replays and session.is_cuda else None
         prepare = partial(ready, kernels, graphs)
-        return Contender(partial(ours, sampler), prepare, 3 if replays else 1, flops, base / flops, tokens)
+        warm_ups = 3 if replays and sampler.cache is not None else 1  # an exact rollout's steps are all of one shape
+        return Contender(partial(ours, sampler), prepare, warm_ups, flops, base / flops, tokens)
 
     exact, dual = our_sampler(plan, temperature, False), our_sampler(plan, temperature, True)
     work, less = exact_rollout_flops(shape, plan), dual_cache_rollout_flops(shape, plan)
@@ -82,10 +84,16 @@ def release_graphs(session: Session) -> None:
     free(session)
 
 
-def race_rollouts(session: Session, rows: int, temperature: float, rounds: int) -> list[list[Any]]:
-    """All contenders at one batch size."""
+FEW = ("textbook", "exact, fused, graphs", "dual cache, fused, graphs", "dual cache, fused, threshold")
+
+
+def race_rollouts(
+    session: Session, rows: int, temperature: float, rounds: int, names: Sequence[str] | None = None
+) -> list[list[Any]]:
+    """All contenders at one batch size, or some of them."""
     plan = one_block(session.shape.plan, rows)
     contenders = rollout_contenders(session, plan, temperature)
+    contenders = {name: one for name, one in contenders.items() if names is None or name in names}
     measured = race(session, contenders, rounds)
     parallel = measured.get("dual cache, fused, threshold", {})
     if "seconds" in parallel:
@@ -117,7 +125,7 @@ def measure_batches(session: Session) -> None:
     for batch, temperature, rounds in [*((b, 0.9, 3 if b == 1 else 1) for b in others), (first, 0.0, 1), (1, 0.0, 3)]:
         if session.left < 0:
             break
-        rows += race_rollouts(session, batch, temperature, rounds)
+        rows += race_rollouts(session, batch, temperature, rounds, FEW)
     session.show("Rollout over batch sizes: one block of eight", ("B", "T", *HEADINGS), rows)
 
 

@@ -13,7 +13,10 @@ import update
 from gpu_rollouts import one_block
 from gpu_session import GIB, HEADINGS, Contender, Session, first_line, free, lines, peak_gib, race, seconds_of
 from measuring import random_prompts, relative_difference
+from rollout import our_sampler
 from scoring import random_rows, textbook_scoring_flops
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from d1lit.costs import (
     body_backward_flops,
@@ -28,7 +31,7 @@ from d1lit.masking import apply_mask
 from d1lit.models import Policy
 from d1lit.models.graphs import ForwardGraphs
 from d1lit.models.head import DEFAULT_BUDGET
-from d1lit.models.kernels import PLAIN
+from d1lit.models.kernels import PLAIN, Kernels
 from d1lit.scoring import score
 
 
@@ -76,38 +79,54 @@ def measure_update(session: Session) -> None:
 
     shape, lengths = policy.shape, (case.prompt_length, case.completion_length)
 
-    def nothing() -> None:
-        policy.network.use(PLAIN)
-        policy.head_budget = DEFAULT_BUDGET
+    recorded = ForwardGraphs() if session.is_cuda else None
 
-    def quick(budget: int = DEFAULT_BUDGET) -> None:
-        policy.network.use(session.fused())
-        policy.head_budget = budget
+    def ready(kernels: Kernels = PLAIN, graphs: ForwardGraphs | None = None, budget: int | None = None) -> None:
+        policy.network.use(kernels)
+        policy.graphs, policy.head_budget = graphs, budget
 
-    large = partial(quick, 512 * 2**20)
+    settings: dict[str, Callable[[], None]] = {
+        "": ready,
+        ", fused": partial(ready, session.fused()),
+        ", fused, graphs": partial(ready, session.fused(), recorded),
+        ", fused, graphs, 16 MiB tiles of the head": partial(ready, session.fused(), recorded, DEFAULT_BUDGET),
+    }
     tokens, num_rows, length = completion.numel(), case.group_size, sum(lengths)
     views = {"row": num_rows, "group": 1}
     once = textbook_scoring_flops(shape, num_rows, length)
     base = once + body_backward_flops(shape, full(num_rows, length), False) + head_flops(shape, num_rows * length)
-    contenders = {"textbook": Contender(partial(updated, "textbook"), nothing, 1, base, 1.0, tokens)}
-    for name, count in views.items():
-        work = update_flops(shape, count, *lengths)
-        contenders[name] = Contender(partial(updated, name), nothing, 1, work, base / work, tokens)
-        contenders[f"{name}, fused"] = replace(contenders[name], ready=quick)
-        contenders[f"{name}, fused, larger tiles of the head"] = replace(contenders[name], ready=large)
-    measured = race(session, contenders, 3)
+
+    def contenders(run: Callable[[str], object], whole: int, parts: Callable[..., int]) -> dict[str, Contender]:
+        result = {"textbook": Contender(partial(run, "textbook"), ready, 1, whole, 1.0, tokens)}
+        for name, count in views.items():
+            work = parts(shape, count, *lengths)
+            for label, prepare in settings.items():
+                one = Contender(partial(run, name), prepare, 3 if "graphs" in label else 1, work, whole / work, tokens)
+                result[name + label] = one
+        return result
+
+    measured = race(session, contenders(updated, base, update_flops), 5)
     session.note("update", measured)
-    scoring = {"textbook": Contender(partial(scored, "textbook"), nothing, 1, once, 1.0, tokens)}
-    for name, count in views.items():
-        work = scoring_flops(shape, count, *lengths)
-        scoring[name] = Contender(partial(scored, name), nothing, 1, work, once / work, tokens)
-        scoring[f"{name}, fused"] = replace(scoring[name], ready=quick)
-        scoring[f"{name}, fused, larger tiles of the head"] = replace(scoring[name], ready=large)
-    found = race(session, scoring, 3)
+    found = race(session, contenders(scored, once, scoring_flops), 5)
     session.note("scoring", found)
-    nothing()
     session.show("Update", HEADINGS, lines(measured))
     session.show("Scoring", HEADINGS, lines(found))
+    launches = {}
+    for name, run in (("update", updated), ("scoring", scored)):
+        for way in ("textbook", "row", "group"):
+            ready()
+            launches[f"{name}, {way}"] = launched(partial(run, way), session.is_cuda)
+    session.note("launches", launches)
+    session.show(
+        "Kernels of one pass", ("what", "kernels", "seconds of the device"), [[k, *v] for k, v in launches.items()]
+    )
+    settings[", fused"]()
+    fused_alone = updated("group")
+    settings[", fused, graphs"]()
+    replayed = updated("group")
+    ready()
+    del recorded, settings
+    free(session)
     agreement = {
         "log-probs, row against textbook, largest": float((scored("row") - scored("textbook")).abs().max()),
         "log-probs, group against textbook of its views, largest": float(
@@ -117,9 +136,21 @@ def measure_update(session: Session) -> None:
         "gradient, group against textbook of its views, relative": relative_difference(
             updated("group"), updated("textbook, the group's views")
         ),
+        "gradient, group, replayed against plain, relative": relative_difference(replayed, fused_alone),
     }
     session.note("agreement", agreement)
     session.show("Agreement in bf16", ("what", "difference"), list(agreement.items()))
+
+
+def launched(run: Callable[[], object], is_cuda: bool) -> tuple[int, float]:
+    """Kernels that a run launches, and the seconds that they take by themselves."""
+    if not is_cuda:
+        return 0, 0.0
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        run()
+        torch.cuda.synchronize()
+    kernels = [event for event in recorded.events() if event.device_type == DeviceType.CUDA]
+    return len(kernels), sum(event.device_time for event in kernels) / 1e6
 
 
 def policy_flops(policy: Policy, run: Callable[[], object]) -> int:
@@ -136,25 +167,25 @@ def measure_step(session: Session) -> None:
     case = step.Case(session.shape.size, plan, inners, session.shape.rank, None, None)
     trainer = step.Trainer(policy, case, session.device)
     found = {"textbook": _textbook_parts(session, trainer, case)}
-    ways = {
-        "dual cache, group, fused, graphs": (True, True, True),
-        "exact, group": (True, False, False),
-        "exact, group, fused, graphs": (True, False, True),
-    }
-    for name, (shared, cached, quick) in ways.items():
+    ways = {"dual cache, group, fused, graphs": True, "exact, group, fused, graphs": False}
+    given = random_rows(policy, update_case(session), session.device).rollout
+    for name, cached in ways.items():
         if session.left < 0:
             break
-        policy.network.use(session.fused() if quick else PLAIN)
-        policy.graphs = ForwardGraphs() if quick and session.is_cuda else None
-        for _ in range(2 if cached else 1):  # the first one compiles
-            clock = step.Clock(session.device)
-            before = replace(policy.work)
-            with session.autocast():
-                run = partial(step.our_step, trainer, clock, shared, cached)
-                found_peak = peak_gib(run, session.is_cuda)
-            found[name] = {**clock.medians(), "flops": policy.work.since(before).flops, "peak": found_peak}
-            if session.is_cuda:
-                found[name]["reserved"] = torch.cuda.max_memory_reserved() / GIB
+        policy.network.use(session.fused())
+        policy.graphs = ForwardGraphs() if session.is_cuda else None
+        with session.autocast():
+            # Before the clock: compilation, and what the graphs of every shape are recorded from.
+            for _ in range(2 if cached else 0):
+                our_sampler(plan, 0.9, cached)(policy, trainer.prompts, plan.rows, CounterDraws(0))
+            for _ in range(3):
+                step.our_step(trainer, step.Clock(session.device), True, cached, given)
+            clock, before = step.Clock(session.device), replace(policy.work)
+            found_peak = peak_gib(partial(step.our_step, trainer, clock, True, cached), session.is_cuda)
+        found[name] = {**clock.medians(), "flops": policy.work.since(before).flops, "peak": found_peak}
+        if session.is_cuda:
+            found[name]["reserved"] = torch.cuda.max_memory_reserved() / GIB
+            found[name]["graphs"] = policy.graphs.num_graphs if policy.graphs else 0
         session.note("step", found)
     policy.network.use(PLAIN)
     policy.graphs = None

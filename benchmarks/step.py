@@ -180,14 +180,15 @@ def textbook_step(trainer: Trainer, clock: Clock) -> None:
             trainer.learn(optimizer, loss)
 
 
-def our_step(trainer: Trainer, clock: Clock, shared: bool, cached: bool) -> None:
-    """As DiffuGRPO does it, without Lightning around it."""
+def our_step(trainer: Trainer, clock: Clock, shared: bool, cached: bool, given: Rollout | None = None) -> None:
+    """As DiffuGRPO does it, without Lightning around it; with a given rollout only what follows one."""
     case, policy = trainer.case, trainer.policy
     plan, inners = case.plan, case.num_inner_updates
     optimizer = trainer.restart()
     estimator = OneStepEstimator(PROMPT_MASK_PROB, num_masks=1, share_within_group=shared)
     with clock("rollout"), policy.merged() if policy.merges_exactly else nullcontext():
-        rollout = our_sampler(plan, 0.9, cached)(policy, trainer.prompts, plan.rows, CounterDraws(0))
+        sampler = our_sampler(plan, 0.9, cached)
+        rollout = sampler(policy, trainer.prompts, plan.rows, CounterDraws(0)) if given is None else given
     with clock("reward"):
         advantages = trainer.advantages(rollout.completion_ids)
     # The textbook scores every token; these random weights know no end of a sequence either.

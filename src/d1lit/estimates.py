@@ -87,6 +87,7 @@ def stage_work(plan: Plan, parts: StageParts, world_size: int) -> Work:
         scored=0,
         views_per_chunk=keywords.get("views_per_chunk"),
         keeps_reference=False,
+        on_gpu=plan.device.type == "cuda",
         is_quantized=parts.lora is not None and parts.lora.quantize is not None,
     )
     if isinstance(parts.data, Prompts):
@@ -118,6 +119,7 @@ def _rl_work(plan: Plan, parts: StageParts, common: Work, keywords: Mapping[str,
         rollout_rows=rows,
         passes=(inner - 1 if needs_old else 0) + (inner if needs_reference else 0),
         corruptions_at_once=at_once,
+        caches=sampler.cache is not None,
         merges=parts.lora is not None and (exact_weights or keywords["merge_for_rollouts"]),
     )
 

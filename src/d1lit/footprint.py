@@ -15,7 +15,7 @@ from d1lit.costs import (
     scoring_flops,
 )
 from d1lit.models import LoraSettings, MaskedDiffusionConfig
-from d1lit.models.head import DEFAULT_BUDGET, rows_per_chunk
+from d1lit.models.head import GPU_TAIL_BYTES, default_budget, rows_per_chunk
 from d1lit.models.lora import adapt, lora_layers
 from d1lit.models.presets import build_on_meta
 from d1lit.models.quantizing import BITS_PER_WEIGHT
@@ -103,11 +103,24 @@ class Work:
     is_quantized: bool = False
     corruptions_at_once: int = 1
     """Inner updates whose views share a forward without gradient."""
+    caches: bool = False
+    """Rollouts keep keys and values of the canvas."""
+    on_gpu: bool = False
 
     @property
     def wide(self) -> int:
         """Bytes of a number where the network insists on float32."""
         return max(4, self.itemsize)
+
+    @property
+    def casts(self) -> int:
+        """Bytes of a half-precision copy of an adapter in float32, which autocast makes once for a forward."""
+        return self.counts.adapter * self.itemsize if self.counts.adapter and self.itemsize < self.wide else 0
+
+    @property
+    def head(self) -> int:
+        """Bytes that the head's tile may take."""
+        return default_budget("cuda" if self.on_gpu else "cpu")
 
     @property
     def tokens(self) -> int:
@@ -125,6 +138,8 @@ class Memory:
     reference: int
     update: int
     """Activations and scratch at the widest moment of forward and backward."""
+    update_end: int
+    """The same where the backward pass ends, beside all gradients."""
     rollout: int
     scoring: int
     gradients_first: bool
@@ -143,7 +158,7 @@ class Memory:
     def peak(self) -> int:
         """At the widest moment of the stage."""
         beside = self.gradients if self.gradients_first else 0
-        update = max(self.update + beside, self.gradients + self.scratch)
+        update = max(self.update + beside, self.gradients + max(self.scratch, self.update_end))
         return max(self.start, self.fixed + max(update, self.rollout, self.scoring))
 
 
@@ -169,6 +184,7 @@ def memory(work: Work) -> Memory:
         optimizer=(int(counts.trainable * work.optimizer_slots * work.wide) + copies) // share * on_host,
         reference=(counts.total - counts.adapter) * item // share * on_host if work.keeps_reference else 0,
         update=_update_bytes(work) + gathered,
+        update_end=work.tokens * (kept_by_block(work) + block_scratch(work, with_gradient=True)) + gathered,
         rollout=_rollout_bytes(work) + (counts.total * item if work.is_sharded else 0),
         scoring=_scoring_bytes(work) + gathered if work.passes else 0,
         gradients_first=work.num_micro > 1,
@@ -197,7 +213,8 @@ def block_scratch(work: Work, with_gradient: bool) -> int:
     if with_gradient:  # gradients of the four tensors of the MLP and of the residual stream
         return (4 * mlp + 2 * width) * work.itemsize
     attention = 5 * width * work.itemsize + 4 * width * work.wide
-    return max(attention, (2 * width + 3 * mlp) * work.itemsize + width * work.wide)
+    adapted = mlp * work.itemsize if {"gate_proj", "up_proj"} & {*work.counts.adapted_names} else 0
+    return max(attention, (2 * width + 3 * mlp) * work.itemsize + width * work.wide + adapted)
 
 
 def _update_bytes(work: Work) -> int:
@@ -206,12 +223,14 @@ def _update_bytes(work: Work) -> int:
     chunked = work.views_per_chunk is not None and work.views_per_chunk < work.views
     scratch = tokens * block_scratch(work, with_gradient=True)
     if work.recomputes_blocks:
-        body = tokens * (layers * config.hidden_size * work.itemsize + kept_by_block(work)) + scratch
+        inputs = tokens * layers * config.hidden_size * work.itemsize
+        forward = inputs + work.casts + tokens * block_scratch(work, with_gradient=False)
+        body = max(forward, inputs + tokens * kept_by_block(work) + scratch)
     else:
-        body = tokens * layers * kept_by_block(work) + scratch
+        body = tokens * layers * kept_by_block(work) + scratch + work.casts
     positions = work.views * work.scored
     finals = positions * config.hidden_size * (work.itemsize + work.wide)  # hidden states and E_p[W] or its like
-    rows = min(positions, rows_per_chunk(config.vocab_size, DEFAULT_BUDGET, work.wide))
+    rows = min(positions, rows_per_chunk(config.vocab_size, work.head, work.wide))
     head = 2 * rows * config.vocab_size * work.wide
     if work.counts.adapter == 0:
         head += 2 * work.counts.head * work.wide  # the head's gradient, summed up in full precision
@@ -223,18 +242,23 @@ def _rollout_bytes(work: Work) -> int:
         return 0
     plan, config = work.rollout, work.config
     body = plan.rows * plan.length * block_scratch(work, with_gradient=False)
-    logits = 3 * plan.rows * plan.block_length * config.vocab_size * work.wide
+    logits = plan.rows * plan.block_length * config.vocab_size * work.wide
+    # Beside them two softmaxes and the tempered logits: on a GPU of many rows at a time, on a CPU of few.
+    logits += 3 * min(logits, GPU_TAIL_BYTES) if work.on_gpu else 2 * logits
+    head_width = config.hidden_size // config.num_attention_heads
+    cached = 2 * plan.rows * plan.length * config.num_key_value_heads * head_width * config.num_hidden_layers
+    cache = cached * work.itemsize if work.caches else 0
     merged = work.counts.adapted * (work.itemsize + 2 * work.wide // config.num_hidden_layers) if work.merges else 0
-    return max(body, logits) + merged
+    return max(body, logits) + merged + cache
 
 
 def _scoring_bytes(work: Work) -> int:
     joined = work.views * work.corruptions_at_once
     views = min(joined, work.views_per_chunk or joined)
     positions = views * work.scored
-    rows = min(positions, rows_per_chunk(work.config.vocab_size, DEFAULT_BUDGET, work.wide))
+    rows = min(positions, rows_per_chunk(work.config.vocab_size, work.head, work.wide))
     head = 2 * rows * work.config.vocab_size * work.wide
-    return max(views * work.length * block_scratch(work, with_gradient=False), head)
+    return work.casts + max(views * work.length * block_scratch(work, with_gradient=False), head)
 
 
 # ----------------------------------------------------------------------------------------------------------- operations

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from d1lit.models.graphs import ForwardGraphs
-from d1lit.models.head import DEFAULT_BUDGET
 from d1lit.models.kernels import fused
 from d1lit.models.loading import find_folder, load_network
 from d1lit.models.lora import LoraSettings, adapt, merge, report
@@ -77,7 +76,7 @@ def build_policy(
     revision: str | None = None,
     trainable: bool = True,
     gradient_checkpointing: bool = False,
-    head_budget: int = DEFAULT_BUDGET,
+    head_budget: int | None = None,
     compile: bool = False,
     cuda_graphs: bool = False,
 ) -> tuple[Policy, PreTrainedTokenizerBase]:
@@ -94,9 +93,9 @@ def build_policy(
         revision: branch, tag or commit on the hub.
         trainable: False freezes everything (evaluation).
         gradient_checkpointing: recompute each block in the backward pass.
-        head_budget: bytes that the logits of one chunk of positions may take.
+        head_budget: bytes that the logits of one chunk of positions may take; None leaves it to the device.
         compile: fuse the elementwise work of the blocks.
-        cuda_graphs: replay the forwards of rollouts.
+        cuda_graphs: replay forwards of rollouts, scoring and updates, and the backward passes of the last.
     """
     network, tokenizer = build_network(path, tiny, dtype, seed, device, revision)
     if gradient_checkpointing:

@@ -17,8 +17,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 DEFAULT_BUDGET = 16 * 2**20  # bytes for the logits of one tile
+GPU_BUDGET = 256 * 2**20  # there every tile costs launches, and nothing is gained by staying within a cache
+GPU_TAIL_BYTES = 512 * 2**20  # bytes of one softmax where tokens are drawn on a GPU
 _ROWS, _COLUMNS = 1024, 4096  # a tile of this size keeps products of matrices efficient; taller or wider gains nothing
 _SLICE = 8192  # rows of a low-precision head cast at a time where the device cannot accumulate in fp32 by itself
+
+
+def default_budget(device_type: str) -> int:
+    """Bytes for the logits of one tile where nobody said."""
+    return GPU_BUDGET if device_type == "cuda" else DEFAULT_BUDGET
 
 
 def rows_per_chunk(vocab_size: int, budget: int, itemsize: int = 4) -> int:

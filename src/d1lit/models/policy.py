@@ -23,7 +23,7 @@ from d1lit.costs import (
 )
 from d1lit.models.cache import KVCache
 from d1lit.models.graphs import ForwardGraphs
-from d1lit.models.head import DEFAULT_BUDGET, chunked_entropy, chunked_logprobs
+from d1lit.models.head import chunked_entropy, chunked_logprobs, default_budget
 from d1lit.models.lora import ADAPTER, base_weight, factors, keep_exact, lora_layers, merged_weight
 from d1lit.models.quantizing import is_quantized
 from d1lit.models.transformer import MaskedDiffusionConfig, MaskedDiffusionLM
@@ -43,7 +43,7 @@ class Policy(nn.Module):
         self,
         model: MaskedDiffusionLM | PeftModel,
         attend_padding: bool = False,
-        head_budget: int = DEFAULT_BUDGET,
+        head_budget: int | None = None,
         graphs: ForwardGraphs | None = None,
     ) -> None:
         """Wrap a network.
@@ -51,7 +51,7 @@ class Policy(nn.Module):
         Args:
             model: plain, or adapted by PEFT.
             attend_padding: ignore key masks [R T], as d1 does: its left pads are attended like any token.
-            head_budget: bytes that the logits of one chunk of positions may take.
+            head_budget: bytes that the logits of one chunk of positions may take; None leaves it to the device.
             graphs: replays forwards of a known shape, and the backward passes of those that are differentiated.
         """
         super().__init__()
@@ -140,7 +140,7 @@ class Policy(nn.Module):
         self, hidden: Float[Tensor, "M D"], targets: Int[Tensor, "M J"], temperature: float = 1.0
     ) -> Float[Tensor, "M J"]:
         """Log-probabilities of J targets at each position, chunked over positions."""
-        values = chunked_logprobs(hidden, self.network.head_weight, targets, temperature, self.head_budget)
+        values = chunked_logprobs(hidden, self.network.head_weight, targets, temperature, self._head_bytes)
         trains_head = self.network.head_weight.requires_grad
         forward, backward = logprob_flops(self.shape, len(hidden), values.requires_grad, trains_head)
         self.work.flops += forward
@@ -150,7 +150,11 @@ class Policy(nn.Module):
     def entropy(self, hidden: Float[Tensor, "M D"], temperature: float = 1.0) -> Float[Tensor, " M"]:
         """Entropy of the prediction at each position, in nats; no gradient."""
         self.work.flops += head_flops(self.shape, len(hidden))
-        return chunked_entropy(hidden, self.network.head_weight, temperature, self.head_budget)
+        return chunked_entropy(hidden, self.network.head_weight, temperature, self._head_bytes)
+
+    @property
+    def _head_bytes(self) -> int:
+        return default_budget(self.device.type) if self.head_budget is None else self.head_budget
 
     def view_bytes(self, length: int, with_gradient: bool) -> int:
         """Estimated peak bytes of activations for one view of `length` tokens.

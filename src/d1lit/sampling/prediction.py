@@ -10,12 +10,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from d1lit.models.head import GPU_TAIL_BYTES
 from d1lit.sampling.cache import SpanStorage
 from d1lit.sampling.parts import Cells, Choice, Confidence, Prediction, Proposal
 from d1lit.sampling.proposal import greedy
 from d1lit.types import MaskPredictor
 
-_CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
+_CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": GPU_TAIL_BYTES}
 """Size of one temporary of the tail (softmax, scaled logits): within the cache on a CPU, few launches on a GPU."""
 
 
