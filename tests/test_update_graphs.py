@@ -86,12 +86,10 @@ def compare(device: str, make: Callable[[], Policy], autocast: bool, keep_multip
     for one, other in zip(found, expected, strict=True):
         assert len(one) == len(other) > 0
         for ours, theirs in zip(one, other, strict=True):
-            if keep_multiple == 1:
+            if keep_multiple == 1 and device == "cpu":
                 assert torch.equal(ours, theirs)
-            elif autocast:
-                assert (ours - theirs).norm() < 2e-2 * theirs.norm()
-            else:
-                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+            else:  # products of another shape, or by another of a GPU's algorithms, round otherwise
+                assert (ours - theirs).norm() <= (3e-2 if autocast else 1e-5) * theirs.norm()
     assert vars(plain.work) == vars(replayed.work)
 
 
@@ -138,8 +136,13 @@ def test_what_cannot_be_replayed_runs_plainly_and_says_why(caplog: pytest.LogCap
     assert "backward pass of the forward before is still to come" in line
     (line,) = reasons(adapted(), in_chunks, caplog)
     assert "recomputed or kept elsewhere" in line
-    (line,) = reasons(adapted(dropout=0.5).train(), once, caplog)
+    dropping = adapted(dropout=0.5).train()
+    (line,) = reasons(dropping, once, caplog)
     assert "dropout" in line
+    dropping.graphs, _ = graphs_for("cpu", 32)
+    with torch.no_grad():
+        found = [dropping.hidden(ids) for _ in range(4)]
+    assert dropping.graphs.num_graphs == 0 and not torch.equal(found[2], found[3])
     recomputing = adapted().train()
     recomputing.network.gradient_checkpointing_enable({"use_reentrant": False})
     (line,) = reasons(recomputing, once, caplog)

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from d1lit.models.cache import KVCache
 from d1lit.models.transformer import MaskedDiffusionLM
-from d1lit.models.update_graphs import Forward, UpdateGraphs, capture_pair
+from d1lit.models.update_graphs import DROPS, Forward, UpdateGraphs, capture_pair, drops
 
 _log = logging.getLogger(__name__)
 
@@ -228,6 +228,9 @@ class ForwardGraphs:
         source: _Recording | None,
     ) -> _Recording | None:
         """Record a shape; None where that is not possible."""
+        if drops(network):
+            self._note(DROPS)
+            return None
         if len(self._recorded) >= self.max_graphs:
             self._note(
                 f"{self.max_graphs} shapes are recorded already (pad prompts to a multiple: data.length_multiple)"

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from d1lit.models.transformer import MaskedDiffusionLM
 
+DROPS = "dropout draws anew in every forward"
 Replay = Callable[[], object]
 Forward = Callable[[], Tensor]
 MAX_GRADIENT_BYTES = 4 * 2**30
@@ -38,6 +39,11 @@ def capture_pair(forward: Forward, backward: Replay, pool: Any) -> tuple[Replay,
     with torch.cuda.graph(second, pool=pool, capture_error_mode="thread_local"):
         backward()
     return first.replay, second.replay, hidden
+
+
+def drops(network: nn.Module) -> bool:
+    """Whether dropout is at work."""
+    return any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in network.modules())
 
 
 class _Pass:
@@ -165,8 +171,8 @@ class UpdateGraphs:
             return None
         if len(self._recorded) >= self.max_graphs:
             return f"{self.max_graphs} shapes of updates are recorded already"
-        if any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in network.modules()):
-            return "dropout draws anew in every forward"
+        if drops(network):
+            return DROPS
         size = sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
         if not 0 < size <= MAX_GRADIENT_BYTES:
             return f"{size / 2**30:.1f} GiB of gradients would stand twice" if size else "nothing is trained"
