@@ -87,7 +87,7 @@ def stage_work(plan: Plan, parts: StageParts, world_size: int) -> Work:
         scored=0,
         views_per_chunk=keywords.get("views_per_chunk"),
         keeps_reference=False,
-        on_gpu=plan.device.type == "cuda",
+        on_gpu=plan.device.type == "cuda" or plan.config.hardware.peak_tflops is not None,  # stated ones are GPUs
         is_quantized=parts.lora is not None and parts.lora.quantize is not None,
     )
     if isinstance(parts.data, Prompts):
