@@ -98,13 +98,15 @@ def train(words: Sequence[str]) -> int:
         from d1lit.processes import launch
         from d1lit.running import run_training
 
-        plans = [plan_run(config) for config in jobs.configs]
+        plan = None
+        for config in jobs.configs:
+            plan = plan_run(config)  # the jobs of a sweep make theirs again, each in its process
         if jobs.is_multirun:
             return _sweep(words, jobs)
         (config,) = jobs.configs
         if processes_to_start(config) > 1 and not config.dry_run:
             return launch([*_ITSELF, "train", *words], processes_to_start(config))
-        return run_training(config, jobs.overrides[0], plans[0])
+        return run_training(config, jobs.overrides[0], plan)
     except ValueError as error:
         return _refused(error)
 
