@@ -257,6 +257,8 @@ def micro_batch_sizes(plan: Plan, world_size: int) -> dict[str, int]:
 
 def with_micro_batches(plan: Plan, sizes: Mapping[str, int]) -> Plan:
     """The plan with micro-batches of these sizes."""
+    if not sizes:
+        return plan
     stages = [replace(s, micro_batch_size=sizes.get(s.name, s.micro_batch_size)) for s in plan.stages]
     return replace(plan, stages=stages)
 

@@ -156,7 +156,7 @@ def _first_candidate(word: str) -> str:
         (override,) = OverridesParser.create().parse_overrides([word])
     except HydraException as error:
         raise _syntax_error(error, [word]) from None
-    swept = override.value()
+    swept: Any = override.value()
     if not override.is_sweep_override():
         return word
     first = swept.list[0] if isinstance(swept, ChoiceSweep) else swept.start

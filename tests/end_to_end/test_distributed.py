@@ -171,6 +171,22 @@ def test_a_run_may_change_its_number_of_processes_at_every_resume(kind, singles,
     assert gap <= 1e-12
 
 
+@pytest.mark.slow
+def test_bfloat16_trains_in_shards_as_alone(tmp_path):
+    """Float32 adapters beside bfloat16 weights in one group, and float32 copies of sharded weights through a checkpoint."""
+    lora, full = "sft-lora-fsdp-bfloat16-3", "sft-full-fsdp-bfloat16-4"
+    together(2, tmp_path, lora, f"{full}@2")
+    alone(tmp_path, full)  # goes on alone from the two shards
+    (tmp_path / "one").mkdir()
+    alone(tmp_path / "one", lora.replace("fsdp", "single"), full.replace("fsdp", "single"))
+    for name, dtype in ((lora, torch.float32), (full, torch.bfloat16)):
+        found, single = read(tmp_path / name), read(tmp_path / "one" / name.replace("fsdp", "single"))
+        assert {value.dtype for value in found.weights.values()} == {dtype}
+        gap = difference(single.weights, found.weights)
+        print(f"{name}: weights differ by {gap:.1e}")
+        assert gap <= 2**-8, "one rounding of bfloat16"
+
+
 RUN = ("task=sudoku", "debug=fast", "trainer.accelerator=cpu", "scale.evaluation.batch_size=64", "report=false")
 
 
