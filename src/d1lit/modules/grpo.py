@@ -121,6 +121,8 @@ class DiffuGRPO(L.LightningModule):
         self.metrics = UpdateMetrics()
         self.meter = Meter(policy.work)
         self.cost = StageCost()
+        self.reference_synced_at = -1
+        """The rollout before which the reference moved last: a run stopped within that rollout must not move it again."""
         self.strict_loading = False  # frozen weights are not in a checkpoint: the stage starts from them
 
     @staticmethod
@@ -310,9 +312,12 @@ class DiffuGRPO(L.LightningModule):
     def _sync_reference(self, step: int) -> None:
         """Move the reference to the policy every so many optimizer steps (d1's yaml says 64, which never acted)."""
         every = self.reference_sync_every
+        if step == self.reference_synced_at:
+            return
         done = step * self.num_inner_updates
         if every is not None and done and done // every > (done - self.num_inner_updates) // every:
             self.policy.sync_reference(self.reference_sync_weight)
+            self.reference_synced_at = step
 
     # -------------------------------------------------------------------------------------------------- Lightning hooks
 
@@ -353,6 +358,7 @@ class DiffuGRPO(L.LightningModule):
         checkpoint["num_micro"] = self.trainer.accumulate_grad_batches
         checkpoint["cost"] = self.cost.record()
         checkpoint["latest_rollout"] = self.metrics.latest_rollout
+        checkpoint["reference_synced_at"] = self.reference_synced_at
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the experience of this rank, however many wrote it, and the account."""
@@ -362,3 +368,4 @@ class DiffuGRPO(L.LightningModule):
         self.experience = dealt(saved, world_size, num_micro)[self.global_rank]
         self.cost.load(checkpoint["cost"])
         self.metrics.latest_rollout = dict(checkpoint["latest_rollout"])
+        self.reference_synced_at = checkpoint["reference_synced_at"]
