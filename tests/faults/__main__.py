@@ -1,7 +1,7 @@
 """Faults in numbers too large for the tests, on `train.py` itself, with a line of figures at the end.
 
-    python -m tests.faults kill --stage grpo --times 50 --in-saves 5
-    python -m tests.faults signal --stage grpo --times 20
+python -m tests.faults kill --stage grpo --times 50 --in-saves 5
+python -m tests.faults signal --stage grpo --times 20
 """
 
 from __future__ import annotations

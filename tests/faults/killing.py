@@ -67,7 +67,13 @@ def undisturbed(server: Server, job: Job, words: tuple[str, ...], folder: Path) 
 
 
 def disturb(
-    server: Server, job: Job, words: tuple[str, ...], folder: Path, moment: Callable[[int], None], signum: int, most: int
+    server: Server,
+    job: Job,
+    words: tuple[str, ...],
+    folder: Path,
+    moment: Callable[[int], None],
+    signum: int,
+    most: int,
 ) -> Tally:
     """Start a run again and again, with a signal at the chosen moments, until it ends by itself.
 

@@ -21,7 +21,7 @@ class SaveCheckpoints(Checkpoint):
     drawn again) has moved since the last one; the counters of that step are kept and stored instead of the current
     ones. So the last step can be saved at any time, in the middle of a rollout too.
 
-    A checkpoint that is due is written when the next batch begins, for by then the step's scalars have been logged. What
+    A checkpoint that is due is written when the next batch begins: by then the step's scalars have been logged. What
     other callbacks do after the last step (a validation) belongs to that step, because Lightning does not take up a run
     of which no step is left: stopped within it, a run goes on from the checkpoint before.
 

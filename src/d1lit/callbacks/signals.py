@@ -81,8 +81,8 @@ class StopOnSignal(L.Callback):
 
     Safe points are the start of every micro-batch; ranks agree on them, so a signal to one rank stops all. In a run of
     one process every pass of the network without gradients (rollout, old and reference log-probs, evaluation) is one as
-    well: nothing such a pass does outlives it. What is saved is the state after the
-    last optimizer step (see `SaveCheckpoints`). Further signals change nothing; Ctrl-\\ ends a process at once.
+    well: nothing such a pass does outlives it. What is saved is the state after the last optimizer step (see
+    `SaveCheckpoints`). Further signals change nothing; Ctrl-\\ ends a process at once.
 
     Lightning's own handlers for SIGTERM and SLURM, which talk to other ranks and save from within the handler, are
     replaced while `fit` runs.
