@@ -97,6 +97,20 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(server, grpo, tmp_path):
     assert model.read_bytes() == grpo.ending.weights["model/model.safetensors"]
 
 
+def test_a_rollback_is_part_of_what_is_resumed(server, tmp_path):
+    """An alarm that sounds after steps 5 and 10 takes weights back at the next rollout; a kill between changes nothing."""
+    alarm = "{_target_:d1lit.callbacks.Alarm,metric:rollout/reward,above:-1.0,patience:5,action:rollback}"
+    words = (*JOBS["grpo"].with_saves(1), f"callbacks.alarms.alarms=[{alarm}]")
+    reference = undisturbed(server, JOBS["grpo"], words, tmp_path / "undisturbed")
+    assert dict(reference.ending.scalars["grpo"]["guard/rollbacks"])[11] >= 1
+    own, log = (*words, f"run_dir={tmp_path / 'run'}"), tmp_path / "log"
+    for visit in (11, 6):  # before the rollback of step 6, and after it
+        at = ("d1lit.modules.grpo:DiffuGRPO.update", visit, signal.SIGKILL)
+        assert server.run(own, log, at=at) == -signal.SIGKILL
+    assert server.run(own, log) == 0, log.read_text()
+    check_same(ending(tmp_path / "run", JOBS["grpo"]), reference.ending)
+
+
 def test_a_second_process_is_refused_by_name(server, tmp_path):
     """F19."""
     log = tmp_path / "log"

@@ -19,6 +19,7 @@ from d1lit.models.sharding import gathered
 from d1lit.modules.accounting import Meter, StageCost, UpdateMetrics, cost_metrics, machine_peak, over_ranks
 from d1lit.modules.experience import (
     Experience,
+    all_finite,
     dealt,
     detached,
     judged,
@@ -122,7 +123,7 @@ class DiffuGRPO(L.LightningModule):
         self.meter = Meter(policy.work)
         self.cost = StageCost()
         self.reference_synced_at = -1
-        """The rollout before which the reference moved last: a run stopped within that rollout must not move it again."""
+        """The rollout before which the reference moved last; a run stopped within that one does not move it again."""
         self.strict_loading = False  # frozen weights are not in a checkpoint: the stage starts from them
 
     @staticmethod
@@ -192,20 +193,21 @@ class DiffuGRPO(L.LightningModule):
         logprobs, scores = self._likelihood(experience.rollout, experience.advantages, experience.step, inner)
         is_first = inner == 0 and not self.inner_index_by_micro_batch
         old = detached(logprobs) if is_first else experience.old[inner]
-        loss, metrics = self.loss(
-            LossInputs(
-                logprobs=logprobs,
-                old=old,
-                ref=experience.ref[inner],
-                advantages=experience.advantages,
-                rewards=experience.rewards,
-                group_size=self.group_size,
-                completion_mask=experience.rollout.completion_mask,
-                entropy=scores.entropy,
-                num_units=experience.num_units[inner],
-                num_rollouts=experience.num_rollouts,
-            )
+        inputs = LossInputs(
+            logprobs=logprobs,
+            old=old,
+            ref=experience.ref[inner],
+            advantages=experience.advantages,
+            rewards=experience.rewards,
+            group_size=self.group_size,
+            completion_mask=experience.rollout.completion_mask,
+            entropy=scores.entropy,
+            num_units=experience.num_units[inner],
+            num_rollouts=experience.num_rollouts,
         )
+        loss, metrics = self.loss(inputs)
+        # A loss of nan is no step (SkipNonFinite): also where no token of the whole update is valid.
+        loss = torch.where(all_finite(inputs), loss, torch.nan) if inputs.num_units else loss * torch.nan
         self.metrics.add_update(loss, metrics)
         # The loss is this micro-batch's share of the global one; Lightning averages over micro-batches and ranks.
         return loss * num_micro * self.trainer.world_size
