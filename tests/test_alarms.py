@@ -19,7 +19,11 @@ from d1lit.callbacks import Alarm, CollapseAlarms, SaveCheckpoints, SkipNonFinit
 from d1lit.callbacks.alarms import last_before
 from d1lit.checkpoint import FolderCheckpointIO, read_tree
 from d1lit.estimators.one_step import OneStepEstimator
+from d1lit.losses.clipped import ClippedPolicyLoss
+from d1lit.losses.terms import k3, micro_batch_token_mean, token_mean
 from d1lit.modules.accounting import repeated_fraction
+from d1lit.modules.experience import all_finite
+from d1lit.types import LogProbs, LossInputs
 from tests.end_to_end.small import fit, make_module, small_policy
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -164,8 +168,8 @@ class NothingToScore(OneStepEstimator):
         return replace(found, weight=found.weight * 0) if empty else found
 
 
-@pytest.mark.parametrize("num_micro", [1, 2])
-def test_an_update_without_a_valid_token_is_no_step(num_micro: int) -> None:
+@pytest.mark.parametrize(("num_micro", "aggregate"), [(1, token_mean), (2, micro_batch_token_mean)])
+def test_an_update_without_a_valid_token_is_no_step(num_micro: int, aggregate: Any) -> None:
     """Weight decay, momentum and step count stay where they are: nothing was learnt."""
 
     def adam(named: Any) -> torch.optim.Optimizer:
@@ -175,7 +179,36 @@ def test_an_update_without_a_valid_token_is_no_step(num_micro: int) -> None:
     weights = {}
     for updates in (2, 4):  # rollout 0, then rollout 1, of which no token counts
         guard = SkipNonFinite()
-        module = make_module(small_policy(), estimator=estimator(), optimizer=adam, num_updates=updates)
+        settings = {"estimator": estimator(), "loss": ClippedPolicyLoss(0.5, 0.5, 0.0, k3, aggregate)}
+        module = make_module(small_policy(), optimizer=adam, num_updates=updates, **settings)
         weights[updates] = fit(module, num_micro, callbacks=[guard])
         assert guard.skipped == updates - 2
     assert all(torch.equal(weights[2][name], value) for name, value in weights[4].items())
+
+
+def test_a_number_that_a_clipped_loss_would_hide_is_found() -> None:
+    weight = torch.tensor([[1.0, 0.0]])
+    sound = LogProbs(torch.tensor([[-1.0, -2.0]]), weight)
+    inputs = LossInputs(
+        logprobs=sound,
+        old=sound,
+        ref=None,
+        advantages=torch.ones(1),
+        rewards=torch.ones(1),
+        group_size=1,
+        completion_mask=torch.ones(1, 2, dtype=torch.bool),
+        entropy=None,
+        num_units=1.0,
+        num_rollouts=1.0,
+    )
+    for value in (float("-inf"), float("nan"), float("inf")):
+        bad = LogProbs(torch.tensor([[value, -2.0]]), weight)
+        assert bool(all_finite(inputs))
+        assert bool(all_finite(replace(inputs, old=LogProbs(torch.tensor([[-1.0, value]]), weight))))  # not scored
+        for name, broken in (("logprobs", bad), ("old", bad), ("ref", bad), ("rewards", torch.tensor([value]))):
+            assert not bool(all_finite(replace(inputs, **{name: broken})))
+        assert not bool(all_finite(replace(inputs, advantages=torch.tensor([value]))))
+    loss, _ = ClippedPolicyLoss(0.5, 0.5, 0.0, k3, token_mean)(
+        replace(inputs, old=LogProbs(torch.tensor([[float("-inf"), -2.0]]), weight))
+    )
+    assert bool(torch.isfinite(loss))

@@ -1,9 +1,16 @@
-"""One of two processes of a diffu-GRPO stage in which something is not finite, in one place on one process at a time."""
+"""One of two processes of a diffu-GRPO stage with a fault.
+
+`python -m tests.end_to_end.faulty_worker FOLDER FAULT`: `not_finite` (one place on one process at a time, and a process
+that is slow once), `raise` (the second process's judge), `die` (the second process), `none`.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +46,35 @@ def bad_steps() -> list[int]:
     return [INNER * rollout + i for rollout, (place, _) in ROLLOUTS.items() for i in hit.get(place, (0,))]
 
 
+SLOW_ROLLOUT, SLOW_SECONDS = 2, 4.0
+FEW_UPDATES, LAST_ROLLOUT = 8, 2
+"""Of a run that ends within its third rollout."""
+
+
+class Ending(DiffuGRPO):
+    """The method itself, whose second process does not live to see the end."""
+
+    fault = "none"
+
+    def note(self) -> None:
+        """When it happened."""
+        Path(sys.argv[1], "failed_at").write_text(str(time.time()))
+
+    def update(self, experience: Any, inner: int, num_micro: int) -> Tensor:
+        """Die within the cycle."""
+        if self.fault == "die" and self.global_rank == 1 and (experience.step, inner) == (LAST_ROLLOUT, 1):
+            self.note()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().update(experience, inner, num_micro)
+
+    def collect(self, prompts: Any, step: int, num_micro: int) -> Any:
+        """Fail where answers are judged."""
+        if self.fault == "raise" and self.global_rank == 1 and step == LAST_ROLLOUT:
+            self.note()
+            raise ArithmeticError("the judge of process 1 has lost its mind")
+        return super().collect(prompts, step, num_micro)
+
+
 class Faulty(DiffuGRPO):
     """The method itself, with what a broken kernel, judge or network would put into it."""
 
@@ -48,6 +84,8 @@ class Faulty(DiffuGRPO):
 
     def collect(self, prompts: Any, step: int, num_micro: int) -> Any:
         """Old and reference log-probs are broken after they were computed."""
+        if step == SLOW_ROLLOUT and self.global_rank == 1:
+            time.sleep(SLOW_SECONDS)
         reward = self.reward
         if self._place(step) == "reward":
             self.reward = RewardParts({"wordy": Broken()}, {"wordy": 1.0})  # type: ignore[assignment]
@@ -129,19 +167,25 @@ class Watch(L.Callback):
             moved.append(not alike)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, fault: str) -> None:
     """Train, and write down what happened."""
     quiet_libraries()
     torch.set_num_threads(1)
     join_world("cpu")
-    words = [*GRPO, "scale.grpo.micro_batch_size=2", f"scale.grpo.max_updates={NUM_UPDATES}"]
-    words += [f"stages.grpo.module.num_inner_updates={INNER}", "callbacks.save=null", "callbacks.alarms=null"]
+    updates = NUM_UPDATES if fault == "not_finite" else FEW_UPDATES
+    words = [*GRPO, "scale.grpo.micro_batch_size=2", f"scale.grpo.max_updates={updates}"]
+    words += [f"stages.grpo.module.num_inner_updates={INNER}", "callbacks.alarms=null"]
+    words.append("callbacks.save=null" if fault == "not_finite" else "callbacks.save.every_n_steps=1")
+    Ending.fault = fault
     (config,) = compose_jobs("train", words).configs
     plan = plan_run(config)
     (parts,) = plan.stages
     assert isinstance(parts.module, partial)
     reward = RewardParts({"wordy": Wordy()}, {"wordy": 1.0})
-    parts = replace(parts, module=partial(Faulty, **{**parts.module.keywords, "reward": reward}))
+    parts = replace(
+        parts,
+        module=partial(Faulty if fault == "not_finite" else Ending, **{**parts.module.keywords, "reward": reward}),
+    )
     policy, tokenizer = plan.make_policy()
     watch, guards = Watch(), []
 
@@ -156,7 +200,7 @@ def main(folder: Path) -> None:
         policy,
         make_stage(plan, parts, tokenizer, trainer),
         plan.seed,
-        lambda line: None,
+        print,
     )
     record = {
         "moved": watch.moved,
@@ -168,4 +212,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

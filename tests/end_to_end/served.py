@@ -39,7 +39,8 @@ class Server:
         Args:
             words: its command line.
             log: where its output is appended.
-            faults: `at`: a function (`module:name.name`), the number of a call, a signal that the process gets as that call
+            faults: `prepared`: compose and check the command line once for all runs that differ in `run_dir` alone;
+                `at`: a function (`module:name.name`), the number of a call, a signal that the process gets as that call
                 begins; `max_file_bytes`: what no file may outgrow.
         """
         assert self.process.stdin is not None
@@ -83,6 +84,28 @@ def _signal_at(dotted: str, visit: int, signum: int) -> None:
     setattr(owner, names[-1], calling)
 
 
+_PREPARED: dict[tuple[str, ...], tuple[Any, Any]] = {}
+
+
+def _prepare(words: tuple[str, ...]) -> None:
+    """What `train` does before a run begins."""
+    if words not in _PREPARED:
+        from d1lit.build import plan_run
+        from d1lit.validation import compose_jobs
+
+        (config,) = compose_jobs("train", words).configs
+        _PREPARED[words] = (config, plan_run(config))
+
+
+def _run_prepared(words: tuple[str, ...], run_dir: str) -> int:
+    """And from there on."""
+    from d1lit.running import run_training
+
+    config, plan = _PREPARED[words]
+    config.run_dir = plan.config.run_dir = run_dir
+    return run_training(config, [*words, f"run_dir={run_dir}"], plan)
+
+
 def _run(request: dict[str, Any]) -> int:
     if "at" in request:
         _signal_at(*request["at"])
@@ -94,6 +117,8 @@ def _run(request: dict[str, Any]) -> int:
     try:
         from d1lit.cli import train
 
+        if request.get("prepared"):
+            return _run_prepared(*_split(request["words"]))
         return train(request["words"])
     except SystemExit as end:
         return int(end.code or 0)
@@ -102,14 +127,23 @@ def _run(request: dict[str, Any]) -> int:
         return 99
 
 
+def _split(words: Sequence[str]) -> tuple[tuple[str, ...], str]:
+    """The words but for the run's folder, and that."""
+    (run_dir,) = [word.removeprefix("run_dir=") for word in words if word.startswith("run_dir=")]
+    return tuple(word for word in words if not word.startswith("run_dir=")), run_dir
+
+
 def _serve() -> None:
     import d1lit.running  # noqa: F401
 
     print("ready", flush=True)
     for line in sys.stdin:
+        request = json.loads(line)
+        if request.get("prepared"):
+            _prepare(_split(request["words"])[0])
         child = os.fork()
         if child == 0:
-            status = _run(json.loads(line))
+            status = _run(request)
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)

@@ -61,7 +61,7 @@ MOMENTS = [
 def test_asked_to_stop_at_a_chosen_moment(server, grpo, tmp_path, function, visit, step):
     """The checkpoint is that of the last whole optimizer step, with everything that belongs to it in the logs."""
     words, log = (*JOBS["grpo"].with_saves(None), f"run_dir={tmp_path / 'run'}"), tmp_path / "log"
-    assert server.run(words, log, at=(function, visit, signal.SIGTERM)) == 143, log.read_text()
+    assert server.run(words, log, prepared=True, at=(function, visit, signal.SIGTERM)) == 143, log.read_text()
     found = list_checkpoints(tmp_path / "run" / "stages" / "grpo" / "checkpoints")
     assert [path.name for path in found] == ([] if step is None else [f"step_{step}"])
     assert server.run(words, log) == 0, log.read_text()
@@ -72,7 +72,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(server, grpo,
     """F3."""
     words, log = (*JOBS["grpo"].with_saves(1), f"run_dir={tmp_path / 'run'}"), tmp_path / "log"
     at = ("d1lit.modules.grpo:DiffuGRPO.update", 15, signal.SIGKILL)
-    assert server.run(words, log, at=at) == -signal.SIGKILL
+    assert server.run(words, log, prepared=True, at=at) == -signal.SIGKILL
     newest, before = list_checkpoints(tmp_path / "run" / "stages" / "grpo" / "checkpoints")
     file = next(newest.glob("*.safetensors"))
     content = bytearray(file.read_bytes())
@@ -88,7 +88,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(server, grpo,
 def test_a_full_disk_costs_checkpoints_and_nothing_else(server, grpo, tmp_path):
     """F4 by the kernel's limit: no checkpoint fits, one line says so, training goes on."""
     words, log = (*JOBS["grpo"].with_saves(5), f"run_dir={tmp_path / 'run'}"), tmp_path / "log"
-    assert server.run(words, log, max_file_bytes=60_000) == 0, log.read_text()
+    assert server.run(words, log, prepared=True, max_file_bytes=60_000) == 0, log.read_text()
     lines = [line for line in log.read_text().splitlines() if "no checkpoint" in line]
     assert [line.split(":")[1].split(" at ")[1] for line in lines] == ["step 5", "step 10", "step 12"]
     assert all("File too large" in line and "run/stages/grpo/checkpoints" in line for line in lines)
@@ -106,8 +106,8 @@ def test_a_rollback_is_part_of_what_is_resumed(server, tmp_path):
     own, log = (*words, f"run_dir={tmp_path / 'run'}"), tmp_path / "log"
     for visit in (11, 6):  # before the rollback of step 6, and after it
         at = ("d1lit.modules.grpo:DiffuGRPO.update", visit, signal.SIGKILL)
-        assert server.run(own, log, at=at) == -signal.SIGKILL
-    assert server.run(own, log) == 0, log.read_text()
+        assert server.run(own, log, prepared=True, at=at) == -signal.SIGKILL
+    assert server.run(own, log, prepared=True) == 0, log.read_text()
     check_same(ending(tmp_path / "run", JOBS["grpo"]), reference.ending)
 
 

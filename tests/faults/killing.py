@@ -57,7 +57,7 @@ def undisturbed(server: Server, job: Job, words: tuple[str, ...], folder: Path) 
     """Run it once without a fault."""
     log = folder.with_suffix(".log")
     started = time.monotonic()
-    server.start((*words, f"run_dir={folder}"), log)
+    server.start((*words, f"run_dir={folder}"), log, prepared=True)
     events = folder / "logs" / list(job.steps)[-1]
     while not events.exists() and time.monotonic() - started < 120:
         time.sleep(0.01)
@@ -90,7 +90,7 @@ def disturb(
     allowed = {0, -signum, STOPPED.get(signal.Signals(signum), -signum)}
     status = 1
     while status != 0:
-        pid = server.start((*words, f"run_dir={folder}"), log)
+        pid = server.start((*words, f"run_dir={folder}"), log, prepared=True)
         if tally.signals < most:
             moment(pid)
             with contextlib.suppress(ProcessLookupError):
