@@ -25,9 +25,6 @@ class Undisturbed:
     """The run that nobody touched."""
 
     ending: Ending
-    seconds: float
-    seconds_to_fit: float
-    """Until the first step of its last stage."""
 
 
 @dataclass
@@ -56,14 +53,8 @@ class Tally:
 def undisturbed(server: Server, job: Job, words: tuple[str, ...], folder: Path) -> Undisturbed:
     """Run it once without a fault."""
     log = folder.with_suffix(".log")
-    started = time.monotonic()
-    server.start((*words, f"run_dir={folder}"), log, prepared=True)
-    events = folder / "logs" / list(job.steps)[-1]
-    while not events.exists() and time.monotonic() - started < 120:
-        time.sleep(0.01)
-    to_fit = time.monotonic() - started
-    assert server.wait() == 0, log.read_text()
-    return Undisturbed(ending(folder, job), time.monotonic() - started, to_fit)
+    assert server.run((*words, f"run_dir={folder}"), log, prepared=True) == 0, log.read_text()
+    return Undisturbed(ending(folder, job))
 
 
 def disturb(
@@ -105,27 +96,49 @@ def disturb(
     return tally
 
 
-def at_random(rng: random.Random, reference: Undisturbed) -> Callable[[int], None]:
-    """A random moment of the run; two times in three, one after its start-up."""
+def ended(pid: int) -> bool:
+    """Whether a process is dead, waited for or not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def at_random(rng: random.Random, folder: Path) -> Callable[[int], None]:
+    """A random moment: now and then of the start-up, else a few updates on, within the time an update takes.
+
+    Progress is read off the event files, so that a slow machine does not move all signals to the start.
+    """
+
+    def written() -> int:
+        return sum(file.stat().st_size for file in folder.glob("logs/*/events*"))
 
     def wait(pid: int) -> None:
-        low = reference.seconds_to_fit if rng.random() < 0.67 else 0.0
-        time.sleep(rng.uniform(low, reference.seconds))
+        if rng.random() < 0.15:
+            time.sleep(rng.uniform(0.0, 1.0))
+            return
+        left, size, seen = rng.randint(1, 5), written(), time.monotonic()
+        took = 0.05
+        while left and not ended(pid):
+            if (now := written()) != size:
+                left, size, took, seen = left - 1, now, time.monotonic() - seen, time.monotonic()
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0.0, min(1.0, took)))
 
     return wait
 
 
 def within_a_save(rng: random.Random, folder: Path) -> Callable[[int], None]:
-    """Within the second to fifth save of the process, a random moment after its first file has appeared."""
+    """Within the first to fourth save of the process, a random moment after its first file has appeared."""
 
     def wait(pid: int) -> None:
-        left, inside = rng.randint(2, 5), False
-        while left and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+        left, inside = rng.randint(1, 4), False
+        while left and not ended(pid):
             found = any(True for _ in folder.glob("stages/*/checkpoints/.step_*.staging"))
             left -= found and not inside
             inside = found
             time.sleep(0.0003)
-        time.sleep(rng.uniform(0.0, 0.004))
+        time.sleep(rng.uniform(0.0, 0.003))
 
     return wait
 
@@ -151,7 +164,7 @@ def many(
     while total.signals < signals or total.in_a_save < in_saves:
         folder = home / f"run{total.runs}"
         short = total.in_a_save < in_saves and total.signals >= signals - in_saves
-        moment = within_a_save(rng, folder) if short else at_random(rng, reference)
+        moment = within_a_save(rng, folder) if short else at_random(rng, folder)
         left = max(signals - total.signals, in_saves - total.in_a_save)
         tally = disturb(server, job, words, folder, moment, signum, min(most, left))
         check_same(ending(folder, job), reference.ending)
