@@ -192,6 +192,21 @@ def test_a_small_view_does_not_drag_its_storage_along(tmp_path: Path) -> None:
     assert same(big[3], read_tree(tmp_path / "step_1")[0]["row"])
 
 
+def test_bytes_that_do_not_read_back_keep_the_older_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that loses a byte between a write and its check: said at once, and nothing older is removed."""
+    store = FolderCheckpointIO(keep=2)
+    for step in (1, 2):
+        store.save_checkpoint(example_tree(step), tmp_path / f"step_{step}")
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, b"?" + bytes(data)[1:]))
+    with pytest.raises(OSError, match=r"does not read back as written: .*step_3"):
+        store.save_checkpoint(example_tree(3), tmp_path / "step_3")
+    assert newest(tmp_path)[0] == tmp_path / "step_2"
+    assert verify(tmp_path / "step_1") is None
+
+
 # ------------------------------------------------------------------------------------------- which checkpoint is taken
 
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from d1lit.callbacks.guards import Alarm, CollapseAlarms, SkipNonFinite, gradients_are_finite, row_ids
+from d1lit.callbacks.alarms import Alarm, CollapseAlarms
+from d1lit.callbacks.guards import SkipNonFinite, gradients_are_finite, row_ids
 from d1lit.types import PromptBatch
 
 PLACES = ("loss_nan", "loss_inf", "loss_only", "one_gradient", "reward", "old_logprob", "ratio_overflow")
@@ -254,7 +255,7 @@ def alarms_of(alarm: Alarm, num_steps: int, **series: list[float]) -> list[str]:
     callback = CollapseAlarms([alarm])
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("d1lit.callbacks.guards.rank_zero_warn", lines.append)
+        patch.setattr("d1lit.callbacks.alarms.rank_zero_warn", lines.append)
         fit(Collapsing(**series), [callback], num_steps)
     return lines
 

@@ -176,7 +176,7 @@ def read_records(file: Path) -> list[dict[str, Any]]:
     text = file.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        file.write_text(whole, encoding="utf-8")
+        write_whole(file, whole)
     return [json.loads(line) for line in whole.split("\n") if line]  # splitlines would break at U+2028 too
 
 
@@ -194,6 +194,21 @@ def records_by_index(file: Path, protocol_sha256: str) -> dict[int, dict[str, An
             raise ValueError(f"evaluation: {file} holds rows of another protocol. Try: another output folder")
         found[row["index"]] = row
     return found
+
+
+def keep_records(file: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Drop the records of a JSON lines file that a resumed run will write again."""
+    records = read_records(file)
+    kept = [record for record in records if keep(record)]
+    if len(kept) < len(records):
+        write_whole(file, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Replace a file's content in one step, so that a kill leaves the old or the new."""
+    staging = file.with_name(f".{file.name}.staging")
+    staging.write_text(text, encoding="utf-8")
+    os.replace(staging, file)
 
 
 def check_coverage(records: Sequence[Mapping[str, Any]], num_rows: int) -> None:

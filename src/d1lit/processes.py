@@ -247,9 +247,10 @@ def _first_failure(children: Sequence[subprocess.Popen[bytes]]) -> int:
     failure, deadline = 0, float("inf")
     while None in [child.poll() for child in children]:
         time.sleep(0.05)
-        failed = [child.returncode for child in children if child.returncode not in (0, None)]
+        failed = [rank for rank, child in enumerate(children) if child.returncode not in (0, None)]
         if failed and not failure:
-            failure, deadline = failed[0], time.monotonic() + _GRACE_SECONDS
+            failure, deadline = children[failed[0]].returncode, time.monotonic() + _GRACE_SECONDS
+            _say_who_failed(failed[0], len(children), failure)
             for child in children:
                 if child.poll() is None:
                     child.terminate()
@@ -258,3 +259,11 @@ def _first_failure(children: Sequence[subprocess.Popen[bytes]]) -> int:
                 child.kill()
     failure = failure or next((child.returncode for child in children if child.returncode), 0)
     return 128 - failure if failure < 0 else failure
+
+
+def _say_who_failed(rank: int, num_processes: int, status: int) -> None:
+    """One line: what the others say of lost connections is the consequence, and stands above or below it."""
+    asked_to_stop = [128 + signum for signum in _FORWARDED]
+    if status not in asked_to_stop:
+        how = signal.Signals(-status).name if status < 0 else f"status {status}"
+        print(f"error: process {rank} of {num_processes} ended first ({how}); ending the others", file=sys.stderr)

@@ -326,10 +326,6 @@ def make_trainer(
     strategy = build(plan.config, "strategy")(Setting(here.world_size, plan.device, trains_large_model))
     callbacks: list[L.Callback] = []
     watch = plan.config.callbacks
-    if parts.validate_every is not None and plan.task.val_rows:
-        measure = TaskEvaluator(plan, tokenizer, folder.parent.parent, flag).validation
-        best = folder / "best" if parts.select == "best_val" else None
-        callbacks.append(Validate(measure, best, parts.validate_every, plan.config.evaluation.batch_size))
     if watch.save is not None:
         callbacks.append(build(plan.config, "callbacks.save")(folder=folder / "checkpoints"))
     if watch.samples is not None:
@@ -337,6 +333,10 @@ def make_trainer(
         callbacks.append(build(plan.config, "callbacks.samples")(stage=parts.name, file=file, console=console))
     own = [name for name in watch if name not in ("save", "samples") and watch[name] is not None]
     callbacks += [build(plan.config, f"callbacks.{name}") for name in own]
+    if parts.validate_every is not None and plan.task.val_rows:  # a signal may end it, so the others come before
+        measure = TaskEvaluator(plan, tokenizer, folder.parent.parent, flag).validation
+        best = folder / "best" if parts.select == "best_val" else None
+        callbacks.append(Validate(measure, best, parts.validate_every, plan.config.evaluation.batch_size))
     # Last: they see the step at which an alarm ends the run.
     callbacks += [ConsoleProgress(parts.name, parts.max_updates, console), StopOnSignal(flag)]
     return L.Trainer(
@@ -347,7 +347,7 @@ def make_trainer(
         strategy=strategy,
         accumulate_grad_batches=parts.batch_size // (parts.micro_batch_size * here.world_size),
         gradient_clip_val=parts.gradient_clip,
-        logger=make_logger(plan, folder.parent.parent, parts.name, first_step),
+        logger=make_logger(plan, folder.parent.parent, parts.name, first_step, parts.max_updates),
         callbacks=callbacks,
         plugins=[FolderCheckpointIO(keep=2), LightningEnvironment() if here == ALONE else TorchElasticEnvironment()],
         enable_checkpointing=watch.save is not None,
@@ -358,9 +358,9 @@ def make_trainer(
     )
 
 
-def make_logger(plan: Plan, folder: Path, stage: str, first_step: int) -> Any:
+def make_logger(plan: Plan, folder: Path, stage: str, first_step: int, num_steps: int) -> Any:
     """The configured logger, one sub-folder a stage; False for none. Steps that will be run again are cut off."""
-    if is_first_process():
+    if is_first_process() and first_step < num_steps:  # after the last step nothing is
         cut_events(folder / "logs" / stage, first_step)
     if plan.config.logger is None or plan.config.logger.get("_target_") is None:
         return False

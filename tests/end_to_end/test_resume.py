@@ -1,92 +1,22 @@
-"""Killed at arbitrary moments and started again by the same command, a run ends as if nothing had happened."""
+"""`train.py` killed, asked to stop, out of disk, misled: started again by the same command, it ends as if nothing was."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import random
 import signal
-import time
+import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from d1lit.report.events import read_scalars
+from d1lit.checkpoint import list_checkpoints, lock_run
 from tests.end_to_end.served import Server
+from tests.faults.jobs import JOBS, check_same, ending
+from tests.faults.killing import STOPPED, Undisturbed, many, undisturbed
 
 pytestmark = pytest.mark.slow
 
-# SFT of an adapter with dropout, merged; then RL of all weights with a reference, three inner updates a rollout.
-WORDS = [
-    "recipe=d1",
-    "task=sudoku",
-    "debug=fast",
-    "model.tiny={width:16,num_layers:1,num_heads:2,mlp_width:24}",
-    "stages.sft.max_updates=5",
-    "stages.sft.micro_batch_size=2",
-    "stages.sft.lora={targets:all_linear,rank:2,alpha:4,dropout:0.2}",
-    "stages.grpo.max_updates=7",
-    "stages.grpo.micro_batch_size=1",
-    "stages.grpo.module.num_inner_updates=3",
-    "sampler.completion_length=16",
-    "sampler.block_length=8",
-    "sampler.num_steps=4",
-    "loss.beta=0.04",
-    "reward.weights.givens_kept=0.5",
-    "callbacks.save.every_n_steps=1",
-    "evaluation.base=false",
-]
-STAGES = {"sft": 5, "grpo": 7}
-DIFFERS = ("time/", "cost/mfu", "_peak_memory_mb", "cost/peak_memory_mb")
-"""Scalars that no two runs share: seconds and memory."""
-
-
-@dataclass(frozen=True)
-class Ending:
-    """All that has to be equal, to the last bit."""
-
-    weights: dict[str, bytes]
-    checkpoints: dict[str, bytes]
-    """Tensors of each stage's last checkpoint: weights, optimizer, experience."""
-    scalars: dict[str, dict[str, list[tuple[int, float]]]]
-    evaluations: Any
-
-
-def ending(folder: Path) -> Ending:
-    """What a finished run left."""
-    scalars = {}
-    for stage in STAGES:
-        found = read_scalars(folder / "logs" / stage)
-        scalars[stage] = {tag: points for tag, points in found.items() if not any(word in tag for word in DIFFERS)}
-    models = [folder / "model", *(folder / "stages" / stage / "model" for stage in STAGES)]
-    return Ending(
-        {str(f.relative_to(folder)): f.read_bytes() for model in models for f in sorted(model.glob("*.safetensors"))},
-        {
-            f"{stage}/{file.name}": file.read_bytes()
-            for stage, steps in STAGES.items()
-            for file in sorted((folder / "stages" / stage / "checkpoints" / f"step_{steps}").glob("*.safetensors"))
-        },
-        scalars,
-        json.loads((folder / "results.json").read_text())["evaluations"],
-    )
-
-
-def check_same(found: Ending, reference: Ending) -> None:
-    """Equal, and no step twice."""
-    for stage, scalars in found.scalars.items():
-        assert {"train/loss"} <= scalars.keys()
-        for tag, points in scalars.items():
-            steps = [step for step, _ in points]
-            assert len(set(steps)) == len(steps), (stage, tag)
-            assert points == reference.scalars[stage].get(tag), (stage, tag)
-    assert found.scalars == reference.scalars
-    assert found.weights == reference.weights
-    assert found.checkpoints == reference.checkpoints
-    assert found.evaluations == reference.evaluations
+JOB = JOBS["d1"]
 
 
 @pytest.fixture(scope="module")
@@ -96,64 +26,103 @@ def server(tmp_path_factory) -> Iterator[Server]:
     served.close()
 
 
-@dataclass(frozen=True)
-class Undisturbed:
-    """The run that nobody killed."""
-
-    ending: Ending
-    seconds: float
-
-
 @pytest.fixture(scope="module")
-def undisturbed(server, tmp_path_factory) -> Undisturbed:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    first = server.run([*WORDS, f"run_dir={folder / 'first'}"], folder / "first.log")
-    assert first == 0, (folder / "first.log").read_text()
-    started = time.monotonic()
-    assert server.run([*WORDS, f"run_dir={folder / 'run'}"], folder / "run.log") == 0
-    seconds = time.monotonic() - started
-    found = ending(folder / "run")
-    check_same(ending(folder / "first"), found)  # twice the same, before any kill is asked for
-    assert len(found.weights) == 3
-    assert {stage: len(scalars["train/loss"]) for stage, scalars in found.scalars.items()} == STAGES
-    return Undisturbed(found, seconds)
+def grpo(server, tmp_path_factory) -> Undisturbed:
+    """The RL stage alone, which saves only when it is asked to stop."""
+    return undisturbed(server, JOBS["grpo"], JOBS["grpo"].with_saves(None), tmp_path_factory.mktemp("grpo") / "run")
 
 
-def test_killed_at_optimizer_steps(server, undisturbed, tmp_path):
-    """After the third step of SFT, and after the second of RL: the middle of a cycle of three inner updates."""
-    words, log = [*WORDS, f"run_dir={tmp_path / 'run'}"], tmp_path / "log"
-    for stage, step in (("sft", 3), ("grpo", 2)):
-        pid = server.start(words, log)
-        checkpoint = tmp_path / "run" / "stages" / stage / "checkpoints" / f"step_{step}"
-        while not checkpoint.exists():
-            time.sleep(0.001)
-        os.kill(pid, signal.SIGKILL)
-        assert server.wait() == -signal.SIGKILL, log.read_text()
-        assert not (tmp_path / "run" / "stages" / stage / "model").exists()
+def test_killed_at_random_moments(server, tmp_path):
+    """F1 in small, both stages: the full form is `python -m tests.faults kill`."""
+    tally = many(server, JOB, tmp_path, 8, signal.SIGKILL, 1, in_saves=2)
+    print(tally.line())
+    assert tally.resumed_at
+
+
+@pytest.mark.parametrize("signum", STOPPED)
+def test_asked_to_stop_at_random_moments(server, tmp_path, signum):
+    """F5 in small: the full form is `python -m tests.faults signal`."""
+    print(many(server, JOBS["grpo"], tmp_path, 2, signum, signum).line())
+
+
+# 12 optimizer steps of two micro-batches, three a rollout; validation after steps 4, 8 and 12.
+MOMENTS = [
+    ("d1lit.sampling.block:BlockSampler.__call__", 2, 3),  # a rollout: validation's samplers are called after step 4
+    ("d1lit.modules.grpo:DiffuGRPO._freeze", 3, 6),  # its old and reference log-probs
+    ("d1lit.modules.grpo:DiffuGRPO.update", 5, 2),  # the first of two micro-batches: the second is not begun
+    ("d1lit.evaluating:TaskEvaluator.validation", 1, 4),
+    ("d1lit.evaluating:TaskEvaluator.validation", 2, 8),
+    ("d1lit.evaluating:TaskEvaluator.validation", 3, None),  # the last step's: begun again from the checkpoint before
+    ("d1lit.evaluating:TaskEvaluator._entry", 1, 12),  # the evaluation after the stage
+]
+
+
+@pytest.mark.parametrize(("function", "visit", "step"), MOMENTS)
+def test_asked_to_stop_at_a_chosen_moment(server, grpo, tmp_path, function, visit, step):
+    """The checkpoint is that of the last whole optimizer step, with everything that belongs to it in the logs."""
+    words, log = (*JOBS["grpo"].with_saves(None), f"run_dir={tmp_path / 'run'}"), tmp_path / "log"
+    assert server.run(words, log, prepared=True, at=(function, visit, signal.SIGTERM)) == 143, log.read_text()
+    found = list_checkpoints(tmp_path / "run" / "stages" / "grpo" / "checkpoints")
+    assert [path.name for path in found] == ([] if step is None else [f"step_{step}"])
     assert server.run(words, log) == 0, log.read_text()
-    text = log.read_text()
-    assert "sft: goes on from step_3" in text or "sft: goes on from step_4" in text
-    assert "grpo: goes on from step_" in text
-    check_same(ending(tmp_path / "run"), undisturbed.ending)
+    check_same(ending(tmp_path / "run", JOBS["grpo"]), grpo.ending)
 
 
-@pytest.mark.slow
-def test_fifty_kills_at_random_moments(server, undisturbed, tmp_path):
-    rng, kills, runs = random.Random(11), 0, 0
-    while kills < 50:
-        folder, log = tmp_path / f"run{runs}", tmp_path / f"log{runs}"
-        words = [*WORDS, f"run_dir={folder}"]
-        for _ in range(12):  # then let it end
-            pid = server.start(words, log)
-            time.sleep(rng.uniform(0.0, undisturbed.seconds))
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            status = server.wait()
-            assert status in (0, -signal.SIGKILL), log.read_text()
-            kills += status != 0
-            if status == 0:
-                break
-        assert server.run(words, log) == 0, log.read_text()
-        check_same(ending(folder), undisturbed.ending)
-        runs += 1
-    print(f"{kills} kills in {runs} runs: all ended bit-identical")
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(server, grpo, tmp_path):
+    """F3."""
+    words, log = (*JOBS["grpo"].with_saves(1), f"run_dir={tmp_path / 'run'}"), tmp_path / "log"
+    at = ("d1lit.modules.grpo:DiffuGRPO.update", 15, signal.SIGKILL)
+    assert server.run(words, log, prepared=True, at=at) == -signal.SIGKILL
+    newest, before = list_checkpoints(tmp_path / "run" / "stages" / "grpo" / "checkpoints")
+    file = next(newest.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+    assert server.run(words, log) == 0, log.read_text()
+    (line,) = [line for line in log.read_text().splitlines() if "is not used" in line]
+    assert newest.name in line
+    assert f"grpo: goes on from {before.name}" in log.read_text()
+    check_same(ending(tmp_path / "run", JOBS["grpo"]), grpo.ending)
+
+
+def test_a_full_disk_costs_checkpoints_and_nothing_else(server, grpo, tmp_path):
+    """F4 by the kernel's limit: no checkpoint fits, one line says so, training goes on."""
+    words, log = (*JOBS["grpo"].with_saves(5), f"run_dir={tmp_path / 'run'}"), tmp_path / "log"
+    assert server.run(words, log, prepared=True, max_file_bytes=60_000) == 0, log.read_text()
+    lines = [line for line in log.read_text().splitlines() if "no checkpoint" in line]
+    assert [line.split(":")[1].split(" at ")[1] for line in lines] == ["step 5", "step 10", "step 12"]
+    assert all("File too large" in line and "run/stages/grpo/checkpoints" in line for line in lines)
+    assert not list_checkpoints(tmp_path / "run" / "stages" / "grpo" / "checkpoints")
+    model = tmp_path / "run" / "model" / "model.safetensors"
+    assert model.read_bytes() == grpo.ending.weights["model/model.safetensors"]
+
+
+def test_a_rollback_is_part_of_what_is_resumed(server, tmp_path):
+    """An alarm that sounds after steps 5 and 10 takes weights back at the next rollout; a kill between changes nothing."""
+    alarm = "{_target_:d1lit.callbacks.Alarm,metric:rollout/reward,above:-1.0,patience:5,action:rollback}"
+    words = (*JOBS["grpo"].with_saves(1), f"callbacks.alarms.alarms=[{alarm}]")
+    reference = undisturbed(server, JOBS["grpo"], words, tmp_path / "undisturbed")
+    assert dict(reference.ending.scalars["grpo"]["guard/rollbacks"])[11] >= 1
+    own, log = (*words, f"run_dir={tmp_path / 'run'}"), tmp_path / "log"
+    for visit in (11, 6):  # before the rollback of step 6, and after it
+        at = ("d1lit.modules.grpo:DiffuGRPO.update", visit, signal.SIGKILL)
+        assert server.run(own, log, prepared=True, at=at) == -signal.SIGKILL
+    assert server.run(own, log, prepared=True) == 0, log.read_text()
+    check_same(ending(tmp_path / "run", JOBS["grpo"]), reference.ending)
+
+
+def test_a_second_process_is_refused_by_name(server, tmp_path):
+    """F19."""
+    log = tmp_path / "log"
+    with lock_run(tmp_path / "run"):
+        assert server.run((*JOB.words, f"run_dir={tmp_path / 'run'}"), log) == 2
+    assert f"is in use by process {os.getpid()} on host {socket.gethostname()}" in log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+def test_other_draws_between_the_steps_change_nothing(server, grpo, tmp_path):
+    """Every global generator is reseeded and drawn from before and after each batch."""
+    noise = "+callbacks.noise={_target_:tests.end_to_end.small.Noise,seed:3}"
+    log = tmp_path / "log"
+    assert server.run((*JOBS["grpo"].with_saves(None), noise, f"run_dir={tmp_path / 'run'}"), log) == 0, log.read_text()
+    check_same(ending(tmp_path / "run", JOBS["grpo"]), grpo.ending)

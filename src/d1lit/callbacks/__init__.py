@@ -1,6 +1,7 @@
 """What watches a stage: progress, samples, checkpoints, signals, guards."""
 
-from d1lit.callbacks.guards import Alarm, CollapseAlarms, SkipNonFinite
+from d1lit.callbacks.alarms import Alarm, CollapseAlarms
+from d1lit.callbacks.guards import SkipNonFinite
 from d1lit.callbacks.progress import ConsoleProgress
 from d1lit.callbacks.samples import SampleTable
 from d1lit.callbacks.saving import SaveCheckpoints

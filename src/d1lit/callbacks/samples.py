@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from typing_extensions import override
 
-from d1lit.evaluation import append_records
+from d1lit.evaluation import append_records, keep_records
 from d1lit.modules import DiffuGRPO
 
 
@@ -36,9 +36,21 @@ class SampleTable(L.Callback):
         self._next = 0
 
     @override
+    def state_dict(self) -> dict[str, Any]:
+        """When the next table is due."""
+        return {"next": self._next}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it up."""
+        self._next = state_dict["next"]
+
+    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Go on after what earlier attempts have written."""
-        self._next = -(-trainer.global_step // self.every_n_steps) * self.every_n_steps
+        """Drop what an earlier attempt has written of rollouts that will be collected again."""
+        if isinstance(pl_module, DiffuGRPO) and trainer.is_global_zero:
+            first = -(-trainer.global_step // pl_module.num_inner_updates)
+            keep_records(self.file, lambda record: record.get("stage") != self.stage or record["rollout"] < first)
 
     @override
     def on_train_batch_end(

@@ -12,8 +12,6 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-_VALIDATION_PROGRESS = "epoch_loop.val_loop.batch_progress"
-
 
 class SaveCheckpoints(Checkpoint):
     """Writes `folder/step_N` at optimizer steps, so that a resumed run repeats and misses nothing.
@@ -23,8 +21,9 @@ class SaveCheckpoints(Checkpoint):
     drawn again) has moved since the last one; the counters of that step are kept and stored instead of the current
     ones. So the last step can be saved at any time, in the middle of a rollout too.
 
-    A checkpoint that is due is written when the next batch begins: by then the step's scalars have been logged and a
-    validation that belongs to the step is over. Neither would be repeated after a resume.
+    A checkpoint that is due is written when the next batch begins: by then the step's scalars have been logged. What
+    other callbacks do after the last step (a validation) belongs to that step, because Lightning does not take up a run
+    of which no step is left: stopped within it, a run goes on from the checkpoint before.
 
     As a `Checkpoint` of Lightning's it takes the place of the default one and runs after all other callbacks, so that
     it saves what they have made of the step.
@@ -47,6 +46,8 @@ class SaveCheckpoints(Checkpoint):
         self._saved_at = 0.0
         self._is_due = False
         self._is_writing = False
+        self._is_over = False
+        """Whether everything that belongs to the last step has been done."""
         self._loops: dict[str, Any] | None = None
         """Lightning's counters after optimizer step `_step`; None where a run could not go on from there."""
 
@@ -57,6 +58,9 @@ class SaveCheckpoints(Checkpoint):
         go on: the earlier checkpoints are untouched).
         """
         if self._loops is None or self._step == self._saved_step:
+            return None
+        # Between a step and our `on_train_batch_end` the weights are ahead of the counters.
+        if self._step != trainer.global_step or (self._step == trainer.max_steps and not self._is_over):
             return None
         self._is_due = False
         self._saved_at = time.monotonic()
@@ -86,7 +90,7 @@ class SaveCheckpoints(Checkpoint):
         """Start from what is saved: nothing, or the checkpoint the run resumed from."""
         self._step = self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
-        self._is_due = False
+        self._is_due = self._is_over = False
         self._loops = None
 
     @override
@@ -102,32 +106,17 @@ class SaveCheckpoints(Checkpoint):
         self._is_due = self._is_due or by_steps or self._minutes_are_over(trainer)
 
     @override
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """If the run is stopped within this validation, the resumed run begins it again."""
-        if trainer.sanity_checking:
-            return
-        if trainer.global_step == trainer.max_steps:
-            # Lightning does not enter a run of which no step is left. The checkpoint before the last step has to do.
-            self._loops = None
-            return
-        self._loops = copy.deepcopy(trainer.fit_loop.state_dict())
-        # Lightning repeats a validation of which a batch was started and not processed.
-        for count in (self._loops[_VALIDATION_PROGRESS]["total"], self._loops[_VALIDATION_PROGRESS]["current"]):
-            count["ready"] = count["started"] = count["completed"] + 1
-
-    @override
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After it, the resumed run does not repeat it."""
-        if not trainer.sanity_checking:
-            self._loops = copy.deepcopy(trainer.fit_loop.state_dict())
-
-    @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Write the checkpoint that fell due with the last optimizer step."""
         if self._is_due:
             self.save_now(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The other callbacks have done what they do after the last step."""
+        self._is_over = True
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -79,10 +79,10 @@ class StopFlag:
 class StopOnSignal(L.Callback):
     """Ends training at the first safe point after a signal: checkpoint, exit code, and on SLURM a place in the queue.
 
-    Safe points are the start of every micro-batch of training and validation; ranks agree on them, so a signal to one
-    rank stops all. In a run of one process every pass of the network without gradients (rollout, old and reference
-    log-probs, evaluation) is one as well: nothing such a pass does outlives it. What is saved is the state after the
-    last optimizer step (see `SaveCheckpoints`). Further signals change nothing; Ctrl-\\ ends a process at once.
+    Safe points are the start of every micro-batch; ranks agree on them, so a signal to one rank stops all. In a run of
+    one process every pass of the network without gradients (rollout, old and reference log-probs, evaluation) is one as
+    well: nothing such a pass does outlives it. What is saved is the state after the last optimizer step (see
+    `SaveCheckpoints`). Further signals change nothing; Ctrl-\\ ends a process at once.
 
     Lightning's own handlers for SIGTERM and SLURM, which talk to other ranks and save from within the handler, are
     replaced while `fit` runs.
@@ -113,18 +113,6 @@ class StopOnSignal(L.Callback):
     @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """A safe point."""
-        self._stop_if_any_rank_was_asked(trainer)
-
-    @override
-    def on_validation_batch_start(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
     ) -> None:
         """A safe point."""
         self._stop_if_any_rank_was_asked(trainer)

@@ -22,6 +22,10 @@ class Validate(L.Callback):
     Validation rows are cut from train, so choosing weights by them leaves the test untouched. Rollouts draw from their
     own streams, so looking more often changes nothing of the training.
 
+    A look after N optimizer steps is logged at N, and it is taken when the next batch begins: it belongs to what comes
+    after the checkpoint of step N. A run that goes on from that checkpoint looks again, and its logs are cut off at N.
+    Only the look after the last step has no batch to wait for, and comes before that step's checkpoint.
+
     Args:
         measure: the policy's numbers on the validation rows; `accuracy` decides which weights are best.
         folder: where the best weights are kept; None keeps none.
@@ -42,29 +46,40 @@ class Validate(L.Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """The best number so far goes on after a resume."""
-        return {"best": self.best, "looked_at": self._looked_at}
+        return {"best": self.best}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it up."""
-        self.best, self._looked_at = state_dict["best"], state_dict["looked_at"]
+        self.best = state_dict["best"]
 
     @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Look, if it is time."""
+        """Look at the weights of the step that has just ended, if it is time."""
+        if trainer.global_step % self.every_n_steps == 0:
+            self._look(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look at the last weights in any case."""
+        if trainer.global_step == trainer.max_steps:
+            self._look(trainer, pl_module)
+
+    def _look(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step = trainer.global_step
-        if step == self._looked_at or (step % self.every_n_steps and step != trainer.max_steps):
+        if step == self._looked_at:
             return
-        self._looked_at = step
         policy = pl_module.policy
-        assert isinstance(policy, Policy)
-        numbers = self.measure(policy)
+        numbers = self.measure(policy)  # pyright: ignore[reportArgumentType] (every stage's module has a Policy)
         loss = getattr(pl_module, "validation_loss", lambda batch_size: None)(self.batch_size)
         if loss is not None:
             numbers = {**numbers, "loss": loss}
-        pl_module.log_dict({f"val/{name}": value for name, value in numbers.items()}, rank_zero_only=True)
         if self.folder is not None and (self.best is None or numbers["accuracy"] > self.best):
             self.best = numbers["accuracy"]
-            save_weights(policy, self.folder)
+            save_weights(policy, self.folder)  # pyright: ignore[reportArgumentType]
+        for logger in trainer.loggers:
+            logger.log_metrics({f"val/{name}": value for name, value in numbers.items()}, step)
+            logger.save()
+        self._looked_at = step

@@ -145,6 +145,8 @@ def write_file(path: Path, content: bytes) -> dict[str, Any]:
         while left:
             left = left[os.write(descriptor, left) :]
         os.fsync(descriptor)
+    except OSError as error:  # neither call says which file it was
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(descriptor)
     return {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}

@@ -46,7 +46,6 @@ class FolderCheckpointIO(CheckpointIO):
             "step": checkpoint.get("global_step", 0),
             "config_hash": self.config_hash,
             "world_size": _world_size(),
-            "validation_is_due": _validation_is_due(checkpoint),
         }
         write_tree(path, checkpoint, facts)
         reason = verify(path)
@@ -74,16 +73,6 @@ class FolderCheckpointIO(CheckpointIO):
         """Remove a checkpoint folder."""
         if Path(path).is_dir():
             shutil.rmtree(path)
-
-
-def _validation_is_due(checkpoint: dict[str, Any]) -> bool:
-    """Whether the run was stopped within the validation of this step.
-
-    A resumed run repeats it, so its scalars, which are logged under `step - 1`, have to be cut off the logs as well.
-    """
-    fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
-    progress = fit_loop.get("epoch_loop.val_loop.batch_progress")
-    return progress is not None and progress["current"]["ready"] > progress["current"]["completed"]
 
 
 def _world_size() -> int:

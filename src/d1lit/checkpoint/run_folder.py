@@ -25,7 +25,7 @@ class Resume:
     """The stage the checkpoint belongs to; None when there is none and the run begins at its first stage."""
     path: Path | None
     facts: Mapping[str, Any]
-    """What the manifest says: step, config_hash, world_size, validation_is_due."""
+    """What the manifest says: step, config_hash, world_size."""
     refused: tuple[tuple[Path, str], ...]
     """Newer checkpoints that did not verify, and why."""
 

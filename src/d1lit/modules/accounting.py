@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import torch
+from jaxtyping import Bool, Float, Int
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
@@ -213,6 +214,21 @@ def machine_peak(module: L.LightningModule, dtype: torch.dtype) -> float:
 # ------------------------------------------------------------------------------------------------------------- metrics
 
 
+def repeated_fraction(ids: Int[Tensor, "N C"], mask: Bool[Tensor, "N C"]) -> Float[Tensor, " N"]:
+    """Share of each completion's runs of three tokens that have stood in it before; 0 where there is no such run.
+
+    Args:
+        ids: below 2**21, so that three fit into one integer.
+        mask: which tokens are the completion's, from its first on.
+    """
+    runs = (ids[:, :-2] << 42) | (ids[:, 1:-1] << 21) | ids[:, 2:]
+    valid = mask[:, 2:]
+    unlike = -1 - torch.arange(runs.shape[1], device=ids.device)
+    ordered = torch.where(valid, runs, unlike).sort(dim=1).values
+    repeats = (ordered[:, 1:] == ordered[:, :-1]).sum(1)
+    return repeats / valid.sum(1).clamp(min=1)
+
+
 class UpdateMetrics(nn.Module):
     """Collects the numbers of one optimizer step; `finish` gives them under their fixed names."""
 
@@ -261,6 +277,7 @@ class UpdateMetrics(nn.Module):
         ended = (rollout.completion_ids == eos_token_id).any(dim=1)
         self._mean_of("rollout/truncated_fraction", ~ended)
         self._mean_of("rollout/entropy", rollout.entropy[rollout.completion_mask])
+        self._mean_of("rollout/repeated_fraction", repeated_fraction(rollout.completion_ids, rollout.completion_mask))
 
     def add_outcomes(self, shares: Mapping[str, float]) -> None:
         """Shares of this rank's latest rollout where a judge's outcome was another than a verdict, by outcome."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d1lit.types import LogProbs, RewardBatch, Rollout, Verdict
+from d1lit.types import LogProbs, LossInputs, RewardBatch, Rollout, Verdict
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,18 @@ class Experience:
     """Per inner update: unit weight of the global batch."""
     num_rollouts: float
     step: int
+
+
+def all_finite(inputs: LossInputs) -> Tensor:
+    """Whether every scored log-prob, reward and advantage is finite: a boolean scalar, without a wait for the device.
+
+    A loss can hide it: the clipped ratio to an old log-prob of -inf has a finite loss and no gradient.
+    """
+    numbers = [inputs.rewards, inputs.advantages]
+    for logprobs in (inputs.logprobs, inputs.old, inputs.ref):
+        if logprobs is not None:
+            numbers.append(torch.where(logprobs.weight > 0, logprobs.value.detach(), 0.0))
+    return torch.stack([torch.isfinite(n).all() for n in numbers]).all()
 
 
 def reward_batch(

@@ -21,6 +21,7 @@ from d1lit.models.sharding import gathered
 from d1lit.modules.accounting import Meter, StageCost, UpdateMetrics, cost_metrics, machine_peak, over_ranks
 from d1lit.modules.experience import (
     Experience,
+    all_finite,
     dealt,
     detached,
     judged,
@@ -124,6 +125,8 @@ class DiffuGRPO(L.LightningModule):
         self.metrics = UpdateMetrics()
         self.meter = Meter(policy.work)
         self.cost = StageCost()
+        self.reference_synced_at = -1
+        """The rollout before which the reference moved last; a run stopped within that one does not move it again."""
         self.strict_loading = False  # frozen weights are not in a checkpoint: the stage starts from them
 
     @staticmethod
@@ -193,20 +196,21 @@ class DiffuGRPO(L.LightningModule):
         logprobs, scores = self._likelihood(experience.rollout, experience.advantages, experience.step, inner)
         is_first = inner == 0 and not self.inner_index_by_micro_batch
         old = detached(logprobs) if is_first else experience.old[inner]
-        loss, metrics = self.loss(
-            LossInputs(
-                logprobs=logprobs,
-                old=old,
-                ref=experience.ref[inner],
-                advantages=experience.advantages,
-                rewards=experience.rewards,
-                group_size=self.group_size,
-                completion_mask=experience.rollout.completion_mask,
-                entropy=scores.entropy,
-                num_units=experience.num_units[inner],
-                num_rollouts=experience.num_rollouts,
-            )
+        inputs = LossInputs(
+            logprobs=logprobs,
+            old=old,
+            ref=experience.ref[inner],
+            advantages=experience.advantages,
+            rewards=experience.rewards,
+            group_size=self.group_size,
+            completion_mask=experience.rollout.completion_mask,
+            entropy=scores.entropy,
+            num_units=experience.num_units[inner],
+            num_rollouts=experience.num_rollouts,
         )
+        loss, metrics = self.loss(inputs)
+        # A loss of nan is no step (SkipNonFinite): also where no token of the whole update is valid.
+        loss = torch.where(all_finite(inputs), loss, torch.nan) if inputs.num_units else loss * torch.nan
         self.metrics.add_update(loss, metrics)
         # The loss is this micro-batch's share of the global one; Lightning averages over micro-batches and ranks.
         return loss * num_micro * self.trainer.world_size
@@ -319,9 +323,12 @@ class DiffuGRPO(L.LightningModule):
     def _sync_reference(self, step: int) -> None:
         """Move the reference to the policy every so many optimizer steps (d1's yaml says 64, which never acted)."""
         every = self.reference_sync_every
+        if step == self.reference_synced_at:
+            return
         done = step * self.num_inner_updates
         if every is not None and done and done // every > (done - self.num_inner_updates) // every:
             self.policy.sync_reference(self.reference_sync_weight)
+            self.reference_synced_at = step
 
     # -------------------------------------------------------------------------------------------------- Lightning hooks
 
@@ -362,6 +369,7 @@ class DiffuGRPO(L.LightningModule):
         checkpoint["num_micro"] = self.trainer.accumulate_grad_batches
         checkpoint["cost"] = self.cost.record()
         checkpoint["latest_rollout"] = self.metrics.latest_rollout
+        checkpoint["reference_synced_at"] = self.reference_synced_at
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the experience of this rank, however many wrote it, and the account."""
@@ -371,3 +379,4 @@ class DiffuGRPO(L.LightningModule):
         self.experience = dealt(saved, world_size, num_micro)[self.global_rank]
         self.cost.load(checkpoint["cost"])
         self.metrics.latest_rollout = dict(checkpoint["latest_rollout"])
+        self.reference_synced_at = checkpoint["reference_synced_at"]

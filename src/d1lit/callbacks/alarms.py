@@ -1,0 +1,210 @@
+"""Collapse is noticed while it begins: alarms on logged numbers, and the way back to weights that were still good."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
+
+from d1lit.callbacks.saving import SaveCheckpoints
+from d1lit.checkpoint import list_checkpoints, read_facts, verify
+
+Action = Literal["warn", "stop", "rollback"]
+ACTIONS = ("warn", "stop", "rollback")
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A logged number and the bound it should keep.
+
+    Args:
+        metric: name under which it is logged ("rollout/zero_std_fraction").
+        action: warn: one line; stop: end the run after this step with an error that says why; rollback: take weights
+            and optimizer from the last checkpoint before the bound was broken, and go on with the next data.
+        above: alarm when the number is greater.
+        below: alarm when it is less.
+        drop: alarm when it lies this much below its running mean.
+        ratio: alarm when it is more than this many times its running mean.
+        patience: logged values in a row that break the bound before the alarm sounds.
+        memory: weight of the past in the running mean, per value.
+        warmup: values before drop and ratio are looked at.
+    """
+
+    metric: str
+    action: Action = "warn"
+    above: float | None = None
+    below: float | None = None
+    drop: float | None = None
+    ratio: float | None = None
+    patience: int = 1
+    memory: float = 0.9
+    warmup: int = 10
+
+    def __post_init__(self) -> None:
+        if self.action not in ACTIONS:
+            raise ValueError(f"alarm on {self.metric}: action must be one of {', '.join(ACTIONS)}, got {self.action!r}")
+        if all(bound is None for bound in (self.above, self.below, self.drop, self.ratio)):
+            raise ValueError(f"alarm on {self.metric}: has no bound; set above, below, drop or ratio")
+        if self.patience < 1 or not 0 <= self.memory < 1:
+            raise ValueError(f"alarm on {self.metric}: needs patience >= 1 and 0 <= memory < 1")
+
+    def broken(self, value: float, mean: float, count: int) -> str | None:
+        """Which bound the value breaks, given the running mean of `count` earlier ones."""
+        if not math.isfinite(value):
+            return "is not finite"
+        if self.above is not None and value > self.above:
+            return f"is above {self.above:g}"
+        if self.below is not None and value < self.below:
+            return f"is below {self.below:g}"
+        if count < self.warmup:
+            return None
+        if self.drop is not None and value < mean - self.drop:
+            return f"is more than {self.drop:g} below its running mean {mean:.4g}"
+        if self.ratio is not None and value > self.ratio * mean:
+            return f"is more than {self.ratio:g} times its running mean {mean:.4g}"
+        return None
+
+
+class CollapseAlarms(L.Callback):
+    """Watches logged numbers for the ways a policy collapses: groups agree, reward falls, length or KL runs away.
+
+    Each alarm sees the metric once an optimizer step, where the module has logged it. The first process decides for
+    all.
+
+    Rolling back does not turn the clock back: data, draws and learning rate are functions of the step, so the same
+    steps would end the same way. Weights and optimizer state return to what they were, and the run goes on past the
+    data it collapsed on, from its next rollout. `guard/rollbacks` counts.
+
+    Args:
+        alarms: what to watch.
+        max_rollbacks: the next alarm that asks for one more ends the run.
+    """
+
+    def __init__(self, alarms: Iterable[Alarm], max_rollbacks: int = 3) -> None:
+        self.alarms = tuple(alarms)
+        self.max_rollbacks = max_rollbacks
+        self.rollbacks = 0
+        self._state = {str(i): {"mean": 0.0, "count": 0, "in_a_row": 0} for i in range(len(self.alarms))}
+        self._step = -1
+        self._due: tuple[int, str] | None = None
+        """A rollback that waits for the next rollout: the last step before the bound was broken, and why."""
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Running means go on after a resume."""
+        state = {key: dict(value) for key, value in self._state.items()}
+        return {"state": state, "rollbacks": self.rollbacks, "due": self._due}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the running means up, as far as the alarms are still the same number."""
+        self._take_means(state_dict)
+        self.rollbacks, self._due = state_dict["rollbacks"], state_dict["due"]
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """See whether there will be something to roll back to.
+
+        Raises:
+            ValueError: if an alarm asks for a rollback and no checkpoints are written.
+        """
+        if any(alarm.action == "rollback" for alarm in self.alarms) and _checkpoints(trainer) is None:
+            raise ValueError("callbacks.alarms: rollback needs checkpoints to roll back to. Try: callbacks.save")
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the numbers of the step that has just ended (they are complete only now), and act.
+
+        Raises:
+            RuntimeError: if an alarm with action stop sounds, or one that wants a rollback too many.
+        """
+        if trainer.global_step != self._step:
+            first, self._step = self._step < 0, trainer.global_step
+            if not first:
+                self._look_at_all(trainer)
+        starts_rollout = getattr(batch, "inner", 0) == 0 and getattr(batch, "micro", 0) == 0
+        if self._due is not None and starts_rollout:
+            self._roll_back(trainer, *self._due)
+            self._due = None
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the count, where there can be one."""
+        if any(alarm.action == "rollback" for alarm in self.alarms):
+            pl_module.log("guard/rollbacks", float(self.rollbacks), batch_size=1)
+
+    def _look_at_all(self, trainer: L.Trainer) -> None:
+        sounded: list[tuple[int, str]] = []
+        for i, alarm in enumerate(self.alarms):
+            value = trainer.callback_metrics.get(alarm.metric)
+            if value is not None:
+                message = self._look(alarm, self._state[str(i)], float(value), trainer.global_step)
+                sounded += [(i, message)] if message else []
+        if any(alarm.action != "warn" for alarm in self.alarms):
+            sounded = trainer.strategy.broadcast(sounded)  # metrics are logged in the first process alone
+        for i, message in sounded:
+            if self.alarms[i].action == "stop":
+                raise RuntimeError(f"{message}; the checkpoints before it are in the stage's folder")
+            rank_zero_warn(message)
+            if self.alarms[i].action == "rollback" and self._due is None:
+                self._due = (trainer.global_step - self.alarms[i].patience, message)
+
+    def _look(self, alarm: Alarm, state: dict[str, Any], value: float, step: int) -> str | None:
+        """What is to be said, if the alarm sounds."""
+        reason = alarm.broken(value, state["mean"], state["count"])
+        state["in_a_row"] = state["in_a_row"] + 1 if reason else 0
+        if math.isfinite(value):
+            state["count"] += 1
+            weight = max(1 / state["count"], 1 - alarm.memory)  # a plain mean at first, then an exponential one
+            state["mean"] += weight * (value - state["mean"])
+        if reason is None or state["in_a_row"] < alarm.patience:
+            return None
+        state["in_a_row"] = 0
+        return f"alarm at step {step}: {alarm.metric} = {value:.4g} {reason} ({alarm.patience} in a row)"
+
+    def _roll_back(self, trainer: L.Trainer, last_good: int, message: str) -> None:
+        """Weights, optimizer state and running means of the newest checkpoint up to step `last_good`."""
+        if self.rollbacks >= self.max_rollbacks:
+            raise RuntimeError(f"{message}; rolled back {self.rollbacks} times already, which did not help")
+        folder = _checkpoints(trainer)
+        assert folder is not None
+        path = trainer.strategy.broadcast(last_before(folder, last_good))
+        if path is None:
+            raise RuntimeError(f"{message}; there is no checkpoint to roll back to")
+        checkpoint = trainer.strategy.load_checkpoint(path)
+        rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+        strict = trainer.lightning_module.strict_loading
+        trainer.strategy.load_model_state_dict(checkpoint, strict=strict)
+        trainer.strategy.load_optimizer_state_dict(checkpoint)
+        for optimizer, own in zip(trainer.optimizers, rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, own, strict=True):
+                group["lr"] = rate
+        self._take_means(checkpoint["callbacks"][self.state_key])
+        self.rollbacks += 1
+        rank_zero_warn(f"step {trainer.global_step}: weights and optimizer are those of {Path(path).name} again")
+
+    def _take_means(self, state_dict: dict[str, Any]) -> None:
+        self._state |= {key: dict(value) for key, value in state_dict["state"].items() if key in self._state}
+
+
+def _checkpoints(trainer: L.Trainer) -> Path | None:
+    """Where the stage's checkpoints are written, if they are."""
+    callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    return next((callback.folder for callback in callbacks if isinstance(callback, SaveCheckpoints)), None)
+
+
+def last_before(folder: Path, step: int) -> Path | None:
+    """The newest checkpoint that verifies and is not after a step; if all are, the oldest that verifies."""
+    good = [path for path in list_checkpoints(folder) if verify(path) is None]
+    early = [path for path in good if read_facts(path)["step"] <= step]
+    return early[0] if early else good[-1] if good else None

@@ -1,0 +1,1 @@
+"""Faults tried on the training program itself: `python -m tests.faults --help`."""

@@ -1,0 +1,166 @@
+"""The guards taken away one by one: a test has to notice each."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A piece of the source that is replaced, and the tests that have to fail then."""
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def source(self) -> str:
+        """The mutated file.
+
+        Raises:
+            ValueError: if the piece is not there exactly once, so that this list has to follow the code.
+        """
+        text = (ROOT / "src" / "d1lit" / self.file).read_text()
+        if text.count(self.old) != 1:
+            raise ValueError(f"{self.file}: {self.old!r} is there {text.count(self.old)} times, not once")
+        return text.replace(self.old, self.new)
+
+
+STORE, GUARDS, ALARMS = "tests/test_checkpoint.py", "tests/test_guards.py", "tests/test_alarms.py"
+SIGNALS, SECURITY = "tests/test_signals.py", "tests/test_security.py"
+MUTANTS = (
+    # checkpoints
+    Mutant("checkpoint/folder.py", 'if digest != entry["sha256"]:', "if False:", (STORE,)),
+    Mutant("checkpoint/folder.py", " and _manifest_bytes(body) == raw else", " else", (STORE,)),
+    Mutant("checkpoint/folder.py", 'if body["schema"] != SCHEMA:', "if False:", (STORE,)),
+    Mutant(
+        "checkpoint/folder.py", 'if name != os.path.basename(name) or name in ("", ".", "..")', "if False", (STORE,)
+    ),
+    Mutant("checkpoint/folder.py", "if free < _FREE_SPACE_FACTOR * estimate:", "if False:", (STORE,)),
+    Mutant("checkpoint/folder.py", "good += verify(path) is None", "good += 1", (STORE,)),
+    Mutant("checkpoint/folder.py", "        os.rename(folder, aside)", "        shutil.rmtree(folder)", (STORE,)),
+    Mutant("checkpoint/folder.py", "shutil.rmtree(staging, ignore_errors=True)\n        raise", "raise", (STORE,)),
+    Mutant("checkpoint/lightning_io.py", "if reason is not None:", "if False:", (STORE,)),
+    Mutant("checkpoint/run_folder.py", "        lock.acquire()", "        pass", (STORE,)),
+    # resume and signals
+    Mutant(
+        "callbacks/saving.py",
+        'checkpoint["loops"]["fit_loop"] = copy.deepcopy(self._loops)',
+        "pass",
+        (f"{SIGNALS}::test_asked_twice_at_a_chosen_moment",),
+    ),
+    Mutant(
+        "callbacks/saving.py",
+        " or (self._step == trainer.max_steps and not self._is_over)",
+        "",
+        (f"{SIGNALS}::test_asked_twice_at_a_chosen_moment",),
+    ),
+    Mutant(
+        "callbacks/signals.py",
+        "            self.flag.raise_if_stopped()",
+        "            pass",
+        (f"{SIGNALS}::test_asked_twice_at_a_chosen_moment",),
+    ),
+    Mutant(
+        "callbacks/validation.py",
+        "        self._looked_at = step",
+        "        pass",
+        (f"{SIGNALS}::test_the_undisturbed_run_has_every_scalar_once",),
+    ),
+    Mutant("report/events.py", "if event.step < step", "if event.step <= step", ("tests/test_events.py",)),
+    # numbers that are not finite, collapse
+    Mutant("callbacks/guards.py", "parameter.grad = None", "pass", (GUARDS,)),
+    Mutant("callbacks/guards.py", "bad = bad | self._loss_is_bad.to(bad.device)", "pass", (GUARDS,)),
+    Mutant("callbacks/guards.py", "if self.in_a_row >= self.max_in_a_row:", "if False:", (GUARDS,)),
+    Mutant(
+        "callbacks/guards.py",
+        'trainer.strategy.reduce(bad.float(), reduce_op="max")',
+        "bad",
+        (f"{GUARDS}::test_two_ranks_decide_alike",),
+    ),
+    Mutant("callbacks/alarms.py", ' or state["in_a_row"] < alarm.patience', "", (GUARDS,)),
+    Mutant("callbacks/alarms.py", "trainer.strategy.load_optimizer_state_dict(checkpoint)", "pass", (ALARMS,)),
+    Mutant("callbacks/alarms.py", 'group["lr"] = rate', "pass", (ALARMS,)),
+    Mutant("modules/grpo.py", " if inputs.num_units else loss * torch.nan", "", (ALARMS,)),
+    Mutant("modules/experience.py", "(inputs.logprobs, inputs.old, inputs.ref)", "(inputs.logprobs,)", (ALARMS,)),
+    Mutant(
+        "losses/terms.py",
+        "difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)",
+        "difference",
+        ("tests/test_losses.py::test_huge_log_ratios_stay_finite_and_equal_float64",),
+    ),
+    Mutant(
+        "losses/terms.py",
+        "torch.where(new.weight > 0, new.value - other_value.detach(), 0.0)",
+        "(new.value - other_value.detach())",
+        ("tests/test_losses.py::test_huge_log_ratios_stay_finite_and_equal_float64",),
+    ),
+    # what comes from elsewhere
+    Mutant("security.py", "    if not _inside(identity, packages):", "    if False:", (SECURITY,)),
+    Mutant("security.py", "is not found:", "is None:", (SECURITY,)),
+    Mutant("security.py", "if not resolved.is_relative_to(root):", "if False:", (SECURITY,)),
+    Mutant("security.py", "_SECRET_VALUES.sub(REDACTED, text)", "text", (SECURITY,)),
+    Mutant("tasks/reading.py", "if len(line) > MAX_LINE_BYTES:", "if False:", ("tests/test_tasks_reading.py",)),
+    Mutant(
+        "rewards/arithmetic.py", "if len(text) > LONGEST_EXPRESSION:", "if False:", ("tests/test_rewards_parts.py",)
+    ),
+)
+
+
+def run_tests(source: Path, tests: tuple[str, ...]) -> bool:
+    """Whether tests pass on a copy of the source, in a process forked from this one, which has not imported it."""
+    assert "d1lit" not in sys.modules
+    child = os.fork()
+    if child == 0:
+        import pytest
+
+        sys.path.insert(0, str(source))
+        os.environ["PYTHONPATH"] = str(source)
+        os.chdir(ROOT)
+        words = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--no-header", *tests]
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+            with contextlib.redirect_stdout(io.StringIO()):
+                status = pytest.main(words)
+        os._exit(int(status))
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, 1), f"pytest ended with status {status} on {tests}"
+    return status == 0
+
+
+def survivors() -> list[str]:
+    """The mutants that no test has noticed; the unchanged source passes all of the tests.
+
+    Raises:
+        AssertionError: if it does not.
+    """
+    import hypothesis  # noqa: F401 (what the children share)
+    import lightning.pytorch  # noqa: F401
+    import transformers  # noqa: F401
+
+    alive = []
+    with tempfile.TemporaryDirectory(prefix="d1lit-mutants-") as name:
+        copy = Path(name) / "src"
+        shutil.copytree(ROOT / "src", copy)
+        everything = tuple(sorted({test for mutant in MUTANTS for test in mutant.tests}))
+        assert run_tests(copy, everything), "the tests fail on the unchanged source"
+        for mutant in MUTANTS:
+            file = copy / "d1lit" / mutant.file
+            whole = file.read_text()
+            file.write_text(mutant.source())
+            passed = run_tests(copy, mutant.tests)
+            file.write_text(whole)
+            print(f"{'NOT NOTICED' if passed else 'noticed'}: {mutant.file}: {mutant.old.strip()}", flush=True)
+            alive += [f"{mutant.file}: {mutant.old.strip()}"] if passed else []
+    print(f"{len(MUTANTS) - len(alive)} of {len(MUTANTS)} mutants of the guards were noticed")
+    return alive
