@@ -269,7 +269,8 @@ class DiffuGRPO(L.LightningModule):
 
     def _gathered(self, rewards: RewardBatch) -> RewardBatch:
         """Rewards of all ranks, in rank order: groups stay whole because a rank holds whole groups."""
-        return replace(rewards, value=gathered_rows(rewards.value), valid=gathered_rows(rewards.valid))
+        asked = None if rewards.asked is None else gathered_rows(rewards.asked)
+        return replace(rewards, value=gathered_rows(rewards.value), valid=gathered_rows(rewards.valid), asked=asked)
 
     def _refuse_failed(self, rewards: RewardBatch) -> None:
         failed = 1.0 - float(judged(rewards).float().mean())
