@@ -383,7 +383,8 @@ def make_stage(
     return Stage(
         name=parts.name,
         lora=parts.lora,
-        keeps_reference=moves and bool(getattr(arguments.get("loss"), "needs_reference", False)),
+        keeps_reference=moves
+        and bool(getattr(arguments.get("loss"), "needs_reference", False) or arguments.get("kl_in_reward")),
         selects_best=parts.select == "best_val",
         make_module=make_module,
         make_data=make_data,
@@ -423,8 +424,9 @@ def _dataset(
 ) -> CompletionRows | PromptCycles:
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     if isinstance(parts.data, Prompts):
-        inner = parts.module.keywords["num_inner_updates"]  # type: ignore[attr-defined]
-        return PromptCycles(rows, batch_plan, inner, parts.max_updates, pad, seed, parts.data.length_multiple)
+        given = parts.module.keywords  # type: ignore[attr-defined]
+        inner, refills, multiple = given["num_inner_updates"], given.get("num_refills", 0), parts.data.length_multiple
+        return PromptCycles(rows, batch_plan, inner, parts.max_updates, pad, seed, multiple, refills)
     return CompletionRows(rows, batch_plan, parts.max_updates, parts.data.layout, eos, pad, seed)
 
 

@@ -44,7 +44,9 @@ def build(config: DictConfig, key: str, kind: Any = None) -> Any:
     if kind is not None and not isinstance(built, kind):
         found = built.__name__ if isinstance(built, type) else type(built).__name__
         raise ConfigError(
-            f"{key}._target_", f"{node._target_} makes a {found}, which is no {getattr(kind, "__name__", kind)}", f"one of {key}=..."
+            f"{key}._target_",
+            f"{node._target_} makes a {found}, which is no {getattr(kind, '__name__', kind)}",
+            f"one of {key}=...",
         )
     return built
 
