@@ -83,7 +83,7 @@ class MixedTask:
         return f"{self.name}-synthetic" if self.synthetic else self.name
 
     @property
-    def judges(self) -> MixedJudges:
+    def judges(self) -> Any:
         """Both graders, by each row's task."""
         return MixedJudges(self.tasks)
 
