@@ -15,6 +15,7 @@ from d1lit.estimators.elbo import ELBOEstimator, MaskwiseELBOEstimator
 from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.losses import ClippedPolicyLoss, MaskedCrossEntropy, SequenceClippedLoss, check_pair, terms, tree
 from d1lit.losses.filters import LikelyTokenFilter, OffPolicyFilter, TopEntropyLoss
+from d1lit.losses.joint import OrderClippedLoss, WithSupervised, scored_units
 from d1lit.losses.policy_gradient import (
     CISPOLoss,
     MaskwiseBoundLoss,
@@ -50,6 +51,7 @@ TOKEN_LOSSES: dict[str, Any] = {
     "wd1": WD1Loss(1.0, positive_only=False),
     "off_policy_filter": OffPolicyFilter(clipped(), 0.05),
     "vespo": VESPOLoss(2.0, 3.0, 3.0, 2.0, terms.token_mean),
+    "clipped_sft": WithSupervised(clipped(), 0.05),
 }
 SEQUENCE_LOSSES: dict[str, Any] = {
     "espo": SequenceClippedLoss(0.2, 0.2, 3e-3, terms.k2, terms.canvas_length),
@@ -420,6 +422,41 @@ def test_other_impossible_pairs_are_refused_too() -> None:
 def test_impossible_values_are_refused_by_name(build: Any, key: str) -> None:
     with pytest.raises(ValueError, match=rf"^loss\.{key}: .* Try: "):
         build()
+
+
+# --------------------------------------------------------------------------------------------------------- two terms
+
+
+def test_order_and_tokens_are_clipped_apart() -> None:
+    g = torch.Generator().manual_seed(1)
+    inputs, _ = make_inputs()
+    weight = (torch.rand(N, 5, generator=g) < 0.8).float()
+    tokens, order = (torch.randn(N, 5, generator=g).requires_grad_() for _ in range(2))
+    old = {"tokens": tokens.detach() + 0.1, "order": order.detach() - 2.0}  # the order has moved far, the tokens little
+    logprobs = LogProbs(tokens + order, weight, {"tokens": tokens, "order": order})
+    inputs = replace(inputs, logprobs=logprobs, old=LogProbs(tokens.detach(), weight, old))
+    loss, metrics = OrderClippedLoss(0.2, 0.3, 0.5, scored_units)(inputs)
+    expected = 0.0
+    for n in range(N):
+        here, a = weight[n] > 0, float(inputs.advantages[n])
+        for part, epsilon, share in ((tokens, 0.2, 1.0), (order, 0.3, 0.5)):
+            name = "tokens" if part is tokens else "order"
+            ratio = math.exp(float((part[n] - old[name][n])[here].mean()))
+            expected -= share * min(ratio * a, min(max(ratio, 1 - epsilon), 1 + epsilon) * a) / N
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    better = inputs.advantages > 0
+    assert bool((_gradient(loss, order)[better] == 0).all())  # clipped, and the tokens go on learning
+    assert bool((_gradient(loss, tokens)[better] != 0).any(1).all())
+    assert float(metrics["order_clip_fraction"]) == pytest.approx(float(better.float().mean()))
+
+
+def test_the_supervised_term_is_the_likelihood_of_the_better_rollouts() -> None:
+    inputs, leaf = make_inputs()
+    gamma, plain = 0.3, clipped()
+    got = WithSupervised(plain, gamma)(inputs)[0] - plain(inputs)[0]
+    mask = inputs.completion_mask
+    rows = [-float(leaf[n][mask[n]].mean()) for n in range(N) if inputs.advantages[n] > 0]
+    assert float(got) == pytest.approx(gamma * sum(rows) / N, rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------- Drift, VESPO, DDO, the tree

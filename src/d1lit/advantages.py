@@ -6,6 +6,7 @@ and gets advantage 0, so a crashed grader neither rewards nor punishes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from d1lit.draws import CounterDraws
-from d1lit.types import Advantage, RewardBatch
+from d1lit.types import Advantage, RewardBatch, Rollout
 
 Rows = Float[Tensor, " N"]
 
@@ -110,6 +111,33 @@ def token_whitened(advantages: Rows, completion_mask: Bool[Tensor, "N C"], eps: 
     mean = tokens.sum() / count
     variance = (((tokens - mean) ** 2) * weight).sum() / (count - 1).clamp(min=1)
     return (tokens - mean) * torch.rsqrt(variance + eps) * weight
+
+
+LengthPenalty = Callable[[Rollout], Rows]
+"""A part of the reward that reads lengths in tokens."""
+
+
+def overlong_penalty(rollout: Rollout, cache: int) -> Rows:
+    """DAPO's soft overlong punishment (arXiv 2503.14476): 0 up to C - cache tokens, then falling to -1 at C tokens.
+
+    Differs from the paper: C, the longest completion, is the canvas, so nothing is longer.
+    """
+    canvas = rollout.completion_ids.shape[1]
+    length = rollout.completion_mask.sum(1).to(torch.float32)
+    return ((canvas - cache - length) / cache).clamp(-1.0, 0.0)
+
+
+def with_part(rewards: RewardBatch, value: Rows, weight: float) -> RewardBatch:
+    """The rewards with one part more, which is always valid."""
+    ones = torch.ones(len(value), 1, dtype=torch.bool, device=value.device)
+    asked = rewards.asked
+    return replace(
+        rewards,
+        value=torch.cat([rewards.value, value.to(rewards.value.dtype)[:, None]], 1),
+        valid=torch.cat([rewards.valid, ones], 1),
+        weights=torch.cat([rewards.weights, rewards.weights.new_tensor([weight])]),
+        asked=None if asked is None else torch.cat([asked, ones], 1),
+    )
 
 
 def has_spread(rewards: RewardBatch, group_size: int, tolerance: float = 1e-6) -> Bool[Tensor, " B"]:

@@ -42,7 +42,7 @@ from d1lit.recipes import Stage
 from d1lit.rewards.parts import RewardParts
 from d1lit.sampling import BlockSampler
 from d1lit.strategies import fsdp
-from d1lit.tasks import Split, Task, graded_text
+from d1lit.tasks import AnyTask, MixedTask, Split, Task, graded_text
 from d1lit.types import LogProbEstimator, PolicyLoss, Sampler, Schedule
 from d1lit.validation import ConfigError, as_config_error, under
 from d1lit.values import check_values
@@ -84,7 +84,7 @@ class Plan:
     """A run, built as far as possible without a network."""
 
     config: DictConfig
-    task: Task
+    task: AnyTask
     sampler: BlockSampler
     stages: Sequence[StageParts]
     base: StageParts | None
@@ -301,9 +301,10 @@ def processes_to_start(config: DictConfig) -> int:
 
 
 @lru_cache(maxsize=8)
-def _task(yaml: str, split: Split) -> Task:
+def _task(yaml: str, split: Split) -> AnyTask:
     """The task with its test rows and those of `split` read; the jobs of a sweep share it."""
-    task = build(OmegaConf.create({"task": OmegaConf.create(yaml)}), "task", Task)
+    node = OmegaConf.create({"task": OmegaConf.create(yaml)})
+    task = build(node, "task", Task if "members" not in node.task else MixedTask)
     try:
         task.template  # noqa: B018  (reads and parses the file)
         task.rows(split)
@@ -382,7 +383,8 @@ def make_stage(
     return Stage(
         name=parts.name,
         lora=parts.lora,
-        keeps_reference=moves and bool(getattr(arguments.get("loss"), "needs_reference", False)),
+        keeps_reference=moves
+        and bool(getattr(arguments.get("loss"), "needs_reference", False) or arguments.get("kl_in_reward")),
         selects_best=parts.select == "best_val",
         make_module=make_module,
         make_data=make_data,
@@ -405,7 +407,7 @@ def decode(tokenizer: Any, eos_token_id: int, ids: torch.Tensor) -> str:
     return decode_completion(tokenizer, ids.tolist(), eos_token_id)
 
 
-def judged_text(task: Task, tokenizer: Any, eos_token_id: int | None, ids: torch.Tensor) -> str:
+def judged_text(task: AnyTask, tokenizer: Any, eos_token_id: int | None, ids: torch.Tensor) -> str:
     """What the judges read of a completion: with the prompt's prefill before it where the template says so.
 
     Args:
@@ -422,8 +424,9 @@ def _dataset(
 ) -> CompletionRows | PromptCycles:
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     if isinstance(parts.data, Prompts):
-        inner = parts.module.keywords["num_inner_updates"]  # type: ignore[attr-defined]
-        return PromptCycles(rows, batch_plan, inner, parts.max_updates, pad, seed, parts.data.length_multiple)
+        given = parts.module.keywords  # type: ignore[attr-defined]
+        inner, refills, multiple = given["num_inner_updates"], given.get("num_refills", 0), parts.data.length_multiple
+        return PromptCycles(rows, batch_plan, inner, parts.max_updates, pad, seed, multiple, refills)
     return CompletionRows(rows, batch_plan, parts.max_updates, parts.data.layout, eos, pad, seed)
 
 

@@ -23,7 +23,7 @@ from d1lit.validation import ConfigError, as_config_error
 GIVEN_BY_HYDRA = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 
 
-def build(config: DictConfig, key: str, kind: type | None = None) -> Any:
+def build(config: DictConfig, key: str, kind: Any = None) -> Any:
     """Instantiate the node at `key`.
 
     Args:
@@ -44,7 +44,9 @@ def build(config: DictConfig, key: str, kind: type | None = None) -> Any:
     if kind is not None and not isinstance(built, kind):
         found = built.__name__ if isinstance(built, type) else type(built).__name__
         raise ConfigError(
-            f"{key}._target_", f"{node._target_} makes a {found}, which is no {kind.__name__}", f"one of {key}=..."
+            f"{key}._target_",
+            f"{node._target_} makes a {found}, which is no {getattr(kind, '__name__', kind)}",
+            f"one of {key}=...",
         )
     return built
 

@@ -7,7 +7,7 @@ elsewhere: nothing but the number of finished batches has to be remembered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -122,6 +122,8 @@ class InnerUpdate:
     num_micro: int
     prompts: PromptBatch | None
     """All prompts of this rank for the rollout; only at inner 0 of micro-batch 0, where they are needed."""
+    reserves: tuple[PromptBatch, ...] = ()
+    """As many prompts again, once for each time that groups without spread may be replaced."""
 
 
 @dataclass
@@ -141,6 +143,8 @@ class PromptCycles(Dataset):
     seed: int
     length_multiple: int = 1
     """Prompts are padded up to a multiple, so that few shapes occur."""
+    num_refills: int = 0
+    """How often a rollout may replace its groups without spread; each time another batch of rows is set aside."""
     order: RowOrder = field(init=False)
 
     def __post_init__(self) -> None:
@@ -152,14 +156,17 @@ class PromptCycles(Dataset):
     def __getitem__(self, index: int) -> InnerUpdate:
         update, micro = divmod(index, self.plan.num_micro)
         step, inner = divmod(update, self.num_inner_updates)
-        prompts = None
+        prompts, reserves, size = None, (), self.plan.batch_size
         if inner == 0 and micro == 0:
             # Padded alike on every rank: masks of prompt tokens are drawn by place.
-            rows = [self.rows[n] for n in self.order.batch(step, self.plan.batch_size)]
+            rows = [self.rows[n] for n in self.order.batch(step, size * (1 + self.num_refills))]
             mine = self.plan.rank_slice()
-            prompts = prompt_batch(rows, range(len(rows)), self.pad_id, self.length_multiple)
-            prompts = prompts.rows(mine.start, mine.stop)
-        return InnerUpdate(step, inner, micro, self.plan.num_micro, prompts)
+            whole = prompt_batch(rows, range(len(rows)), self.pad_id, self.length_multiple)
+            prompts, *spare = (
+                whole.rows(n * size + mine.start, n * size + mine.stop) for n in range(1 + self.num_refills)
+            )
+            reserves = tuple(spare)
+        return InnerUpdate(step, inner, micro, self.plan.num_micro, prompts, reserves)
 
 
 # ------------------------------------------------------------------------------------------------------ SFT completions
@@ -302,7 +309,9 @@ def _as_is(item: Any) -> Any:
 
 def moved(record: Any, device: torch.device) -> Any:
     """A record of this module with its tensors on `device`."""
-    changes: Mapping[str, Any] = {
+    changes: dict[str, Any] = {
         name: value.to(device) for name, value in vars(record).items() if isinstance(value, Tensor | PromptBatch)
     }
+    if isinstance(record, InnerUpdate):
+        changes["reserves"] = tuple(prompts.to(device) for prompts in record.reserves)
     return type(record)(**{**vars(record), **changes})

@@ -45,7 +45,7 @@ from d1lit.report.console import console, show_table
 from d1lit.rewards.stored import published_row
 from d1lit.sampling import BlockSampler
 from d1lit.statistics import mean_over_seeds, pass_at_k, wilson_interval
-from d1lit.tasks import Task, graded_text, prompt_protocol
+from d1lit.tasks import MixedTask, Task, graded_text, prompt_protocol
 from d1lit.types import Example
 from d1lit.validation import ConfigError, as_config_error
 
@@ -261,7 +261,7 @@ class TaskEvaluator:
     """What the weights were; within a run's own folder the stage says it."""
 
     def __call__(self, policy: Policy, stage: str) -> list[dict[str, Any]]:
-        """Entries of `evaluations`, one a length, and of `probes`, which say what was probed."""
+        """Entries of `evaluations`, one a task and length, and of `probes`, which say what was probed."""
         config = self.plan.config.evaluation
         if stage == "base" and not config.base:
             return []
@@ -269,20 +269,33 @@ class TaskEvaluator:
 
     def probes(self, policy: Policy, stage: str) -> list[dict[str, Any]]:
         """Forced prefixes and pass@k, where they are asked for."""
+        if isinstance(self.plan.task, MixedTask):
+            return [entry for member in self._members().values() for entry in member.probes(policy, stage)]
         config = self.plan.config.evaluation
         entries = [self._forced(policy, stage, prefix) for prefix in config.forced_prefixes]
         return entries if config.pass_at_k is None else [*entries, self._pass_at_k(policy, stage)]
 
     def at_seed(self, policy: Policy, stage: str, seed: int) -> list[dict[str, Any]]:
-        """Entries of `evaluations`, one a length, with the draws of one seed."""
+        """Entries of `evaluations`, one a task and length, with the draws of one seed."""
+        if isinstance(self.plan.task, MixedTask):
+            return [entry for member in self._members().values() for entry in member.at_seed(policy, stage, seed)]
         rows, prefix = evaluation_rows(self.plan, self.tokenizer), graded_text(self.plan.task.template, "")
         lengths = self.plan.config.evaluation.lengths or [self.plan.sampler.completion_length]
         return [
             self._entry(policy, stage, evaluation_sampler(self.plan, length), rows, seed, prefix) for length in lengths
         ]
 
+    def _members(self) -> dict[str, TaskEvaluator]:
+        """An evaluator for each task of a mixture."""
+        assert isinstance(self.plan.task, MixedTask)
+        return {name: replace(self, plan=replace(self.plan, task=task)) for name, task in self.plan.task.tasks.items()}
+
     def validation(self, policy: Policy) -> dict[str, float]:
-        """Accuracy and further measures on the validation rows."""
+        """Accuracy and further measures on the validation rows; of a mixture, the mean over tasks and each task's."""
+        if isinstance(self.plan.task, MixedTask):
+            found = {name: m.validation(policy) for name, m in self._members().items() if m.plan.task.val_rows}
+            own = {f"{key}/{name}": value for name, part in found.items() for key, value in part.items()}
+            return {"accuracy": sum(part["accuracy"] for part in found.values()) / len(found), **own}
         rows = prompt_rows(self.plan.task, "val", self.tokenizer)
         records = self._records(policy, evaluation_sampler(self.plan, None), rows, 0, None, self._graded_prefix)
         summary = summarise(records, self.plan.task.grader)
@@ -381,6 +394,9 @@ class TaskEvaluator:
     def baselines(self) -> dict[str, dict[str, Any]]:
         """What needs no model, on the same rows."""
         task = self.plan.task
+        if isinstance(task, MixedTask):
+            parts = {name: member.baselines() for name, member in self._members().items()}
+            return {f"{name}/{key}": value for name, part in parts.items() for key, value in part.items()}
         rows = [row.example for row in evaluation_rows(self.plan, self.tokenizer)]
         found = {}
         for name, answer in task.baselines.items():

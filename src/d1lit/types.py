@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Unit = Literal["token", "sequence", "view", "step"]
-Outcome = Literal["ok", "unparsed", "timeout", "error"]
+Outcome = Literal["ok", "unparsed", "timeout", "error", "skipped"]
 Example = Mapping[str, Any]
 Metrics = dict[str, Tensor]
 
@@ -237,7 +237,8 @@ class Verdict:
 
     value: float
     outcome: Outcome = "ok"
-    """ok: judged; unparsed: no answer found; timeout, error: the judge failed, which is never a silent zero."""
+    """ok: judged; unparsed: no answer found; timeout, error: the judge failed, which is never a silent zero; skipped:
+    the part judges another task."""
     parsed: str | None = None
     """The answer as it was read from the completion."""
     out_of: float = 1.0
@@ -263,6 +264,8 @@ class RewardBatch:
     weights: Float[Tensor, " F"]
     step: int = 0
     """Which rollout of the run this is, for the rare advantage that draws."""
+    asked: Bool[Tensor, "N F"] | None = None
+    """False where a part judges another task than the row's, and its value is 0; None: every part judges every row."""
 
     @property
     def total(self) -> Float[Tensor, " N"]:

@@ -48,6 +48,7 @@ class OrderedTraceEstimator:
     order_temperature: float
     temperature: float
     unit: ClassVar[Unit] = "step"
+    parts: ClassVar[frozenset[str]] = frozenset({"tokens", "order"})
     needs_trace: ClassVar[bool] = True
     needs_advantages: ClassVar[bool] = False
 

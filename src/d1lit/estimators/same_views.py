@@ -25,6 +25,16 @@ class SameViews:
         return self.inner.unit
 
     @property
+    def needs_trace(self) -> bool:
+        """As the wrapped estimator."""
+        return getattr(self.inner, "needs_trace", False)
+
+    @property
+    def needs_advantages(self) -> bool:
+        """As the wrapped estimator."""
+        return getattr(self.inner, "needs_advantages", False)
+
+    @property
     def parts(self) -> frozenset[str]:
         """As the wrapped estimator."""
         return getattr(self.inner, "parts", frozenset())

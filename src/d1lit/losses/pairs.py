@@ -49,7 +49,7 @@ def check_trajectory(estimator: Any, sampler: Any) -> None:
     Raises:
         ValueError: naming both.
     """
-    if estimator.needs_trace and isinstance(sampler, GivesBack) and sampler.gives_back:
+    if getattr(estimator, "needs_trace", False) and isinstance(sampler, GivesBack) and sampler.gives_back:
         raise ValueError(
             f"estimator: {type(estimator).__name__} with {type(sampler.remask).__name__} is refused: it replays the "
             "rollout's commit steps, and a sampler that gives tokens back passes through other canvases. "

@@ -270,8 +270,12 @@ class UpdateMetrics(nn.Module):
             "rollout/failed_judge_fraction": 1 - counts.float().mean(),
         }
         for column, name in enumerate(names):
-            value, valid = rewards.value[:, column], rewards.valid[:, column]
-            self._rollout[f"rollout/reward/{name}"] = value[valid].sum() / valid.sum().clamp(min=1)
+            asked = rewards.valid[:, column]
+            if rewards.asked is not None:
+                asked = asked & rewards.asked[:, column]
+            if rewards.asked is None or bool(rewards.asked[:, column].any()):
+                # A task of a mixture that this rollout did not meet keeps its last number.
+                self._rollout[f"rollout/reward/{name}"] = rewards.value[asked, column].sum() / asked.sum().clamp(min=1)
         lengths = rollout.completion_mask.sum(1).float()
         self._mean_of("rollout/length", lengths)
         ended = (rollout.completion_ids == eos_token_id).any(dim=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from itertools import compress
@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from d1lit.advantages import LengthPenalty, with_part
 from d1lit.data import InnerUpdate
 from d1lit.draws import CounterDraws
 from d1lit.joint_scoring import likelihoods
@@ -38,6 +39,7 @@ from d1lit.modules.optimizing import (
     seed_dropout,
     trainable_state,
 )
+from d1lit.modules.refilling import Judged, lacks_spread, refilled
 from d1lit.processes import gathered as gathered_objects
 from d1lit.processes import gathered_rows
 from d1lit.rewards.parts import RewardParts, outcome_fraction
@@ -98,6 +100,9 @@ class DiffuGRPO(L.LightningModule):
         allow_unsound_pair: bool = False,
         inner_index_by_micro_batch: bool = False,
         dropout_everywhere: bool = False,
+        num_refills: int = 0,
+        length_penalty: LengthPenalty | None = None,
+        kl_in_reward: float = 0.0,
     ) -> None:
         super().__init__()
         self.policy = policy
@@ -119,6 +124,8 @@ class DiffuGRPO(L.LightningModule):
         self.views_per_chunk = views_per_chunk
         self.inner_index_by_micro_batch = inner_index_by_micro_batch
         self.dropout_everywhere = dropout_everywhere
+        self.length_penalty = length_penalty
+        self.kl_in_reward = kl_in_reward
         self.experience: list[Experience] = []
         self.verdicts: dict[str, list[Verdict]] = {}
         """What the reward parts said of the latest rollout of this rank; the samples table reads it."""
@@ -138,6 +145,8 @@ class DiffuGRPO(L.LightningModule):
         num_inner_updates: int,
         reference_sync_every: int | None = None,
         allow_unsound_pair: bool = False,
+        num_refills: int = 0,
+        kl_in_reward: float = 0.0,
         **others: Any,
     ) -> None:
         """Refuse what cannot learn, before there is a network.
@@ -147,12 +156,17 @@ class DiffuGRPO(L.LightningModule):
         """
         check_pair(estimator, loss, allow=allow_unsound_pair)
         check_trajectory(estimator, sampler)
+        if num_refills < 0:
+            raise ValueError(f"module.num_refills: {num_refills} is below 0. Try: 0 (no dynamic sampling), or 2")
+        if kl_in_reward < 0 or (kl_in_reward and getattr(estimator, "needs_advantages", False)):
+            cause = f"{kl_in_reward} is below 0" if kl_in_reward < 0 else f"{type(estimator).__name__} needs advantages"
+            raise ValueError(f"module.kl_in_reward: {cause}, which come after the reward. Try: loss.beta, or 0")
         if num_inner_updates < 1:
             raise ValueError(f"module.num_inner_updates: {num_inner_updates} is below 1. Try: 1 or more")
         if reference_sync_every is not None and reference_sync_every < 1:
             cause = f"module.reference_sync_every: {reference_sync_every} is below 1"
             raise ValueError(f"{cause}. Try: 1 or more optimizer steps, or null for a reference that stays")
-        if reference_sync_every is not None and not getattr(loss, "needs_reference", False):
+        if reference_sync_every is not None and not (kl_in_reward or getattr(loss, "needs_reference", False)):
             cause = f"module.reference_sync_every: {reference_sync_every}, but this loss has no reference to move"
             raise ValueError(f"{cause}. Try: loss.beta=0.04, or null")
         if group_size < 2:
@@ -166,23 +180,26 @@ class DiffuGRPO(L.LightningModule):
     def training_step(self, batch: InnerUpdate, batch_idx: int) -> Tensor:
         """One inner update of one micro-batch."""
         if batch.prompts is not None:
-            self.experience = self.collect(batch.prompts, batch.step, batch.num_micro)
+            self.experience = self.collect(batch.prompts, batch.step, batch.num_micro, batch.reserves)
         return self.update(self.experience[batch.micro], self.mask_index(batch), batch.num_micro)
 
     @torch.no_grad()
-    def collect(self, prompts: PromptBatch, step: int, num_micro: int) -> list[Experience]:
+    def collect(
+        self, prompts: PromptBatch, step: int, num_micro: int, reserves: Sequence[PromptBatch] = ()
+    ) -> list[Experience]:
         """Sample, judge and freeze: everything that does not change over the inner updates of this rollout."""
         self._sync_reference(step)
-        with self.meter("rollout"), self._rollout_weights(), gathered(self.policy), self._rollout_dropout(step):
-            rollout = self.sampler(self.policy, prompts, self.group_size, self.draws.at(step=step))
-            rollout = replace(rollout, completions=tuple(self.decode(ids) for ids in rollout.completion_ids))
-        with self.meter("reward"):
-            self.verdicts = self.reward.grade(rollout.completions, rollout.examples)
-            rewards = self._gathered(reward_batch(self.verdicts, self.reward.weights, rollout.device, step))
-            self._refuse_failed(rewards)
-            advantages = self.advantage(whole_rows(rewards), self.group_size)
+        judged = self._judged(prompts, step)
+        for reserve in reserves:
+            if not lacks_spread(judged, self.group_size):
+                break
+            more = self._judged(reserve, step)
+            judged = refilled(judged, more, self.group_size, self.global_rank, self.trainer.world_size)
+        rollout, self.verdicts = judged.rollout, judged.verdicts
+        rewards, names = self._with_penalties(judged, step)
+        advantages = self.advantage(whole_rows(rewards), self.group_size)
         here = slice(self.global_rank * len(rollout.row_ids), (self.global_rank + 1) * len(rollout.row_ids))
-        names, eos = list(self.verdicts), self.policy.eos_token_id
+        eos = self.policy.eos_token_id
         self.metrics.add_rollout(rollout, rewards, advantages, names, self.group_size, eos)
         self.metrics.add_outcomes({kind: outcome_fraction(self.verdicts, kind) for kind in LOGGED_OUTCOMES})
         self._measure_approximation(rollout)
@@ -226,6 +243,33 @@ class DiffuGRPO(L.LightningModule):
         if not self.inner_index_by_micro_batch:
             return batch.inner
         return (batch.inner * batch.num_micro + batch.micro + 1) % self.num_inner_updates
+
+    def _judged(self, prompts: PromptBatch, step: int) -> Judged:
+        """Rollouts of some prompts, with what the judges say of them."""
+        with self.meter("rollout"), self._rollout_weights(), gathered(self.policy), self._rollout_dropout(step):
+            rollout = self.sampler(self.policy, prompts, self.group_size, self.draws.at(step=step))
+            rollout = replace(rollout, completions=tuple(self.decode(ids) for ids in rollout.completion_ids))
+        with self.meter("reward"):
+            self.verdicts = self.reward.grade(rollout.completions, rollout.examples)
+            rewards = self._gathered(reward_batch(self.verdicts, self.reward.weights, rollout.device, step))
+            self._refuse_failed(rewards)
+        return Judged(rollout, self.verdicts, rewards)
+
+    def _with_penalties(self, judged: Judged, step: int) -> tuple[RewardBatch, list[str]]:
+        """The rewards with what is judged by tokens and not by text as further parts, and the names of all parts."""
+        rollout, rewards, names = judged.rollout, judged.rewards, list(judged.verdicts)
+        if self.length_penalty is not None:
+            rewards = with_part(rewards, gathered_rows(self.length_penalty(rollout)), 1.0)
+            names.append("length_penalty")
+        if self.kl_in_reward > 0:
+            with self.meter("scoring"), evaluation_mode(self.policy):
+                value = self._likelihood(rollout, rollout.entropy.new_zeros(len(rollout.row_ids)), step, 0)[0]
+                with self.policy.reference():
+                    ref = self._likelihood(rollout, rollout.entropy.new_zeros(len(rollout.row_ids)), step, 0)[0]
+            kl = (torch.where(value.weight > 0, value.value - ref.value, 0.0) * value.weight).sum(1)
+            rewards = with_part(rewards, gathered_rows(-kl), self.kl_in_reward)
+            names.append("kl")
+        return rewards, names
 
     def _likelihood(self, rollout: Rollout, advantages: Tensor, step: int, inner: int) -> tuple[LogProbs, Scores]:
         """Log-probs of a rollout under the corruption of one inner update: the same views for old, ref and current."""
@@ -282,7 +326,8 @@ class DiffuGRPO(L.LightningModule):
 
     def _gathered(self, rewards: RewardBatch) -> RewardBatch:
         """Rewards of all ranks, in rank order: groups stay whole because a rank holds whole groups."""
-        return replace(rewards, value=gathered_rows(rewards.value), valid=gathered_rows(rewards.valid))
+        asked = None if rewards.asked is None else gathered_rows(rewards.asked)
+        return replace(rewards, value=gathered_rows(rewards.value), valid=gathered_rows(rewards.valid), asked=asked)
 
     def _refuse_failed(self, rewards: RewardBatch) -> None:
         failed = 1.0 - float(judged(rewards).float().mean())

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from d1lit.data import BatchPlan, CompletionRows, EncodedRow, Layout, PromptCycles, batch_loader, moved
 from d1lit.models import encode_text
-from d1lit.tasks import Task, Template, encode_prompts
+from d1lit.tasks import AnyTask, Task, Template, encode_prompts
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,22 @@ class Demonstrations:
     seed_offset: int
     """Added to the run's seed: another stage of the same run gets other demonstrations."""
 
-    def rows(self, task: Task, tokenizer: Any, seed: int) -> StageRows:
-        """Prompt and completion as ids."""
-        found = task.demonstrations(self.count, seed + 1_000_003 * self.seed_offset)
-        template = task.demonstration_template
-        kept = encoded_demonstrations(found, task, template, tokenizer, self.layout, self.overlong)
-        return StageRows(kept, len(found))
+    def rows(self, task: AnyTask, tokenizer: Any, seed: int) -> StageRows:
+        """Prompt and completion as ids, of each task of a mixture in its share."""
+        kept: list[EncodedRow] = []
+        asked = 0
+        for part, count in task.portions(self.count):
+            found = part.demonstrations(count, seed + 1_000_003 * self.seed_offset)
+            template = part.demonstration_template
+            kept += encoded_demonstrations(found, part, template, tokenizer, self.layout, self.overlong)
+            asked += len(found)
+        return StageRows(kept, asked)
 
-    def validation_rows(self, task: Task, tokenizer: Any) -> Sequence[EncodedRow]:
+    def validation_rows(self, task: AnyTask, tokenizer: Any) -> Sequence[EncodedRow]:
         """Demonstrations that are not trained on; none where none fits."""
+        return [row for part, _ in task.portions(None) for row in self._fitting_validation(part, tokenizer)]
+
+    def _fitting_validation(self, task: Task, tokenizer: Any) -> Sequence[EncodedRow]:
         found, template = task.validation_demonstrations(), task.demonstration_template
         try:
             return encoded_demonstrations(found, task, template, tokenizer, self.layout, "drop") if found else ()
@@ -65,11 +72,16 @@ class Corpus:
     layout: Layout
     overlong: Literal["error", "drop"]
 
-    def rows(self, task: Task, tokenizer: Any, seed: int) -> StageRows:
-        """Prompt and completion as ids."""
-        found = task.corpus(self.count, seed)
-        kept = encoded_demonstrations(found, task, task.template, tokenizer, self.layout, self.overlong)
-        return StageRows(kept, len(found))
+    def rows(self, task: AnyTask, tokenizer: Any, seed: int) -> StageRows:
+        """Prompt and completion as ids, of each task of a mixture in its share."""
+        kept: list[EncodedRow] = []
+        asked = 0
+        for part, count in task.portions(self.count):
+            assert count is not None
+            found = part.corpus(count, seed)
+            kept += encoded_demonstrations(found, part, part.template, tokenizer, self.layout, self.overlong)
+            asked += len(found)
+        return StageRows(kept, asked)
 
 
 @dataclass(frozen=True)
@@ -87,12 +99,12 @@ class Prompts:
         if self.length_multiple < 1:
             raise ValueError(f"data.length_multiple: {self.length_multiple} must be at least 1. Try: 32.")
 
-    def rows(self, task: Task, tokenizer: Any, seed: int) -> StageRows:
+    def rows(self, task: AnyTask, tokenizer: Any, seed: int) -> StageRows:
         """Prompts as ids."""
         return StageRows(prompt_rows(task, "train", tokenizer), len(task.rows("train")))
 
 
-def prompt_rows(task: Task, split: Literal["train", "val", "test"], tokenizer: Any) -> list[EncodedRow]:
+def prompt_rows(task: AnyTask, split: Literal["train", "val", "test"], tokenizer: Any) -> list[EncodedRow]:
     """A split's prompts as ids; too long ones are dropped or refused as the task says."""
     encoded, kept, _ = task.encode(split, tokenizer)
     return [EncodedRow(ids, example) for ids, example in zip(encoded, kept, strict=True)]

@@ -19,18 +19,21 @@ def say(line: str) -> None:
 
 
 def show_table(results: Mapping[str, Any]) -> None:
-    """The closing table: accuracy with its 95 % interval, the paper's grader beside it."""
+    """The closing table: accuracy with its 95 % interval, the paper's grader beside it; of a mixture, each task's."""
+    tasks = ["task"] if len({e["task"] for e in results["evaluations"]}) > 1 else []
     extra = sorted({name for e in results["evaluations"] for name in e["extra"]})
     table = Table(title=f"{results['recipe']} on {results['task']} ({results['model']}, seed {results['seed']})")
     judges_failed = any(e["failed_fraction"] for e in results["evaluations"])
     shares = ("truncated", "failed") if judges_failed else ("truncated",)
-    for column in ("stage", "length", "n", "accuracy", "95 % interval", "d1 grader", *extra, "tokens", *shares):
-        table.add_column(column, justify="left" if column == "stage" else "right")
+    counts = ("length", "n", "accuracy", "95 % interval", "d1 grader")
+    for column in ("stage", *tasks, *counts, *extra, "tokens", *shares):
+        table.add_column(column, justify="left" if column in ("stage", "task") else "right")
     for e in results["evaluations"]:
         low, high = e["interval"]
         more = [f"{100 * e['extra'][name]['mean']:.1f}" if name in e["extra"] else "" for name in extra]
         table.add_row(
             e["stage"],
+            *([e["task"]] if tasks else []),
             str(e["completion_length"]),
             str(e["n"]),
             f"{100 * e['accuracy']:.1f}",

@@ -36,6 +36,31 @@ class RewardParts:
         return {name: part(completions, examples) for name, part in self.parts.items()}
 
 
+@dataclass(frozen=True)
+class OnTask:
+    """A reward that judges the examples of one task of a mixture and skips the others."""
+
+    task: str
+    reward: Reward
+
+    def __call__(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Verdict]:
+        """Verdicts in the order of the completions."""
+        mine = [n for n, example in enumerate(examples) if example["task"] == self.task]
+        verdicts = [Verdict(0.0, "skipped")] * len(completions)
+        for n, verdict in zip(
+            mine, self.reward([completions[n] for n in mine], [examples[n] for n in mine]), strict=True
+        ):
+            verdicts[n] = verdict
+        return verdicts
+
+
+def mixed_reward(rewards: Mapping[str, RewardParts]) -> RewardParts:
+    """The parts of several tasks' rewards side by side, named `task/part`, each judging its own task's rows only."""
+    parts = {f"{task}/{name}": OnTask(task, part) for task, own in rewards.items() for name, part in own.parts.items()}
+    weights = {f"{task}/{name}": weight for task, own in rewards.items() for name, weight in own.weights.items()}
+    return RewardParts(parts, weights)
+
+
 def outcome_fraction(verdicts: Mapping[str, Sequence[Verdict]], outcome: Outcome) -> float:
     """Share of completions where at least one part ended with `outcome`."""
     rows = list(zip(*verdicts.values(), strict=True))

@@ -5,6 +5,7 @@ from d1lit.tasks.countdown import CountdownSource
 from d1lit.tasks.demonstrations import read_demonstrations
 from d1lit.tasks.gsm8k import Gsm8kSource
 from d1lit.tasks.math500 import Math500Source
+from d1lit.tasks.mixture import AnyTask, MixedTask
 from d1lit.tasks.prompting import (
     Template,
     builtin_templates,
@@ -22,10 +23,12 @@ from d1lit.tasks.task import Overlap, Task
 
 __all__ = [
     "METHOD_CHARACTER",
+    "AnyTask",
     "CodeSource",
     "CountdownSource",
     "Gsm8kSource",
     "Math500Source",
+    "MixedTask",
     "Overlap",
     "Row",
     "Source",

@@ -166,6 +166,10 @@ class Task:
         """The prompt template that goes with `demonstrations`."""
         return self.template if self.demonstration_data == OWN_ROWS else load_template(self.demonstration_prompt)
 
+    def portions(self, count: int | None) -> list[tuple[Task, int | None]]:
+        """The tasks that share `count` rows, and how many each: this one alone."""
+        return [(self, count)]
+
     def rows(self, split: Split) -> list[dict[str, Any]]:
         """Examples of a split, in a fixed order. Those of test need no training data.
 
