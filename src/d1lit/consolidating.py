@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -70,7 +70,7 @@ def find_checkpoint(run: Path, stages: Sequence[str], stage: str | None, step: i
     raise ConfigError("consolidate", f"{run} holds no such checkpoint", "; ".join(known) or "a run that has saved one")
 
 
-def _start_of_stage(plan: Plan, run: Path, name: str) -> tuple[Policy, object]:
+def _start_of_stage(plan: Plan, run: Path, name: str) -> tuple[Policy, Any]:
     """The policy as the stage began: the stages before it handed over, and its own adapter fresh."""
     trains_adapters = any(parts.lora is not None for parts in plan.stages)
     if trains_adapters and plan.base is not None:

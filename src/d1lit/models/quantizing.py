@@ -35,7 +35,7 @@ def quantize(network: MaskedDiffusionLM) -> None:
     sixteen values is deterministic, so a network quantised again from the same weights is the same.
     """
     check_bitsandbytes()
-    import bitsandbytes as bnb
+    import bitsandbytes as bnb  # type: ignore[import-not-found]
 
     for block in network.model.layers:
         for path, layer in list(block.named_modules()):
@@ -59,7 +59,7 @@ def quantize(network: MaskedDiffusionLM) -> None:
             packed.bias = layer.bias
             parent, _, leaf = path.rpartition(".")
             setattr(block.get_submodule(parent), leaf, packed)
-    network.is_loaded_in_4bit = True  # PEFT asks for it
+    vars(network)["is_loaded_in_4bit"] = True  # PEFT asks for it
 
 
 def is_quantized(weight: Tensor) -> bool:
@@ -82,12 +82,12 @@ def unquantize(network: MaskedDiffusionLM) -> None:
         if isinstance(layer, nn.Linear) and is_quantized(layer.weight):
             parent, _, leaf = path.rpartition(".")
             setattr(network.get_submodule(parent), leaf, plain(layer, unpacked(layer.weight)))
-    network.is_loaded_in_4bit = False
+    vars(network)["is_loaded_in_4bit"] = False
 
 
 def unpacked(weight: Any) -> Tensor:
     """A quantised matrix as the numbers its products are taken with, in the dtype it was made from."""
-    import bitsandbytes.functional as F
+    import bitsandbytes.functional as F  # type: ignore[import-not-found]
 
     found = F.dequantize_4bit(weight.data, weight.quant_state)
     assert isinstance(found, Tensor)
