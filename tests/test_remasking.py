@@ -12,6 +12,7 @@ from torch import Tensor
 from d1lit.draws import CounterDraws
 from d1lit.estimators.step_merge import TraceEstimator
 from d1lit.losses.pairs import check_trajectory
+from d1lit.models.cache import KVCache
 from d1lit.sampling import (
     CappedThreshold,
     CreditFusion,
@@ -21,6 +22,7 @@ from d1lit.sampling import (
     FixedQuota,
     LowestConfidence,
     PredictionChange,
+    PrefixCache,
     ReMDM,
     StableThreshold,
     Threshold,
@@ -266,3 +268,46 @@ def test_a_sampler_that_gives_back_has_no_steps_to_replay() -> None:
     with pytest.raises(ValueError, match=r"^estimator: TraceEstimator .*LowestConfidence.*Try: "):
         check_trajectory(TraceEstimator(shrink=1, temperature=1.0), giving)
     check_trajectory(TraceEstimator(shrink=1, temperature=1.0), sampler(commit=FixedQuota(EvenSchedule())))
+
+
+# ------------------------------------------------------------------------------------------- block diffusion decoding
+
+
+@torch.no_grad()
+def test_block_diffusion_decoding_equals_a_loop_over_truncated_sequences() -> None:
+    """Each block is decoded as if nothing stood behind it, and a cache changes nothing."""
+    policy = small_policy()
+    ids = torch.tensor([[3, 4, 5, 6], [4, 4, 6, 3], [7, 9, 2, 2]])
+    batch = PromptBatch(ids, torch.ones_like(ids).bool(), torch.arange(3))
+    settings: dict[str, Any] = {"completion_length": 12, "block_length": 4, "num_steps": 6, "block_causal": True}
+    made = sampler(**settings)(policy, batch, 1, CounterDraws(0))
+    for row in range(3):
+        canvas = ids[row]
+        for _ in range(3):
+            first = len(canvas)
+            canvas = torch.cat([canvas, torch.full((4,), policy.mask_token_id)])
+            block = ((torch.arange(len(canvas)) - 4) // 4).clamp(min=-1)
+            attention = (block[None, :] <= block[:, None])[None]
+            for _ in range(2):
+                probs = policy.head(policy.hidden(canvas[None], attention))[0].softmax(-1)
+                probs[:, policy.mask_token_id] = 0
+                best, token = probs.max(-1)
+                best = torch.where(canvas == policy.mask_token_id, best, -1.0)
+                for place in best[first:].argsort(descending=True, stable=True)[:2].tolist():
+                    canvas[first + place] = token[first + place]
+        assert torch.equal(made.completion_ids[row], canvas[4:])
+    plain = sampler(**{**settings, "block_causal": False})(policy, batch, 1, CounterDraws(0))
+    assert not torch.equal(plain.completion_ids, made.completion_ids)
+    padded = PromptBatch(
+        torch.cat([torch.zeros(3, 2, dtype=torch.int64), ids], 1),
+        torch.cat([torch.zeros(3, 2), torch.ones(3, 4)], 1).bool(),
+        batch.row_ids,
+    )
+    assert torch.equal(sampler(**settings)(policy, padded, 1, CounterDraws(0)).completion_ids, made.completion_ids)
+    for cache in (PrefixCache(KVCache), DualCache(KVCache)):
+        cached = sampler(**settings, cache=cache)
+        got = cached(policy, batch, 1, CounterDraws(0))
+        assert not cached.is_approximate
+        assert torch.equal(got.completion_ids, made.completion_ids)
+        torch.testing.assert_close(got.sampled_logprobs, made.sampled_logprobs)
+        assert got.num_tokens_forward < made.num_tokens_forward

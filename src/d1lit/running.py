@@ -289,8 +289,9 @@ def base_hash(plan: Plan) -> str:
     assert isinstance(config, dict)
     parts = {"model": config["model"], "task": config["task"], "seed": config["seed"], "torch": torch.__version__}
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
-    for row in (*plan.task.rows("test"), *plan.task.rows("val")):
-        digest.update(plan.task.source.identity(row).encode())
+    for task, _ in plan.task.portions(None):
+        for row in (*task.rows("test"), *task.rows("val")):
+            digest.update(task.source.identity(row).encode())
     package = Path(__file__).parent
     for name in ("tasks", "models", "modules", "data.py", "draws.py", "masking.py", "schedules.py", "losses"):
         for file in sorted([package / name] if name.endswith(".py") else (package / name).rglob("*.py")):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -12,7 +12,7 @@ from torch import Tensor
 from d1lit.data import CompletionBatch, EncodedRow, Layout, completion_batch, moved
 from d1lit.draws import CounterDraws
 from d1lit.losses import MaskedCrossEntropy
-from d1lit.masking import apply_mask
+from d1lit.masking import apply_mask, complementary_mask
 from d1lit.models import Policy
 from d1lit.modules.accounting import Meter, StageCost, UpdateMetrics, cost_metrics, machine_peak, over_ranks
 from d1lit.modules.optimizing import (
@@ -47,8 +47,16 @@ class MaskedSFT(L.LightningModule):
         seed: int,
         validation_rows: Sequence[EncodedRow] = (),
         layout: Layout | None = None,
+        token_weight: Callable[[Tensor], Tensor] | None = None,
+        complementary: bool = False,
     ) -> None:
         super().__init__()
+        middle = torch.tensor([0.3])
+        if complementary and abs(float(schedule.mask_prob(middle) + schedule.mask_prob(1 - middle)) - 1) > 0.01:
+            raise ValueError(
+                f"module.complementary: {type(schedule).__name__} does not hide at 1 - t what it shows at t, so the "
+                "complement of a mask has no weight. Try: schedule=linear"
+            )
         self.policy = policy
         self.schedule = schedule
         self.times = times
@@ -61,6 +69,10 @@ class MaskedSFT(L.LightningModule):
         self.draws = CounterDraws(seed)
         self.validation_rows = validation_rows
         self.layout = layout
+        self.token_weight = token_weight
+        """From the mask to one weight a token, in the place of the schedule's (Dream's CART)."""
+        self.complementary = complementary
+        """Also learn each row under the complement of its mask, so that every token is hidden once a step."""
         self.metrics = UpdateMetrics()
         self.meter = Meter(policy.work)
         self.cost = StageCost()
@@ -75,14 +87,23 @@ class MaskedSFT(L.LightningModule):
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def masked_loss(self, batch: CompletionBatch, draws: CounterDraws, times: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted cross-entropy of the hidden tokens; the head sees hidden positions only."""
+        """Weighted cross-entropy of the hidden tokens; with complements, the mean over both masks of the pair."""
         t = times(draws, batch.row_ids, batch.row_ids, batch.num_rows)
         is_masked = self.mask(draws, batch.row_ids, self.schedule.mask_prob(t), batch.is_target)
+        loss, metrics = self._view_loss(batch, is_masked, t)
+        if not self.complementary:
+            return loss, metrics
+        # 1 - t = 0 hides nothing there, but its weight must stay finite
+        rest, _ = self._view_loss(batch, complementary_mask(is_masked, batch.is_target), (1 - t).clamp(min=1e-3))
+        return (loss + rest) / 2, metrics
+
+    def _view_loss(self, batch: CompletionBatch, is_masked: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss under one mask; the head sees hidden positions only."""
         noised_ids = apply_mask(batch.ids, is_masked, self.policy.mask_token_id)
         hidden = self.policy.hidden(noised_ids, batch.attention)
         logprobs = self.policy.logprobs(hidden[is_masked], batch.ids[is_masked][:, None])[:, 0]
         nll = logprobs.new_zeros(batch.ids.shape).masked_scatter(is_masked, -logprobs)
-        weight = self.schedule.weight(t)
+        weight = self.schedule.weight(t) if self.token_weight is None else self.token_weight(is_masked)
         loss = self.loss(nll, weight, is_masked, batch.is_target, batch.num_targets, batch.num_rows)
         return loss, {
             "nll_per_masked_token": nll.detach().sum() / is_masked.sum().clamp(min=1),

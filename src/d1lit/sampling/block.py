@@ -14,7 +14,7 @@ from d1lit.sampling.commit import CumulativeEntropyBounded, EntropyBounded
 from d1lit.sampling.confidence import NegativeEntropy
 from d1lit.sampling.memory import PredictionChange, StableThreshold
 from d1lit.sampling.parts import Cells, CommitRule, Confidence, Memory, Proposal, RemaskRule, Standing, StepMemory
-from d1lit.sampling.prediction import Canvas, View, choose, entropies, evaluation_mode, predict
+from d1lit.sampling.prediction import Canvas, View, block_causal, choose, entropies, evaluation_mode, predict
 from d1lit.sampling.remask import Everything, with_shadow
 from d1lit.sampling.replay import approximation_nats
 from d1lit.sampling.rows import Rows, lay_out
@@ -80,6 +80,9 @@ class BlockSampler:
     """None: a token that is fixed stays."""
     memory: StepMemory | None = None
     """None: a step knows nothing of the predictions before it."""
+    block_causal: bool = False
+    """Block diffusion decoding (BD3LM, arXiv 2503.09573): a block sees the prompt, the blocks before it and itself, and
+    no masks behind it. For networks trained so; then a cache is exact."""
     record_trace: bool = False
     rows_per_forward: int | None = None
     """Most rows in one network call (a guided row counts twice); None: all of them."""
@@ -124,6 +127,10 @@ class BlockSampler:
             raise ValueError(
                 f"sampler.remask: {type(self.remask).__name__} lays a hidden copy of the block behind the canvas, which"
                 " guidance and caches do not know. Try: guidance=0 and no cache."
+            )
+        if self.block_causal and self.verifies:
+            raise ValueError(
+                "sampler.block_causal: a hidden copy of the block would see all of it. Try: no such remask."
             )
         if self.cache is not None and self.memory is not None and self.memory.looks_ahead:
             raise ValueError("sampler.cache: a memory that looks beyond the block needs all of it. Try: no cache.")
@@ -171,8 +178,8 @@ class BlockSampler:
 
     @property
     def is_approximate(self) -> bool:
-        """True under a cache, whose keys and values are stale."""
-        return self.cache is not None
+        """True under a cache, whose keys and values are stale unless no block sees what comes after it."""
+        return self.cache is not None and not self.block_causal
 
     def replay(self, policy: MaskPredictor, rollout: Rollout, num_rows: int) -> Float[Tensor, ""]:
         """Mean |log p of the exact network - log p recorded| of the chosen tokens, over some rows, in nats."""
@@ -342,6 +349,8 @@ class BlockSampler:
         """Logits at the cells, counted; the first forward of a block fills the cache where there is one."""
         attention = None if rows.attention is None else rows.attention[wave.index]
         canvas = Canvas(rows.ids[wave.index], attention, rows.prompt_length)
+        if self.block_causal:
+            canvas = block_causal(canvas, self.block_length)
         keep, length = rows.prompt_length + cells.positions, rows.ids.shape[1]
         if self.verifies:
             canvas = with_shadow(canvas, rows.prompt_length + wave.first, self.block_length, policy.mask_token_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -49,6 +49,19 @@ class Canvas:
     """None: the place in the canvas."""
 
 
+def block_causal(canvas: Canvas, block_length: int) -> Canvas:
+    """The canvas with every block seeing the prompt, the blocks before it and itself; the prompt sees itself."""
+    ids, start = canvas.ids, canvas.prompt_length
+    block = (
+        (torch.arange(ids.shape[1], device=ids.device) - start).div(block_length, rounding_mode="floor").clamp(min=-1)
+    )
+    seen = block[None, :] <= block[:, None]
+    if canvas.attention is not None:
+        own = torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)  # padding sees itself, not nothing
+        return replace(canvas, attention=(seen & canvas.attention[:, None]) | own)
+    return replace(canvas, attention=seen.expand(len(ids), -1, -1))
+
+
 def guided(
     conditional: Float[Tensor, "n M V"], unconditional: Float[Tensor, "n M V"], guidance: float
 ) -> Float[Tensor, "n M V"]:
@@ -81,6 +94,7 @@ def predict(
     if view is not None:
         start, stop = view.span
         ids, keep, cache = ids[:, start:stop], keep - start, view.cache
+        attention = attention[:, start:stop] if attention is not None and attention.dim() == 3 else attention
     logits = policy.head(policy.hidden(ids, attention, canvas.position_ids, keep, cache))
     if not guidance:
         return logits

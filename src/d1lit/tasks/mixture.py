@@ -103,6 +103,11 @@ class MixedTask:
         return max(task.max_prompt_length for task in self.tasks.values())
 
     @property
+    def max_test_prompt_length(self) -> int:
+        """Most tokens of a validation or test prompt of any member."""
+        return max(task.max_test_prompt_length for task in self.tasks.values())
+
+    @property
     def template(self) -> Template:
         """The first member's template, after the check that all are graded alike.
 
