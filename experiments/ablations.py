@@ -63,7 +63,6 @@ STUDIES = {
         "mu4",
         {
             "mu1": "each rollout used once: 8 updates",
-            "mu2": "twice: 16 updates",
             "mu4": "four times: 32 updates",
             "mu8": "eight times: 64 updates",
         },
@@ -77,7 +76,6 @@ STUDIES = {
             "clipped": "d1: token ratios clipped at 0.5, mean over tokens",
             "reinforce": "no ratio, no clip",
             "wd1": "weighted likelihoods, no ratio",
-            "dr_grpo": "token ratios clipped at 0.2, a constant length",
         },
         GRPO,
         "grpo",
@@ -236,7 +234,7 @@ def write_plot(results: dict[str, Any]) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------- page
 
-TABLE = re.compile(r"(?<=<!-- table -->\n)\n.*?(?=<!-- end of table -->)", re.DOTALL)
+TABLE = re.compile(r"(?<=<!-- table -->\n).*?(?=<!-- end of table -->)", re.DOTALL)
 
 
 def write_page(page: str, table: str) -> str:
