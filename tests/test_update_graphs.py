@@ -57,9 +57,12 @@ def graphs_for(device: str, keep_multiple: int) -> tuple[ForwardGraphs, PairTape
 
 
 def train(policy: Policy, device: str, autocast: bool) -> list[list[Tensor]]:
-    """Three optimizer steps of three micro-batches of two shapes; the gradients of each step."""
+    """Three optimizer steps of three micro-batches of two shapes; the gradients of each step.
+
+    Steps are short, so that a rounding of the first does not grow into another course of training.
+    """
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=0.05)
+    optimizer = torch.optim.SGD(trained, lr=1e-5)
     generator = torch.Generator().manual_seed(7)
     found = []
     for _ in range(3):
@@ -70,11 +73,23 @@ def train(policy: Policy, device: str, autocast: bool) -> list[list[Tensor]]:
             weight = torch.randn(2, 5, 32, generator=generator).to(device)
             with torch.autocast(device, torch.bfloat16) if autocast else nullcontext():
                 hidden = policy.hidden(ids, seen, keep=keep)
-            (hidden.float() * weight).sum().backward()
+            (hidden.float() * weight).mean().backward()
         found.append([parameter.grad.clone() for parameter in trained if parameter.grad is not None])
         optimizer.step()
         optimizer.zero_grad()
     return found
+
+
+def largest_difference(one: list[Tensor], other: list[Tensor]) -> float:
+    """Of the gradients of any parameter, relative to its norm (or to a hundredth of the largest parameter's)."""
+    assert len(one) == len(other) > 0
+    least = 0.01 * max(float(theirs.norm()) for theirs in other)
+    pairs = zip(one, other, strict=True)
+    return max(float((ours - theirs).norm()) / max(float(theirs.norm()), least) for ours, theirs in pairs)
+
+
+ROUNDING = {False: 1e-4, True: 5e-2}
+"""Under autocast products are in bfloat16, which has eight bits: a rounding is 4e-3, and there are some in a row."""
 
 
 def compare(device: str, make: Callable[[], Policy], autocast: bool, keep_multiple: int) -> None:
@@ -83,13 +98,9 @@ def compare(device: str, make: Callable[[], Policy], autocast: bool, keep_multip
     expected, found = train(plain, device, autocast), train(replayed, device, autocast)
     assert replayed.graphs.num_graphs == 2
     assert device == "cuda" or tape.replays == 9 - 2, "all but the first of each shape"
-    for one, other in zip(found, expected, strict=True):
-        assert len(one) == len(other) > 0
-        for ours, theirs in zip(one, other, strict=True):
-            if keep_multiple == 1 and device == "cpu":
-                assert torch.equal(ours, theirs)
-            else:  # products of another shape, or by another of a GPU's algorithms, round otherwise
-                assert (ours - theirs).norm() <= (3e-2 if autocast else 1e-5) * theirs.norm()
+    for ours, theirs in zip(found, expected, strict=True):
+        # Products of another shape, or by another of a GPU's algorithms, round otherwise.
+        assert largest_difference(ours, theirs) <= (0 if keep_multiple == 1 and device == "cpu" else ROUNDING[autocast])
     assert vars(plain.work) == vars(replayed.work)
 
 
@@ -97,6 +108,31 @@ def compare(device: str, make: Callable[[], Policy], autocast: bool, keep_multip
 @pytest.mark.parametrize(("make", "autocast"), [(adapted, False), (adapted, True), (network, False)])
 def test_gradients_are_those_of_plain_passes(make: Callable[[], Policy], autocast: bool, keep_multiple: int) -> None:
     compare("cpu", make, autocast, keep_multiple)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("fault", ["a kept position", "a micro-batch", "rounding"])
+def test_the_comparison_tells_a_fault_from_rounding(fault: str, autocast: bool, monkeypatch) -> None:
+    """Rounding of the size of a number type passes; one of thirty kept positions left out does not."""
+    hidden, calls = Policy.hidden, []
+
+    def faulty(policy: Policy, ids: Tensor, attention: Tensor | None, keep: Tensor) -> Tensor:
+        result = hidden(policy, ids, attention, keep=keep)
+        calls.append(ids)
+        if fault == "rounding":
+            noise = torch.randn(result.shape, generator=torch.Generator().manual_seed(len(calls)))
+            return result * (1 + noise * (2.0**-9 if autocast else 2.0**-24))
+        if len(calls) != 5:
+            return result
+        blind = torch.ones(result.shape)
+        blind[(0, 1) if fault == "a kept position" else slice(None)] = 0
+        return result * blind + (result * (1 - blind)).detach()
+
+    expected = train(adapted(), "cpu", autocast)
+    monkeypatch.setattr(Policy, "hidden", faulty)
+    found = train(adapted(), "cpu", autocast)
+    differences = [largest_difference(ours, theirs) for ours, theirs in zip(found, expected, strict=True)]
+    assert (max(differences) <= ROUNDING[autocast]) == (fault == "rounding"), differences
 
 
 def reasons(policy: Policy, run: Callable[[Policy], Tensor], caplog: pytest.LogCaptureFixture) -> list[str]:

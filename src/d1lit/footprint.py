@@ -15,7 +15,7 @@ from d1lit.costs import (
     scoring_flops,
 )
 from d1lit.models import LoraSettings, MaskedDiffusionConfig
-from d1lit.models.head import GPU_TAIL_BYTES, default_budget, rows_per_chunk
+from d1lit.models.head import GPU_TAIL_BYTES, default_budget, tile_shape
 from d1lit.models.lora import adapt, lora_layers
 from d1lit.models.presets import build_on_meta
 from d1lit.models.quantizing import BITS_PER_WEIGHT
@@ -114,13 +114,8 @@ class Work:
 
     @property
     def casts(self) -> int:
-        """Bytes of a half-precision copy of an adapter in float32, which autocast makes once for a forward."""
+        """Bytes of half-precision copies of an adapter in float32, which its products keep for their backward pass."""
         return self.counts.adapter * self.itemsize if self.counts.adapter and self.itemsize < self.wide else 0
-
-    @property
-    def head(self) -> int:
-        """Bytes that the head's tile may take."""
-        return default_budget("cuda" if self.on_gpu else "cpu")
 
     @property
     def tokens(self) -> int:
@@ -217,24 +212,32 @@ def block_scratch(work: Work, with_gradient: bool) -> int:
     return max(attention, (2 * width + 3 * mlp) * work.itemsize + width * work.wide + adapted)
 
 
+def _head_scratch(work: Work, positions: int) -> int:
+    """Bytes of logits: a tile is formed while the one before still stands, unless the first holds the vocabulary."""
+    vocabulary, budget = work.config.vocab_size, default_budget("cuda" if work.on_gpu else "cpu")
+    rows, columns = tile_shape(positions, vocabulary, budget, work.wide)
+    return rows * min(2 * columns, vocabulary) * work.wide
+
+
 def _update_bytes(work: Work) -> int:
     config, tokens = work.config, work.tokens
     layers = config.num_hidden_layers
     chunked = work.views_per_chunk is not None and work.views_per_chunk < work.views
     scratch = tokens * block_scratch(work, with_gradient=True)
     if work.recomputes_blocks:
-        inputs = tokens * layers * config.hidden_size * work.itemsize
-        forward = inputs + work.casts + tokens * block_scratch(work, with_gradient=False)
-        body = max(forward, inputs + tokens * kept_by_block(work) + scratch)
+        kept = tokens * layers * config.hidden_size * work.itemsize
+        moment = tokens * kept_by_block(work) + scratch
     else:
-        body = tokens * layers * kept_by_block(work) + scratch + work.casts
+        kept = tokens * layers * kept_by_block(work) + work.casts
+        moment = scratch
     positions = work.views * work.scored
     finals = positions * config.hidden_size * (work.itemsize + work.wide)  # hidden states and E_p[W] or its like
-    rows = min(positions, rows_per_chunk(config.vocab_size, work.head, work.wide))
-    head = 2 * rows * config.vocab_size * work.wide
+    head = _head_scratch(work, positions)
     if work.counts.adapter == 0:
-        head += 2 * work.counts.head * work.wide  # the head's gradient, summed up in full precision
-    return finals + (max(body, head) if chunked else body + head - min(head, scratch))
+        # The head's gradient, summed up in full precision, stays while the blocks' are computed.
+        head += 2 * work.counts.head * work.wide
+        moment += 0 if chunked else max(0, head - scratch)
+    return finals + max(kept + moment, head if chunked else kept + head)
 
 
 def _rollout_bytes(work: Work) -> int:
@@ -255,10 +258,8 @@ def _rollout_bytes(work: Work) -> int:
 def _scoring_bytes(work: Work) -> int:
     joined = work.views * work.corruptions_at_once
     views = min(joined, work.views_per_chunk or joined)
-    positions = views * work.scored
-    rows = min(positions, rows_per_chunk(work.config.vocab_size, work.head, work.wide))
-    head = 2 * rows * work.config.vocab_size * work.wide
-    return work.casts + max(views * work.length * block_scratch(work, with_gradient=False), head)
+    scratch = views * work.length * block_scratch(work, with_gradient=False)
+    return max(scratch, _head_scratch(work, views * work.scored))
 
 
 # ----------------------------------------------------------------------------------------------------------- operations
