@@ -134,8 +134,17 @@ def kept(tmp_path_factory):
         "wrong.jsonl": SUDOKU.replace("4132234114233214", "1111111111111111"), "blank.jsonl": "\n\n",
     }.items():  # fmt: skip
         (home / name).write_text(text)
-    row = {"id": "a", "question": "q", "tests": ["assert f(1) == 1"], "entry_point": "f", "shown": [], "answer": ""}
-    (home / "code.jsonl").write_text(json.dumps({"completion": "```python\ndef f(x): return x\n```", "example": row}))
+    row = {
+        "id": "a",
+        "question": "q",
+        "prompt": "",
+        "setup": "",
+        "tests": ["assert f(1) == 1"],
+        "entry_point": "f",
+        "answer": "",
+    }
+    answer = "<answer>```python\ndef f(x): return x\n```</answer>"
+    (home / "code.jsonl").write_text(json.dumps({"completion": answer, "example": row}))
     run_folder(home / "random", good, ["task=sudoku", "debug=fast", "model.path=null"])
     run_folder(home / "asks", good, ["task=countdown", "debug=fast"])
     shutil.copytree(good, home / "compared" / "model")
@@ -173,7 +182,7 @@ def here(kept, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.setattr("d1lit.rewards.sandbox.sys.platform", "darwin")
+    monkeypatch.delattr("os.memfd_create", raising=False)  # as on another system than Linux
     monkeypatch.setattr(sys, "stdin", io.StringIO("what is 2 + 2\n"))
     yield kept
     shutil.rmtree(kept / "out", ignore_errors=True)
