@@ -83,10 +83,15 @@ def compare(words: Sequence[str]) -> int:
     form.add_argument("--csv", action="store_true", help="the accuracies, with all their digits")
     form.add_argument("--markdown", action="store_true", help="all tables as Markdown")
     form.add_argument("--latex", action="store_true", help="all tables as LaTeX (booktabs)")
+    parser.add_argument("--by-seed", action="store_true", help="a row for each seed, and differences for each seed")
+    parser.add_argument("--metric", metavar="NAME", help="with --by-seed: a measure of the rows, such as cell_accuracy")
     given = parser.parse_args(list(words))
+    if given.metric is not None and not given.by_seed:
+        parser.error("argument --metric: stands with --by-seed only")
 
     def act() -> int:
         from d1lit.report import tables
+        from d1lit.report.by_seed import seed_tables
         from d1lit.report.comparing import compare as compared
         from d1lit.report.comparing import compare_pairs
         from d1lit.report.runs import read_runs
@@ -96,7 +101,14 @@ def compare(words: Sequence[str]) -> int:
         if given.csv:
             print(tables.as_csv(cells), end="")
             return 0
-        shown = [tables.results_table(cells), tables.pairs_table(compare_pairs(runs)), tables.differences_table(runs)]
+        if given.by_seed:
+            shown = seed_tables(runs, given.metric)
+        else:
+            shown = [
+                tables.results_table(cells),
+                tables.pairs_table(compare_pairs(runs)),
+                tables.differences_table(runs),
+            ]
         shown = [table for table in shown if table.rows]
         if given.markdown or given.latex:
             print(
