@@ -236,7 +236,8 @@ def write_results(file: Path, results: Mapping[str, Any]) -> None:
 
 
 def quiet_libraries() -> None:
-    """Leave the console to what the run itself has to say; warnings and errors still come through."""
+    """Leave the console to what the run itself has to say; warnings and errors still come through, a line each."""
+    warnings.formatwarning = _plain_warning
     for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*The number of training batches.*"):
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -252,6 +253,13 @@ def _one_line(
     """Our own warnings speak to the user, not of a place in the code."""
     ours = filename.startswith(str(Path(__file__).parent))
     return f"warning: {message}\n" if ours else f"{filename}:{lineno}: {category.__name__}: {message}\n"
+
+
+def _plain_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning without the place in our code that nobody asked for."""
+    return f"warning: {' '.join(str(message).split())}\n"
 
 
 @dataclass(frozen=True)
