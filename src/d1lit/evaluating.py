@@ -83,7 +83,7 @@ def _check_distinct(config: DictConfig) -> None:
         twice = [value for value, count in Counter(values).items() if count > 1]
         if twice or (key == "seeds" and not values):
             cause = f"{twice[0]} stands twice" if twice else "none is named"
-            raise ConfigError(key, cause, f"{key}=[0,1,2]" if key == "seeds" else f"{key}=[128,256]")
+            raise ConfigError(key, cause, f"{key}=[0,1,2]" if key == "seeds" else f"{key}=[128,256]", "E201")
 
 
 def _weights_seen(config: DictConfig) -> str:
