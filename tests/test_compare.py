@@ -1,8 +1,11 @@
 """Tables over runs: numbers against longhand, names against what was said, forms against what reads them."""
 
 import csv
+import importlib.util
 import io
+import json
 import math
+import random
 import statistics
 
 import pytest
@@ -13,7 +16,7 @@ from d1lit.report.comparing import compare, compare_pairs
 from d1lit.report.runs import differing_settings, read_run, read_runs, variants
 from d1lit.report.tables import Table, as_csv, as_latex, as_markdown, differences_table, pairs_table, results_table
 from d1lit.statistics import wilson_interval
-from tests.real_runs import copy_of, known_run, real_run
+from tests.real_runs import ROOT, copy_of, known_run, real_run
 
 T, F = True, False
 
@@ -143,6 +146,31 @@ def test_the_command_prints_the_real_runs_numbers(tmp_path, capsys):
     for form in ([], ["--markdown"], ["--latex"]):
         assert commands.compare([str(run), str(copy_of(run, tmp_path / f"copy{len(form)}{form[:1]}")), *form]) == 0
         assert "sudoku" in capsys.readouterr().out
+
+
+def test_a_measure_by_seed_is_the_studys_own_table(tmp_path, capsys):
+    """`d1lit compare --by-seed` and experiments/recipes/analyse.py read the same numbers out of the same runs."""
+    module = importlib.util.spec_from_file_location("analyse", ROOT / "experiments" / "recipes" / "analyse.py")
+    assert module is not None
+    assert module.loader is not None
+    analyse = importlib.util.module_from_spec(module)
+    module.loader.exec_module(analyse)
+    rng = random.Random(0)
+    for recipe in ("sft", "d1"):
+        for seed in (11, 12):
+            folder = known_run(tmp_path / f"{recipe}{seed}", [F] * 12, recipe=recipe, seed=seed)
+            file = folder / "evaluations" / "final.jsonl"
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            texts = [json.dumps({**row, "extra": {"cell_accuracy": rng.random()}}) + "\n" for row in reversed(rows)]
+            file.write_text("".join(texts))
+    folders = sorted(str(folder) for folder in tmp_path.iterdir())
+    assert commands.compare([*folders, "--by-seed", "--metric", "cell_accuracy", "--markdown"]) == 0
+    printed = capsys.readouterr().out
+    runs = analyse.read(tmp_path)
+    for seed in (11, 12):
+        d1, sft = (analyse.cells(runs[recipe][seed], "grpo") for recipe in ("d1", "sft"))
+        assert f"| {seed} | {100 * d1.mean():.1f} | {100 * sft.mean():.1f} |" in printed
+        assert f"| {seed} | {analyse.shown(analyse.difference(sft, d1)).strip('*')} |" in printed
 
 
 def test_the_same_folder_twice_counts_once():

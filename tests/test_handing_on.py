@@ -161,4 +161,4 @@ def test_help_lists_every_command(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2
-    assert "no command 'comparee'" in capsys.readouterr().err
+    assert capsys.readouterr().err == "error: comparee: no such command. Try: d1lit compare [E101]\n"

@@ -6,7 +6,7 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "d1lit"
 
 LAYERS: list[set[str]] = [
-    {"types", "draws", "security", "processes"},
+    {"errors", "types", "draws", "security", "processes"},
     {"schedules", "masking", "estimators", "advantages", "losses", "rewards", "statistics", "costs"},
     {"models"},
     {"scoring", "sampling", "footprint"},

@@ -22,6 +22,7 @@ from d1lit.components import (
     check_watchers,
 )
 from d1lit.data import BatchPlan, CompletionRows, EncodedRow, PromptCycles
+from d1lit.errors import ConfigError
 from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.losses.clipped import ClippedPolicyLoss
 from d1lit.losses.terms import micro_batch_token_mean
@@ -44,7 +45,7 @@ from d1lit.sampling import BlockSampler
 from d1lit.strategies import fsdp
 from d1lit.tasks import AnyTask, MixedTask, Split, Task, graded_text
 from d1lit.types import LogProbEstimator, PolicyLoss, Sampler, Schedule
-from d1lit.validation import ConfigError, as_config_error, under
+from d1lit.validation import as_config_error, under
 from d1lit.values import check_values
 
 KINDS: dict[str, type] = {
@@ -197,10 +198,10 @@ def _check_quantized(config: DictConfig, stage: StageParts) -> None:
     key = f"stages.{stage.name}.lora.quantize"
     strategy = build(config, "strategy")
     if isinstance(strategy, partial) and strategy.func is fsdp:
-        raise ConfigError("strategy", "fsdp cannot shard weights of four bits", f"strategy=ddp, or {key}=null")
+        raise ConfigError("strategy", "fsdp cannot shard weights of four bits", f"strategy=ddp, or {key}=null", "E207")
     if isinstance(stage.module, partial) and stage.module.keywords.get("merge_for_rollouts"):
         cause = "an adapter does not fit into weights of four bits"
-        raise ConfigError(f"stages.{stage.name}.module.merge_for_rollouts", cause, f"false, or {key}=null")
+        raise ConfigError(f"stages.{stage.name}.module.merge_for_rollouts", cause, f"false, or {key}=null", "E207")
     if not config.dry_run:
         try:
             check_bitsandbytes()
@@ -213,13 +214,13 @@ def _check_is_d1(config: DictConfig) -> None:
     for group, kind in (("estimator", OneStepEstimator), ("loss", ClippedPolicyLoss)):
         if config[group]._target_ != f"{kind.__module__}.{kind.__qualname__}":
             cause = f"the recipe {config.recipe.name} has not d1's {group}, whose accidents these are"
-            raise ConfigError("paper_compat", cause, "recipe=d1, grpo or sft, or paper_compat=false")
+            raise ConfigError("paper_compat", cause, "recipe=d1, grpo or sft, or paper_compat=false", "E207")
 
 
 def _stage(config: DictConfig, key: str, name: str, world_size: int) -> StageParts:
     node = OmegaConf.select(config, key)
     if node is None:
-        raise ConfigError("recipe.stages", f"no stage {name!r}", f"a defaults entry /stage@stages.{name}")
+        raise ConfigError("recipe.stages", f"no stage {name!r}", f"a defaults entry /stage@stages.{name}", "E209")
     lora = node.lora
     try:
         settings = None if lora is None else LoraSettings(**OmegaConf.to_container(lora, resolve=True))  # type: ignore[arg-type]
@@ -253,7 +254,7 @@ def _check_stage(config: DictConfig, key: str, stage: StageParts, world_size: in
     aggregate = getattr(arguments.get("loss"), "aggregate", None)
     if stage.fits_memory and isinstance(aggregate, partial) and aggregate.func is micro_batch_token_mean:
         cause = "null, but the loss is a mean over each micro-batch, whose size would follow from the device"
-        raise ConfigError(f"{key}.micro_batch_size", cause, "1, as d1")
+        raise ConfigError(f"{key}.micro_batch_size", cause, "1, as d1", "E207")
     if "advantage" in arguments:
         check_advantage("advantage", arguments["advantage"])
     check_optimizer(key, stage.optimizer, stage.lr_schedule, stage.max_updates)
@@ -271,18 +272,18 @@ def _check_kind(config: DictConfig, key: str, name: str, built: Any, kind: type)
     place = name if OmegaConf.is_interpolation(node, name) else f"{key}.{name}"
     if not isinstance(built, kind):
         cause = f"{node[name]._target_} makes a {type(built).__name__}, which is no {kind.__name__}"
-        raise ConfigError(f"{place}._target_", cause, f"a choice of the group {name}")
+        raise ConfigError(f"{place}._target_", cause, f"a choice of the group {name}", "E204")
 
 
 def _world_size(config: DictConfig) -> int:
     """Processes of the run: those that were started from outside, or those that are asked for."""
     devices = config.trainer.devices
     if not isinstance(devices, int) or devices < 1:
-        raise ConfigError("trainer.devices", f"{devices!r} is not a number of devices", "trainer.devices=1")
+        raise ConfigError("trainer.devices", f"{devices!r} is not a number of devices", "trainer.devices=1", "E601")
     asked, there = devices * config.trainer.num_nodes, place().world_size
     if there > 1 and asked not in (1, there):
         cure = f"trainer.devices={there // config.trainer.num_nodes}, or leave it out"
-        raise ConfigError("trainer.devices", f"{asked} processes are asked for and {there} were started", cure)
+        raise ConfigError("trainer.devices", f"{asked} processes are asked for and {there} were started", cure, "E601")
     return max(asked, there)
 
 
@@ -296,7 +297,7 @@ def processes_to_start(config: DictConfig) -> int:
         return 1
     if config.trainer.num_nodes > 1:
         cause = f"nobody has started the processes of {config.trainer.num_nodes} machines"
-        raise ConfigError("trainer.num_nodes", cause, "srun or torchrun on every machine (docs/scaling.md)")
+        raise ConfigError("trainer.num_nodes", cause, "srun or torchrun on every machine (docs/scaling.md)", "E601")
     return config.trainer.devices
 
 
@@ -339,7 +340,9 @@ def _check_rows(plan: Plan, tokenizer: Any, trains: bool) -> None:
     try:
         if not evaluation_rows(plan, tokenizer):
             split = plan.config.evaluation.split
-            raise ConfigError("evaluation.split", f"the {split} rows are none", "test, or task.val_rows above 0")
+            raise ConfigError(
+                "evaluation.split", f"the {split} rows are none", "test, or task.val_rows above 0", "E305"
+            )
         for stage in plan.stages if trains else ():
             plan.rows_of(stage, tokenizer)
     except ConfigError:
@@ -444,6 +447,7 @@ def evaluation_sampler(plan: Plan, completion_length: int | None) -> BlockSample
             "evaluation.lengths",
             f"{completion_length} is not a multiple of the block length {block}",
             f"evaluation.lengths=[{completion_length // block * block or block}]",
+            "E202",
         )
     steps = max(1, round(completion_length * sampler.num_steps / sampler.completion_length))
     return replace(sampler, completion_length=completion_length, num_steps=steps, block_length=block)

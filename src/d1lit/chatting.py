@@ -18,12 +18,13 @@ from torch import Tensor
 from d1lit.build import decode
 from d1lit.data import EncodedRow, prompt_batch
 from d1lit.draws import CounterDraws
+from d1lit.errors import ConfigError
 from d1lit.models import Policy, encode_prompt
 from d1lit.opening import OpenRun, open_run
 from d1lit.report.markup import visible
 from d1lit.tasks.prompting import render
 from d1lit.types import Draws
-from d1lit.validation import ConfigError
+from d1lit.validation import as_config_error
 
 HELP = "Type a question and press Enter. /raw TEXT sends TEXT as it stands, /again asks once more, /quit ends."
 
@@ -112,7 +113,7 @@ def chat(
             answer(run, text, turn, temperature, console, live=interactive)
         except ValueError as error:
             failed = True
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {as_config_error(error, 'chat')}", file=sys.stderr)
 
 
 def answer(run: OpenRun, text: str, turn: int, temperature: float | None, console: Console, live: bool) -> str:
@@ -155,7 +156,7 @@ def prompt_ids(run: OpenRun, text: str) -> list[int]:
     if len(fields) != 1:
         example = next(iter(run.plan.task.rows("test")))
         cure = f"/raw and the whole prompt, such as /raw {' '.join(render(template, example)[1].split())}"
-        raise ConfigError("chat", f"the prompt of {run.plan.task.name} needs more than a question", cure)
+        raise ConfigError("chat", f"the prompt of {run.plan.task.name} needs more than a question", cure, "E805")
     turns = render(template, {"id": "chat", fields.pop(): text})
     return encode_prompt(run.tokenizer, *turns)
 

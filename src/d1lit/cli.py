@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d1lit.commands import COMMANDS
+from d1lit.commands import COMMANDS, no_such_command, refused
 
 if TYPE_CHECKING:
     from d1lit.validation import Jobs
@@ -68,17 +68,16 @@ def main() -> None:
     }
     words = sys.argv[1:]
     if not words or words[0] not in commands:
-        asked = words in (["--help"], ["-h"], ["help"])
+        if words and words not in (["--help"], ["-h"], ["help"]):
+            sys.exit(refused(no_such_command(words[0], list(commands))))
         lines = [f"  {name:<9} {text}" for name, (_, text) in commands.items()]
-        wrong = [] if asked or not words else [f"error: no command {words[0]!r}"]
-        text = "\n".join([*wrong, "usage: d1lit COMMAND ...", *lines, "d1lit COMMAND --help says more."])
-        print(text, file=sys.stdout if asked else sys.stderr)
-        sys.exit(0 if asked else 2)
+        print("\n".join(["usage: d1lit COMMAND ...", *lines, "d1lit COMMAND --help says more."]))
+        sys.exit(0)
     sys.exit(commands[words[0]][0](words[1:]))
 
 
 def train(words: Sequence[str]) -> int:
-    """`train.py`: exit status 0, 2 for a configuration that cannot run."""
+    """`train.py`: exit status 0, 2 for a configuration that cannot run, 1 for a run that failed."""
     if _asks_help(words):
         print(TRAIN_HELP.format(groups=_groups()))
         return 0
@@ -107,12 +106,12 @@ def train(words: Sequence[str]) -> int:
         if processes_to_start(config) > 1 and not config.dry_run:
             return launch([*_ITSELF, "train", *words], processes_to_start(config))
         return run_training(config, jobs.overrides[0], plan)
-    except ValueError as error:
-        return _refused(error)
+    except Exception as error:
+        return refused(error)
 
 
 def evaluate(words: Sequence[str]) -> int:
-    """`evaluate.py`: exit status 0, 2 for a configuration that cannot run."""
+    """`evaluate.py`: exit status 0, 2 for a configuration that cannot run, 1 for a run that failed."""
     if _asks_help(words):
         print(EVALUATE_HELP.format(groups=_groups()))
         return 0
@@ -135,21 +134,9 @@ def evaluate(words: Sequence[str]) -> int:
             return launch([*_ITSELF, "evaluate", *words], processes_to_start(jobs.configs[0]))
         for config in jobs.configs:
             run_evaluation(config)
-    except ValueError as error:
-        return _refused(error)
+    except Exception as error:
+        return refused(error)
     return 0
-
-
-def _refused(error: ValueError) -> int:
-    """Say what is wrong in one line; an error that is no user's keeps its traceback."""
-    from d1lit.processes import is_first
-    from d1lit.validation import as_config_error, is_about_configuration
-
-    if not is_about_configuration(error):
-        raise error
-    if is_first():
-        print(f"error: {as_config_error(error)}", file=sys.stderr)
-    return 2
 
 
 def _sweep(words: Sequence[str], jobs: Jobs) -> int:
@@ -214,19 +201,19 @@ def _where_to_look(words: Sequence[str]) -> list[str]:
 
 def _overrides_of_run(words: Sequence[str]) -> list[str]:
     """What the evaluated run was started with, as far as the command line does not say otherwise."""
-    from d1lit.validation import ConfigError
+    from d1lit.errors import ConfigError
 
     run = next((word.split("=", 1)[1] for word in words if word.startswith("run=")), None)
     if run is None:
         return []
     file = Path(run) / "overrides.json"
     if not file.is_file():
-        raise ConfigError("run", f"{run} is not a run's folder", "a folder that train.py has made")
+        raise ConfigError("run", f"{run} is not a run's folder", "a folder that train.py has made", "E504")
     said = {word.split("=", 1)[0].lstrip("+~") for word in words} | {"run_dir", "resume", "dry_run"}
     try:
         stored = [str(word) for word in json.loads(file.read_text(encoding="utf-8"))]
     except (ValueError, TypeError) as error:
-        raise ConfigError("run", f"{file} is not what train.py wrote ({error})", "another run") from None
+        raise ConfigError("run", f"{file} is not what train.py wrote ({error})", "another run", "E504") from None
     keys = [(word, word.split("=", 1)[0].lstrip("+~")) for word in stored]
     return [word for word, key in keys if key not in said and not key.startswith("hydra.")]
 

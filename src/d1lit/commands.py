@@ -3,25 +3,76 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
+
+from d1lit.errors import ConfigError, RunError, explained, from_system, out_of_memory
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells everybody, when imported, what it lacks on a CPU
+
+
+class _Parser(argparse.ArgumentParser):
+    """One whose complaints are of the catalogue."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say it in one line; exit status 2."""
+        match = re.match(r"argument (\S+?)(?:/\S+)*: (.*)", message)
+        key, cause, code = (match[1], match[2], "E110") if match else (self.prog.split()[-1], message, "E101")
+        sys.exit(refused(ConfigError(key, cause, f"{self.prog} --help", code)))
 
 
 def _parser(name: str, text: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=f"d1lit {name}", description=text, allow_abbrev=False)
+    return _Parser(prog=f"d1lit {name}", description=text, allow_abbrev=False)
+
+
+def no_such_command(word: str, known: Sequence[str]) -> ConfigError:
+    """For a first word that is no command."""
+    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return ConfigError(word, "no such command", f"d1lit {nearest[0] if nearest else '--help'}", "E101")
+
+
+def refused(error: Exception) -> int:
+    """Say what is wrong in one line; an error that is no user's keeps its traceback.
+
+    Returns:
+        Exit status: 2 for what was refused, 1 for what broke off.
+    """
+    from d1lit.validation import as_config_error, is_about_configuration
+
+    rank = 0
+    if {"RANK", "SLURM_PROCID"} & os.environ.keys():
+        from d1lit.processes import place
+
+        rank = place().rank
+    if isinstance(error, ValueError) and is_about_configuration(error):
+        if rank == 0:
+            print(f"error: {as_config_error(error)}", file=sys.stderr)
+        return 2
+    said = error if isinstance(error, RunError) else out_of_memory(error)
+    if isinstance(error, OSError):
+        said = from_system(error)
+    if said is None:
+        raise error
+    print(f"error: {said}" if rank == 0 else f"error in process {rank}: {said}", file=sys.stderr)
+    return 1
 
 
 def _guarded(act: Callable[[], int]) -> int:
-    """What a user can cause is one line and exit status 2."""
+    """What a user can cause is one line and an exit status."""
     try:
         return act()
-    except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except BrokenPipeError:
         return 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return refused(error)
 
 
 def compare(words: Sequence[str]) -> int:
@@ -32,10 +83,15 @@ def compare(words: Sequence[str]) -> int:
     form.add_argument("--csv", action="store_true", help="the accuracies, with all their digits")
     form.add_argument("--markdown", action="store_true", help="all tables as Markdown")
     form.add_argument("--latex", action="store_true", help="all tables as LaTeX (booktabs)")
+    parser.add_argument("--by-seed", action="store_true", help="a row for each seed, and differences for each seed")
+    parser.add_argument("--metric", metavar="NAME", help="with --by-seed: a measure of the rows, such as cell_accuracy")
     given = parser.parse_args(list(words))
+    if given.metric is not None and not given.by_seed:
+        parser.error("argument --metric: stands with --by-seed only")
 
     def act() -> int:
         from d1lit.report import tables
+        from d1lit.report.by_seed import seed_tables
         from d1lit.report.comparing import compare as compared
         from d1lit.report.comparing import compare_pairs
         from d1lit.report.runs import read_runs
@@ -45,7 +101,14 @@ def compare(words: Sequence[str]) -> int:
         if given.csv:
             print(tables.as_csv(cells), end="")
             return 0
-        shown = [tables.results_table(cells), tables.pairs_table(compare_pairs(runs)), tables.differences_table(runs)]
+        if given.by_seed:
+            shown = seed_tables(runs, given.metric)
+        else:
+            shown = [
+                tables.results_table(cells),
+                tables.pairs_table(compare_pairs(runs)),
+                tables.differences_table(runs),
+            ]
         shown = [table for table in shown if table.rows]
         if given.markdown or given.latex:
             print(
@@ -112,7 +175,7 @@ def play(words: Sequence[str]) -> int:
         from d1lit.playing import play as played
 
         if given.group is not None and given.group < 1:
-            raise ValueError(f"--group: {given.group} completions make no group. Try: --group 4")
+            raise ConfigError("--group", f"{given.group} completions make no group", "--group 4", "E110")
         files = played(
             given.run,
             given.row,
@@ -159,7 +222,7 @@ def chat(words: Sequence[str]) -> int:
         from d1lit.chatting import chat as talk
 
         if given.temperature is not None and given.temperature < 0:
-            raise ValueError(f"--temperature: {given.temperature} is below 0. Try: --temperature 0")
+            raise ConfigError("--temperature", f"{given.temperature} is below 0", "--temperature 0", "E110")
         return talk(given.run, temperature=given.temperature, words=given.words, trusted=given.trust)
 
     return _guarded(act)
@@ -270,7 +333,7 @@ def harness(words: Sequence[str]) -> int:
 
         tasks = [word for word in given.tasks if "=" not in word]
         if not tasks:
-            raise ValueError("harness: no task is named. Try: d1lit harness gsm8k --run RUN")
+            raise ConfigError("harness", "no task is named", "d1lit harness gsm8k --run RUN", "E803")
         print(
             run_harness(
                 tasks,
@@ -302,17 +365,33 @@ def verify(words: Sequence[str]) -> int:
     def act() -> int:
         from d1lit.verify import run_verify
 
+        wrong = next((word for word in given.prompt if "=" not in word), None)
+        if wrong is not None:
+            raise ConfigError("--prompt", f"{wrong!r} is not TASK=FILE", f"--prompt {given.tasks[0]}=FILE", "E110")
         print(
             run_verify(
                 given.words,
                 published=given.published,
                 tasks=given.tasks,
                 rows=given.rows,
-                prompts=dict(word.split("=", 1) for word in given.prompt if "=" in word),
+                prompts=dict(word.split("=", 1) for word in given.prompt),
                 official_revision=given.run_official_code,
                 output=given.output,
             )
         )
+        return 0
+
+    return _guarded(act)
+
+
+def explain(words: Sequence[str]) -> int:
+    """`d1lit explain CODE`: an entry of the catalogue of errors."""
+    parser = _parser("explain", "What the code at the end of an error means, and what to do.")
+    parser.add_argument("code", metavar="CODE", help="such as E103")
+    given = parser.parse_args(list(words))
+
+    def act() -> int:
+        print(explained(given.code))
         return 0
 
     return _guarded(act)
@@ -326,6 +405,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "harness": (harness, "tasks of lm-evaluation-harness through our sampler (an extra)"),
     "verify": (verify, "generate the paper's published rows again with LLaDA's weights, and compare"),
     "doctor": (doctor, "look at this machine: what is missing for a run, and the cure"),
+    "explain": (explain, "what an error's code means, and the cure"),
     "export": (export, "write a run's final model as one whole, adapters merged"),
     "consolidate": (consolidate, "write the model in a checkpoint, sharded or not, as one folder"),
     "push": (push, "upload a run's model to the hub, when told so twice"),

@@ -17,8 +17,9 @@ from hydra.utils import get_object, instantiate
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from d1lit.errors import ConfigError
 from d1lit.types import RewardBatch
-from d1lit.validation import ConfigError, as_config_error
+from d1lit.validation import as_config_error
 
 GIVEN_BY_HYDRA = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 
@@ -36,7 +37,9 @@ def build(config: DictConfig, key: str, kind: Any = None) -> Any:
     """
     node = OmegaConf.select(config, key)
     if not isinstance(node, DictConfig) or node.get("_target_") is None:
-        raise ConfigError(key, "names no component", f"a _target_, or a choice of the group {key.split('.')[0]}")
+        raise ConfigError(
+            key, "names no component", f"a _target_, or a choice of the group {key.split('.')[0]}", "E204"
+        )
     try:
         built = instantiate(node, _convert_="all")
     except InstantiationException as error:
@@ -47,6 +50,7 @@ def build(config: DictConfig, key: str, kind: Any = None) -> Any:
             f"{key}._target_",
             f"{node._target_} makes a {found}, which is no {getattr(kind, '__name__', kind)}",
             f"one of {key}=...",
+            "E204",
         )
     return built
 
@@ -60,7 +64,7 @@ def _from_instantiation(error: InstantiationException, key: str) -> ConfigError:
     if isinstance(cause, ValueError):
         return as_config_error(cause, place)
     text = " ".join(str(cause or error).split())
-    return ConfigError(place, text.removesuffix("."), f"--cfg job shows what stands at {place}")
+    return ConfigError(place, text.removesuffix("."), f"--cfg job shows what stands at {place}", "E205")
 
 
 # -------------------------------------------------------------------------------------------------------------- targets
@@ -84,7 +88,9 @@ def check_targets(config: DictConfig) -> None:
             if name not in parameters:
                 near = difflib.get_close_matches(name, list(parameters), n=1)
                 known = near or [p for p in parameters if p not in ("self", "policy", "args", "kwargs")]
-                raise ConfigError(f"{key}.{name}", f"{target.__name__} has no such argument", " or ".join(known[:6]))
+                raise ConfigError(
+                    f"{key}.{name}", f"{target.__name__} has no such argument", " or ".join(known[:6]), "E205"
+                )
 
 
 def _component_nodes(node: Any, key: str = "") -> Iterator[tuple[str, DictConfig]]:
@@ -104,10 +110,12 @@ def _found(target: Any, key: str) -> Callable[..., Any]:
         found = get_object(target)
     except Exception as error:  # whatever the module of the user's own raises while it is imported
         text = " ".join(str(error).split()).split(" Are you sure")[0]
-        raise ConfigError(f"{key}._target_", f"{target!r} is not found ({text})", _nearest_target(target)) from None
+        raise ConfigError(
+            f"{key}._target_", f"{target!r} is not found ({text})", _nearest_target(target), "E203"
+        ) from None
     if not callable(found):
         raise ConfigError(
-            f"{key}._target_", f"{target!r} is a {type(found).__name__}, not a class or function", "a class"
+            f"{key}._target_", f"{target!r} is a {type(found).__name__}, not a class or function", "a class", "E203"
         )
     return found
 
@@ -140,10 +148,10 @@ def check_advantage(key: str, advantage: Any) -> None:
         fits = isinstance(values, torch.Tensor) and values.shape[:1] == (4,)
     except Exception as error:
         raise ConfigError(
-            f"{key}._target_", f"fails on four rewards ({_brief(error)})", "advantage=group_mean"
+            f"{key}._target_", f"fails on four rewards ({_brief(error)})", "advantage=group_mean", "E206"
         ) from None
     if not fits:
-        raise ConfigError(f"{key}._target_", "gives no number for each rollout", "advantage=group_mean")
+        raise ConfigError(f"{key}._target_", "gives no number for each rollout", "advantage=group_mean", "E204")
 
 
 def check_optimizer(key: str, optimizer: Callable[..., Any], lr_schedule: Callable[..., Any], num_updates: int) -> None:
@@ -155,10 +163,12 @@ def check_optimizer(key: str, optimizer: Callable[..., Any], lr_schedule: Callab
     matrix, vector = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(2))
     built = _called(f"{key}.optimizer", optimizer, [("model.layers.0.matrix", matrix), ("vector", vector)])
     if not isinstance(built, torch.optim.Optimizer):
-        raise ConfigError(f"{key}.optimizer._target_", f"makes a {type(built).__name__}", "optimizer=adamw")
+        raise ConfigError(f"{key}.optimizer._target_", f"makes a {type(built).__name__}", "optimizer=adamw", "E204")
     schedule = _called(f"{key}.lr_schedule", lr_schedule, built, num_updates)
     if not isinstance(schedule, torch.optim.lr_scheduler.LRScheduler):
-        raise ConfigError(f"{key}.lr_schedule._target_", f"makes a {type(schedule).__name__}", "lr_schedule=constant")
+        raise ConfigError(
+            f"{key}.lr_schedule._target_", f"makes a {type(schedule).__name__}", "lr_schedule=constant", "E204"
+        )
 
 
 def check_module(key: str, module: Callable[..., Any], later: set[str]) -> None:
@@ -171,12 +181,12 @@ def check_module(key: str, module: Callable[..., Any], later: set[str]) -> None:
         isinstance(module.func, type) and issubclass(module.func, L.LightningModule)
     ):
         raise ConfigError(
-            f"{key}._target_", "is not a LightningModule bound with _partial_: true", "/stage@stages.NAME"
+            f"{key}._target_", "is not a LightningModule bound with _partial_: true", "/stage@stages.NAME", "E204"
         )
     for name, parameter in inspect.signature(module.func).parameters.items():
         has_value = name in module.keywords or name in later or parameter.default is not parameter.empty
         if not has_value and parameter.kind != parameter.VAR_KEYWORD:
-            raise ConfigError(f"{key}.{name}", f"{module.func.__name__} needs it", f"+{key}.{name}=VALUE")
+            raise ConfigError(f"{key}.{name}", f"{module.func.__name__} needs it", f"+{key}.{name}=VALUE", "E205")
 
 
 def check_watchers(config: DictConfig, folder: Path) -> None:
@@ -197,11 +207,15 @@ def check_watchers(config: DictConfig, folder: Path) -> None:
         if str(name) in extras:
             built = _called(key, built, **extras[str(name)])
         if not isinstance(built, L.Callback):
-            raise ConfigError(f"{key}._target_", f"makes a {type(built).__name__}, which is no Callback", "a callback")
+            raise ConfigError(
+                f"{key}._target_", f"makes a {type(built).__name__}, which is no Callback", "a callback", "E204"
+            )
     if config.logger is not None and config.logger.get("_target_") is not None:
         logger = build(config, "logger")
         if not isinstance(logger, partial) or not (isinstance(logger.func, type) and issubclass(logger.func, Logger)):
-            raise ConfigError("logger._target_", "is not a Logger bound with _partial_: true", "logger=tensorboard")
+            raise ConfigError(
+                "logger._target_", "is not a Logger bound with _partial_: true", "logger=tensorboard", "E204"
+            )
 
 
 def check_trainer(config: DictConfig) -> None:
@@ -226,11 +240,11 @@ def check_trainer(config: DictConfig) -> None:
     known = set(inspect.signature(L.Trainer).parameters)
     for name in map(str, config.trainer):
         if name in decided:
-            raise ConfigError(f"trainer.{name}", "is decided elsewhere", decided[name])
+            raise ConfigError(f"trainer.{name}", "is decided elsewhere", decided[name], "E210")
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known - set(decided)), n=1)
             raise ConfigError(
-                f"trainer.{name}", "Lightning's Trainer has no such flag", near[0] if near else "--cfg job"
+                f"trainer.{name}", "Lightning's Trainer has no such flag", near[0] if near else "--cfg job", "E205"
             )
 
 
@@ -240,7 +254,9 @@ def _called(key: str, function: Callable[..., Any], *args: Any, **named: Any) ->
     except ValueError as error:
         raise as_config_error(error, key) from None
     except Exception as error:
-        raise ConfigError(key, f"cannot be used ({_brief(error)})", f"--cfg job shows what stands at {key}") from None
+        raise ConfigError(
+            key, f"cannot be used ({_brief(error)})", f"--cfg job shows what stands at {key}", "E206"
+        ) from None
 
 
 def _brief(error: Exception) -> str:

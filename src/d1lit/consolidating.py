@@ -12,9 +12,9 @@ import torch
 from d1lit.build import Plan
 from d1lit.checkpoint import list_checkpoints, verify
 from d1lit.checkpoint.shards import read_part
+from d1lit.errors import ConfigError
 from d1lit.models import Policy, add_lora, export_model, load_weights, merge_lora
 from d1lit.opening import plan_of_run
-from d1lit.validation import ConfigError
 
 
 def consolidate(
@@ -41,12 +41,12 @@ def consolidate(
         ConfigError: if there is no such checkpoint, if it does not verify, or if the target is taken.
     """
     if (target / "config.json").exists():
-        raise ConfigError("consolidate", f"{target} holds a model already", "another folder")
+        raise ConfigError("consolidate", f"{target} holds a model already", "another folder", "E505")
     plan = plan_of_run(run, trusted=trusted)
     name, checkpoint = find_checkpoint(run, [parts.name for parts in plan.stages], stage, step)
     reason = verify(checkpoint)
     if reason is not None:
-        raise ConfigError("consolidate", f"{checkpoint} is not whole ({reason})", "--step with an earlier one")
+        raise ConfigError("consolidate", f"{checkpoint} is not whole ({reason})", "--step with an earlier one", "E508")
     policy, tokenizer = _start_of_stage(plan, run, name)
     fill(policy, checkpoint)
     export_model(merge_lora(policy).network, target, layout)
@@ -67,7 +67,9 @@ def find_checkpoint(run: Path, stages: Sequence[str], stage: str | None, step: i
             if step is None or path.name == f"step_{step}":
                 return name, path
     known = [f"--stage {name} --step {re.sub(r'[^0-9]', '', p.name)}" for name in stages for p in there[name]]
-    raise ConfigError("consolidate", f"{run} holds no such checkpoint", "; ".join(known) or "a run that has saved one")
+    raise ConfigError(
+        "consolidate", f"{run} holds no such checkpoint", "; ".join(known) or "a run that has saved one", "E508"
+    )
 
 
 def _start_of_stage(plan: Plan, run: Path, name: str) -> tuple[Policy, Any]:
@@ -75,7 +77,7 @@ def _start_of_stage(plan: Plan, run: Path, name: str) -> tuple[Policy, Any]:
     trains_adapters = any(parts.lora is not None for parts in plan.stages)
     if trains_adapters and plan.base is not None:
         cause = "an adapter's checkpoint needs the built-in base, which is not in the run"
-        raise ConfigError("consolidate", cause, "d1lit export, once the run has ended")
+        raise ConfigError("consolidate", cause, "d1lit export, once the run has ended", "E508")
     policy, tokenizer = plan.make_policy()
     for parts in plan.stages:
         policy = merge_lora(policy)
@@ -100,5 +102,5 @@ def fill(policy: Policy, checkpoint: Path) -> None:
             continue
         if f"policy.{name}" not in stored:
             cause = f"{checkpoint} lacks {name}, so it is of another model"
-            raise ConfigError("consolidate", cause, "the run's own configuration")
+            raise ConfigError("consolidate", cause, "the run's own configuration", "E508")
         parameter.copy_(stored[f"policy.{name}"]())

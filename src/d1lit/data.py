@@ -41,7 +41,7 @@ class BatchPlan:
                 cure = f"a batch_size that is a multiple of {self.world_size}"
             raise ValueError(
                 f"batch_size: {self.batch_size} is not a multiple of micro_batch_size * devices = "
-                f"{self.micro_batch_size} * {self.world_size}. Try: {cure}"
+                f"{self.micro_batch_size} * {self.world_size}. Try: {cure} [E208]"
             )
 
     @property
@@ -207,7 +207,7 @@ def canvas_layout(
             raise ValueError(
                 f"completion_length: {completion_length} tokens cannot hold the demonstration of row "
                 f"{row.example.get('id')!r} ({len(row.completion_ids)} tokens and the end). Try: a longer one, or "
-                "data.overlong=drop"
+                "data.overlong=drop [E307]"
             )
     prompt_ids, prompt_mask = left_pad([row.prompt_ids for row in rows], pad_id)
     completions = torch.full((len(rows), completion_length), eos_id, dtype=torch.int64)

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from d1lit.build import Plan, StageParts, build, evaluation_sampler
 from d1lit.costs import RolloutPlan, exact_rollout_flops, matmul_peak
 from d1lit.draws import CounterDraws
+from d1lit.errors import ConfigError
 from d1lit.footprint import Memory, Work, count_parameters, cycle_flops, memory, network_shape, update_flops
 from d1lit.joint_scoring import corruptions_at_once
 from d1lit.models import MaskedDiffusionConfig, build_tiny_tokenizer
@@ -30,7 +31,6 @@ from d1lit.modules import Prompts
 from d1lit.modules.muon import MuonWithAdamW
 from d1lit.strategies import FullySharded, Setting
 from d1lit.types import Context, Rollout
-from d1lit.validation import ConfigError
 
 GIB = 2**30
 _ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -54,7 +54,9 @@ def shape_of(plan: Plan) -> MaskedDiffusionConfig:
     if folder.is_dir():
         return load_config(folder)
     if model.get("shape") is None:
-        raise ConfigError("model.path", f"{model.path} is no folder here, and its shape is not known", "a local folder")
+        raise ConfigError(
+            "model.path", f"{model.path} is no folder here, and its shape is not known", "a local folder", "E401"
+        )
     return read_config(OmegaConf.to_container(model.shape, resolve=True), model.path)  # type: ignore[arg-type]
 
 
@@ -344,6 +346,7 @@ def estimate_run(plan: Plan, world_size: int) -> tuple[list[StageEstimate], list
                 f"stages.{stage.name}",
                 f"needs about {stage.memory.peak / GIB:.1f} GiB on each device, which has {limit / GIB:.1f}",
                 "; or ".join(found) if found else "an adapter (LoRA) instead of full training, or larger devices",
+                "E602",
             )
     return stages, lines
 

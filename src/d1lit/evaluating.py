@@ -37,6 +37,7 @@ from d1lit.build import (
 from d1lit.callbacks import StopFlag
 from d1lit.data import EncodedRow
 from d1lit.draws import CounterDraws
+from d1lit.errors import ConfigError
 from d1lit.evaluation import Protocol, append_records, check_coverage, evaluate, read_records, record, summarise
 from d1lit.models import Policy, add_lora, encode_text, load_adapter, load_weights, merge_lora
 from d1lit.modules.stage_data import prompt_rows
@@ -47,7 +48,7 @@ from d1lit.sampling import BlockSampler
 from d1lit.statistics import mean_over_seeds, pass_at_k, wilson_interval
 from d1lit.tasks import MixedTask, Task, graded_text, prompt_protocol
 from d1lit.types import Example
-from d1lit.validation import ConfigError, as_config_error
+from d1lit.validation import as_config_error
 
 PACKAGES = ("d1lit", "torch", "lightning", "transformers", "tokenizers", "peft", "datasets", "torchmetrics")
 GRADING_PACKAGES = ("math-verify", "latex2sympy2_extended", "sympy")
@@ -82,7 +83,7 @@ def _check_distinct(config: DictConfig) -> None:
         twice = [value for value, count in Counter(values).items() if count > 1]
         if twice or (key == "seeds" and not values):
             cause = f"{twice[0]} stands twice" if twice else "none is named"
-            raise ConfigError(key, cause, f"{key}=[0,1,2]" if key == "seeds" else f"{key}=[128,256]")
+            raise ConfigError(key, cause, f"{key}=[0,1,2]" if key == "seeds" else f"{key}=[128,256]", "E201")
 
 
 def _weights_seen(config: DictConfig) -> str:
@@ -99,11 +100,13 @@ def _policy(plan: Plan) -> tuple[Policy, Any, str]:
     if config.run is not None:
         folder = Path(config.run)
         if not (folder / "config.yaml").exists():
-            raise ConfigError("run", f"{folder} is not a run's folder", "a folder that train.py has made")
+            raise ConfigError("run", f"{folder} is not a run's folder", "a folder that train.py has made", "E504")
         policy, tokenizer = trained_policy(plan, folder)
         return policy, tokenizer, plan.stages[-1].name if plan.stages else "base"
     if config.model.path is None:
-        raise ConfigError("model.path", "the built-in model has no weights of its own", "run=FOLDER of a training run")
+        raise ConfigError(
+            "model.path", "the built-in model has no weights of its own", "run=FOLDER of a training run", "E406"
+        )
     policy, tokenizer = plan.make_policy()
     if config.adapter is not None:
         try:
@@ -135,7 +138,7 @@ def _output_folder(config: DictConfig) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError("output", f"{folder}: {error.strerror}", "a folder that can be made") from None
+        raise ConfigError("output", f"{folder}: {error.strerror}", "a folder that can be made", "E501") from None
     return folder
 
 
@@ -148,7 +151,7 @@ def _rescore(config: DictConfig) -> int:
         grades = task.judges.grade(texts, examples)
     except (KeyError, TypeError, ValueError) as error:
         cause = f"{config.rescore}: its rows are not those of {task.name} ({error!r})"
-        raise ConfigError("rescore", cause, "the task that they were generated for") from None
+        raise ConfigError("rescore", cause, "the task that they were generated for", "E507") from None
     folder = _output_folder(config)
     records = [
         record(n, example, text, grade, length=0, truncated=False)
@@ -169,7 +172,7 @@ def read_generations(file: Path) -> list[tuple[str, Example]]:
         ConfigError: naming file and line.
     """
     if not file.is_file():
-        raise ConfigError("rescore", f"no file {file}", "a samples.jsonl, or a file of published generations")
+        raise ConfigError("rescore", f"no file {file}", "a samples.jsonl, or a file of published generations", "E507")
     found = []
     for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
@@ -181,9 +184,11 @@ def read_generations(file: Path) -> list[tuple[str, Example]]:
             else:
                 found.append((row["completion"], row["example"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError("rescore", f"{file}:{number}: {error!r}", "rows with completion and example") from None
+            raise ConfigError(
+                "rescore", f"{file}:{number}: {error!r}", "rows with completion and example", "E507"
+            ) from None
     if not found:
-        raise ConfigError("rescore", f"{file} is empty", "a file with rows")
+        raise ConfigError("rescore", f"{file} is empty", "a file with rows", "E507")
     return found
 
 
@@ -231,7 +236,8 @@ def write_results(file: Path, results: Mapping[str, Any]) -> None:
 
 
 def quiet_libraries() -> None:
-    """Leave the console to what the run itself has to say; warnings and errors still come through."""
+    """Leave the console to what the run itself has to say; warnings and errors still come through, a line each."""
+    warnings.formatwarning = _plain_warning
     for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*The number of training batches.*"):
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -247,6 +253,13 @@ def _one_line(
     """Our own warnings speak to the user, not of a place in the code."""
     ours = filename.startswith(str(Path(__file__).parent))
     return f"warning: {message}\n" if ours else f"{filename}:{lineno}: {category.__name__}: {message}\n"
+
+
+def _plain_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning without the place in our code that nobody asked for."""
+    return f"warning: {' '.join(str(message).split())}\n"
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,9 @@ def check_coverage(records: Sequence[Mapping[str, Any]], num_rows: int) -> None:
     if seen != list(range(num_rows)):
         twice = sorted({n for n in seen if seen.count(n) > 1})
         missing = sorted(set(range(num_rows)) - set(seen))
-        raise ValueError(f"evaluation: rows {missing[:5]} are missing, rows {twice[:5]} stand twice. Try: run it again")
+        raise ValueError(
+            f"evaluation: rows {missing[:5]} are missing, rows {twice[:5]} stand twice. Try: run it again [E507]"
+        )
 
 
 def summarise(records: Sequence[Mapping[str, Any]], grader: Literal["strict", "d1"]) -> EvaluationSummary:
@@ -296,7 +298,7 @@ def compare_records(
         odd = sorted({key[0] for key in sides[0].keys() ^ sides[1].keys()})
         raise ValueError(
             f"compare: {len(first)} and {len(second)} records are not of the same rows (row {odd[0] if odd else '?'}). "
-            "Try: two evaluations of one task, split and number of rows"
+            "Try: two evaluations of one task, split and number of rows [E507]"
         )
     order = sorted(sides[0])
     scores = [

@@ -14,12 +14,12 @@ from peft import PeftModel
 from torch import Tensor
 
 from d1lit.build import evaluation_rows
+from d1lit.errors import ConfigError
 from d1lit.models import export_model
 from d1lit.models.lora import merge
 from d1lit.opening import OpenRun, open_run
 from d1lit.report.runs import Run, read_run
 from d1lit.security import redact
-from d1lit.validation import ConfigError
 
 LOADING = """\
 ```python
@@ -207,7 +207,7 @@ def export(
         ConfigError: without a finished run, or where the target is taken.
     """
     if (target / "config.json").exists():
-        raise ConfigError("export", f"{target} holds a model already", "another folder")
+        raise ConfigError("export", f"{target} holds a model already", "another folder", "E505")
     run = open_run(folder, (), trusted)
     network = run.policy.network
     if isinstance(run.policy.model, PeftModel):
@@ -237,7 +237,7 @@ def push(folder: Path, repository: str, *, yes: bool, private: bool) -> str:
     """
     model = folder / "model"
     if not model.is_dir():
-        raise ConfigError("push", f"{folder} has no model folder", "a run that has ended")
+        raise ConfigError("push", f"{folder} has no model folder", "a run that has ended", "E504")
     write_card(folder)
     names = sorted(str(file.relative_to(model)) for file in model.rglob("*") if file.is_file())
     if not yes:
@@ -251,5 +251,5 @@ def push(folder: Path, repository: str, *, yes: bool, private: bool) -> str:
     except Exception as error:  # below the hub's own errors stand those of whichever HTTP client its version uses
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         cure = "hf auth login, a name of the form owner/name, and a connection"
-        raise ConfigError("push", f"the hub refused: {cause}", cure) from None
+        raise ConfigError("push", f"the hub refused: {cause}", cure, "E801") from None
     return f"uploaded {len(names)} files: {info}"

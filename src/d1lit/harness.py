@@ -18,11 +18,12 @@ import torch
 from d1lit.build import decode, evaluation_sampler, plan_run
 from d1lit.data import EncodedRow, prompt_batch
 from d1lit.draws import CounterDraws
+from d1lit.errors import ConfigError
 from d1lit.evaluating import quiet_libraries
 from d1lit.models import Policy, encode_text
 from d1lit.opening import open_run
 from d1lit.sampling import BlockSampler
-from d1lit.validation import ConfigError, compose_jobs
+from d1lit.validation import compose_jobs
 
 OWN_ROWS_UNUSED = (
     *("task.train_data=builtin", "task.test_data=builtin", "task.demonstration_data=task", "task.val_rows=0"),
@@ -55,7 +56,9 @@ class Generator:
         temperatures = [float(s.get("temperature", 1.0)) if s.get("do_sample") else 0.0 for _, s in requests]
         ids = [encode_text(self.tokenizer, context) for context, _ in requests]
         if not all(ids):
-            raise ValueError(f"harness: request {next(n for n, i in enumerate(ids) if not i)} is empty. Try: a prompt")
+            raise ValueError(
+                f"harness: request {next(n for n, i in enumerate(ids) if not i)} is empty. Try: a prompt [E803]"
+            )
         order = sorted(range(len(requests)), key=lambda n: (temperatures[n], len(ids[n]), n))
         found = [""] * len(requests)
         while order:
@@ -87,7 +90,9 @@ def harness_model(generator: Generator) -> Any:
     try:
         from lm_eval.api.model import LM  # type: ignore[import-not-found]
     except ImportError as error:
-        raise ValueError(f"harness: lm-eval cannot be imported ({error}). Try: pip install 'd1lit[harness]'") from None
+        raise ValueError(
+            f"harness: lm-eval cannot be imported ({error}). Try: pip install 'd1lit[harness]' [E802]"
+        ) from None
 
     class DiffusionLM(LM):
         """The harness's view of a diffusion model: it generates, and has no exact likelihood."""
@@ -107,7 +112,7 @@ def harness_model(generator: Generator) -> Any:
             """
             raise ValueError(
                 "harness: this task asks for likelihoods, of which a masked diffusion model only has bounds. "
-                "Try: a task with output_type generate_until"
+                "Try: a task with output_type generate_until [E803]"
             )
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -164,7 +169,7 @@ def run_harness(
     else:
         (config,) = compose_jobs("evaluate", [*OWN_ROWS_UNUSED, *words]).configs
         if config.model.path is None:
-            raise ConfigError("model.path", "the built-in model has no weights of its own", "--run FOLDER")
+            raise ConfigError("model.path", "the built-in model has no weights of its own", "--run FOLDER", "E406")
         plan = plan_run(config, trains=False)
         policy, tokenizer = plan.make_policy()
     sampler = evaluation_sampler(plan, None)
@@ -178,7 +183,7 @@ def run_harness(
     unknown = sorted(set(tasks) - set(manager.all_tasks))
     if unknown:
         raise ValueError(
-            f"harness: no task {unknown[0]!r}. Try: --include FOLDER with its YAML, or lm_eval --tasks list"
+            f"harness: no task {unknown[0]!r}. Try: --include FOLDER with its YAML, or lm_eval --tasks list [E803]"
         )
     found = simple_evaluate(
         model, tasks=list(tasks), task_manager=manager, limit=limit, apply_chat_template=chat, log_samples=True

@@ -11,10 +11,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from d1lit.build import Plan, plan_run
+from d1lit.errors import ConfigError
 from d1lit.evaluating import quiet_libraries, trained_policy
 from d1lit.models import Policy
 from d1lit.security import check_config
-from d1lit.validation import ConfigError, as_config_error, compose_jobs
+from d1lit.validation import as_config_error, compose_jobs
 
 OWN = ("d1lit.strategies",)
 """Of d1lit's own packages, those of which functions are named too; they only build a strategy."""
@@ -48,7 +49,7 @@ def open_run(folder: Path, words: Sequence[str] = (), trusted: Sequence[str] = (
         ConfigError: if there is no finished run, or it asks for components that are not allowed.
     """
     if not (folder / "model").is_dir():
-        raise ConfigError("run", f"{folder} holds no finished run", "a folder that train.py has made")
+        raise ConfigError("run", f"{folder} holds no finished run", "a folder that train.py has made", "E504")
     plan = plan_of_run(folder, words, trusted)
     policy, tokenizer = trained_policy(plan, folder)
     return OpenRun(folder, plan, policy.eval(), tokenizer)
@@ -63,7 +64,7 @@ def plan_of_run(folder: Path, words: Sequence[str] = (), trusted: Sequence[str] 
     quiet_libraries()
     file = folder / "overrides.json"
     if not file.is_file():
-        raise ConfigError("run", f"{folder} holds no run", "a folder that train.py has made")
+        raise ConfigError("run", f"{folder} holds no run", "a folder that train.py has made", "E504")
     said = [word.split("=", 1)[0].lstrip("+~") for word in words]
     kept = [
         word

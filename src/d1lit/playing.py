@@ -12,6 +12,7 @@ from typing import Any
 from d1lit.build import Plan, build, decode
 from d1lit.data import prompt_batch
 from d1lit.draws import CounterDraws
+from d1lit.errors import ConfigError
 from d1lit.models import Policy
 from d1lit.modules.stage_data import prompt_rows
 from d1lit.opening import open_run
@@ -20,7 +21,6 @@ from d1lit.report.page import player_page, write_page
 from d1lit.report.recording import record_group
 from d1lit.rewards.parts import RewardParts
 from d1lit.tasks import graded_text
-from d1lit.validation import ConfigError
 
 MOST_ROLLOUTS = 8
 
@@ -45,7 +45,7 @@ def record_rows(
     rows = prompt_rows(plan.task, split, tokenizer)  # type: ignore[arg-type]
     wrong = [number for number in numbers if not 0 <= number < len(rows)]
     if wrong:
-        raise ConfigError("--row", f"{split} has no row {wrong[0]}", f"0 to {len(rows) - 1}")
+        raise ConfigError("--row", f"{split} has no row {wrong[0]}", f"0 to {len(rows) - 1}", "E110")
     reward = build(plan.config, "reward", RewardParts)
     sampler = replace(plan.sampler, record_trace=True)
     found = []

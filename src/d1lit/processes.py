@@ -71,7 +71,7 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
     if world_size % nodes:
         raise ValueError(
             f"strategy: srun starts {world_size} processes on {nodes} machines, which is not the same number on each. "
-            "Try: srun --ntasks-per-node=N"
+            "Try: srun --ntasks-per-node=N [E601]"
         )
     return Place(int(environment["SLURM_PROCID"]), world_size, int(environment["SLURM_LOCALID"]), world_size // nodes)
 

@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from d1lit.build import Plan, StageParts, build, check_hub_model, make_stage, plan_run
 from d1lit.callbacks import ConsoleProgress, StopFlag, StopOnSignal, Validate
 from d1lit.checkpoint import FolderCheckpointIO, differing_keys, flatten, lock_run
+from d1lit.errors import ConfigError
 from d1lit.estimates import estimate_run, micro_batch_sizes, with_micro_batches
 from d1lit.evaluating import PACKAGES, TaskEvaluator, quiet_libraries, write_results
 from d1lit.models import Policy, save_weights
@@ -39,7 +40,6 @@ from d1lit.report.console import console, say, show_table
 from d1lit.report.events import cut_events
 from d1lit.security import redact, redact_text
 from d1lit.strategies import Setting
-from d1lit.validation import ConfigError
 
 OUTPUTS = Path("outputs")
 """Where runs stand that name no folder of their own."""
@@ -137,7 +137,7 @@ def refuse_changes(config: DictConfig, folder: Path) -> None:
     if config.resume != "force":
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         cause = f"{folder} was started with other values: {'; '.join(changed[:5])}{more}"
-        raise ConfigError("resume", cause, "another run_dir, or resume=force to go on with the new values")
+        raise ConfigError("resume", cause, "another run_dir, or resume=force to go on with the new values", "E503")
     say(f"going on with other values, as resume=force says: {'; '.join(changed)}")
     for name in ("config.yaml", "overrides.json"):
         before = folder / name
@@ -166,14 +166,14 @@ def run_folder(config: DictConfig) -> tuple[Path, bool]:
             return folder, is_new
     except OSError as error:
         cause = f"{error.filename or config.run_dir or 'outputs'}: {error.strerror}"
-        raise ConfigError("run_dir", cause, "a folder that can be made and written") from None
+        raise ConfigError("run_dir", cause, "a folder that can be made and written", "E501") from None
 
 
 def _made_folder(config: DictConfig) -> Path:
     if config.run_dir is not None:
         folder = Path(config.run_dir)
         if config.resume == "never" and (folder / "config.yaml").exists():
-            raise ConfigError("run_dir", f"{folder} holds a run already", "resume=auto, or another run_dir")
+            raise ConfigError("run_dir", f"{folder} holds a run already", "resume=auto, or another run_dir", "E503")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     words = (config.recipe.name, config.task.name, config.model.name, f"seed{config.seed}")

@@ -85,12 +85,12 @@ def check_config(config: Mapping[str, Any], trusted: Sequence[str] = ()) -> None
             if reason is not None:
                 raise ValueError(
                     f"{key}: {value!r} {reason}; this configuration comes from elsewhere. "
-                    "Try: copy the part into your own YAML, if you trust it"
+                    "Try: copy the part into your own YAML, if you trust it [E211]"
                 )
         elif isinstance(value, str) and _RESOLVER.search(value):
             raise ValueError(
                 f"{key}: {value!r} asks for a resolver, which could read your environment; this configuration comes "
-                "from elsewhere. Try: write the value itself"
+                "from elsewhere. Try: write the value itself [E211]"
             )
 
 

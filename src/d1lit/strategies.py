@@ -45,7 +45,7 @@ def single(setting: Setting) -> str:
         ValueError: if there are several.
     """
     if setting.world_size > 1:
-        raise ValueError(f"strategy: single is for one process, not {setting.world_size}. Try: strategy=ddp")
+        raise ValueError(f"strategy: single is for one process, not {setting.world_size}. Try: strategy=ddp [E601]")
     return "auto"
 
 

@@ -20,6 +20,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from d1lit.errors import REFUSED, ConfigError, split_code
+
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 KNOWN_ELSEWHERE = {
@@ -63,14 +65,6 @@ KNOWN_ELSEWHERE = {
 }
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot run: `<key>: <cause>. Try: <cure>`, on one line."""
-
-    def __init__(self, key: str, cause: str, cure: str) -> None:
-        self.key, self.cause, self.cure = key, cause, cure
-        super().__init__(f"{key}: {cause}. Try: {cure}")
-
-
 @dataclass(frozen=True)
 class Jobs:
     """The configurations that a command line asks for: one, or all jobs of a sweep."""
@@ -111,13 +105,15 @@ def _split(words: Sequence[str]) -> tuple[list[str], bool]:
         elif word in ("--config-dir", "-cd") or word.startswith("--config-dir="):
             folder = word.split("=", 1)[1] if "=" in word else next(rest, "")
             if not Path(folder).is_dir():
-                raise ConfigError("--config-dir", f"no folder {folder!r}", "the folder that holds your group folders")
+                raise ConfigError(
+                    "--config-dir", f"no folder {folder!r}", "the folder that holds your group folders", "E107"
+                )
             overrides.append(f"hydra.searchpath=[file://{Path(folder).resolve()}]")
         elif word.startswith("-"):
             known = ["--help", "--multirun", "--cfg", "--resolve", "--config-dir"]
-            raise ConfigError(word, "no such option", _nearest(word, known) or "--help")
+            raise ConfigError(word, "no such option", _nearest(word, known) or "--help", "E101")
         elif "=" not in word and not word.startswith("~"):
-            raise ConfigError(word, "is not KEY=VALUE", f"{word}=VALUE, or --help")
+            raise ConfigError(word, "is not KEY=VALUE", f"{word}=VALUE, or --help", "E102")
         else:
             overrides.append(with_choice(word))
     return overrides, is_multirun
@@ -204,7 +200,7 @@ def _compose(name: str, overrides: Sequence[str], with_hydra: bool = False) -> D
     except HydraException as error:
         raise _translated(error, name, overrides) from None
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error.full_key or "configuration"), _one_line(error), "another value") from None
+        raise ConfigError(str(error.full_key or "configuration"), _one_line(error), "another value", "E201") from None
     check_leaves(config, name, overrides)
     return config
 
@@ -228,10 +224,10 @@ def check_leaves(config: DictConfig, name: str, overrides: Sequence[str]) -> Non
         try:
             if OmegaConf.is_missing(config if "." not in key else OmegaConf.select(config, key.rpartition(".")[0]),
                                     key.rpartition(".")[2]):  # fmt: skip
-                raise ConfigError(key, "has no value", f"{key}=VALUE")
+                raise ConfigError(key, "has no value", f"{key}=VALUE", "E108")
             OmegaConf.select(config, key, throw_on_resolution_failure=True)
         except OmegaConfBaseException as error:
-            raise ConfigError(key, f"refers to a value that is not there ({node})", _one_line(error)) from None
+            raise ConfigError(key, f"refers to a value that is not there ({node})", _one_line(error), "E109") from None
 
 
 @lru_cache(maxsize=32)
@@ -253,8 +249,8 @@ def _check_kind(key: str, config: DictConfig, defaults: DictConfig) -> None:
     last = key.rpartition(".")[2]
     if isinstance(default, DictConfig):
         cure = f"{last}@{key}=CHOICE" if (CONF / last).is_dir() else f"{key}.NAME=VALUE"
-        raise ConfigError(key, f"{value!r} is not a block of values", cure)
-    raise ConfigError(key, f"{shown(value)} is not {_kind(default)}", f"{key}={shown(default)}")
+        raise ConfigError(key, f"{value!r} is not a block of values", cure, "E201")
+    raise ConfigError(key, f"{shown(value)} is not {_kind(default)}", f"{key}={shown(default)}", "E201")
 
 
 def _same_kind(value: Any, default: Any, key: str) -> bool:
@@ -298,14 +294,16 @@ def _translated(error: HydraException, name: str, overrides: Sequence[str]) -> C
         group, choice = match.groups()
         options = _choices(group)
         nearest = _nearest(choice, options)
-        return ConfigError(group, f"no choice {choice!r}", nearest or f"one of {', '.join(options)}")
+        return ConfigError(group, f"no choice {choice!r}", nearest or f"one of {', '.join(options)}", "E105")
     if match := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(match[1], name, overrides)
     if match := re.search(r"[Kk]ey '([^']+)' is not in struct(?:.*full_key: ([\w.]+))?", text, re.DOTALL):
         return _unknown_key(match[2] or match[1], name, overrides)
     if match := re.search(r"Ambiguous value for argument '([^'=]+)=([^']*)'", text):
         key, values = match.groups()
-        return ConfigError(key, f"{values} are several values and no sweep was asked for", f"-m, or {key}=[{values}]")
+        return ConfigError(
+            key, f"{values} are several values and no sweep was asked for", f"-m, or {key}=[{values}]", "E201"
+        )
     return _syntax_error(error, overrides)
 
 
@@ -318,16 +316,18 @@ def _unknown_key(key: str, name: str, overrides: Sequence[str]) -> ConfigError:
     known += [p.name for p in CONF.iterdir() if p.is_dir()]
     nearest = _nearest(key, known) or _nearest_last(last, known)
     if nearest is None and elsewhere is not None:
-        return ConfigError(key, "is called otherwise here", elsewhere)
+        return ConfigError(key, "is called otherwise here", elsewhere, "E104")
     if elsewhere is not None and difflib.SequenceMatcher(None, key, nearest or "").ratio() < 0.9:
-        return ConfigError(key, "is called otherwise here", elsewhere)
-    return ConfigError(key, "no such key", nearest or "--cfg job, which prints all keys")
+        return ConfigError(key, "is called otherwise here", elsewhere, "E104")
+    return ConfigError(key, "no such key", nearest or "--cfg job, which prints all keys", "E103")
 
 
 def _syntax_error(error: Exception, overrides: Sequence[str]) -> ConfigError:
     guilty = next((o for o in overrides if not _parses(o)), None) or next((o for o in overrides if o in str(error)), "")
     cause = _one_line(error).split(" See https:")[0]
-    return ConfigError(guilty.split("=")[0] or "command line", cause, "quotes around the value: 'KEY=\"VALUE\"'")
+    return ConfigError(
+        guilty.split("=")[0] or "command line", cause, "quotes around the value: 'KEY=\"VALUE\"'", "E106"
+    )
 
 
 def _parses(override: str) -> bool:
@@ -362,15 +362,19 @@ def _nearest_last(last: str, known: Sequence[str]) -> str | None:
 
 
 def as_config_error(error: ValueError, prefix: str = "") -> ConfigError:
-    """The ValueError of a component, whose message is `key: cause. Try: cure`, under its full key."""
+    """The ValueError of a component, whose message is `key: cause. Try: cure [code]`, under its full key.
+
+    One without a code refuses a value.
+    """
     if isinstance(error, ConfigError):
         return error
-    head, cure = _split_cure(_one_line(error))
+    text, code = split_code(_one_line(error))
+    head, cure = _split_cure(text)
     key, separator, cause = head.partition(": ")
     if not separator or " " in key:
         words = head.split(" ", 1)
         key, cause = (words[0], words[1]) if "." in words[0] and len(words) == 2 else (prefix or "configuration", head)
-    return ConfigError(key, cause.rstrip("."), cure)
+    return ConfigError(key, cause.rstrip("."), cure, code or REFUSED)
 
 
 def _split_cure(text: str) -> tuple[str, str]:
@@ -392,7 +396,7 @@ def _first_words() -> frozenset[str]:
 def is_about_configuration(error: ValueError) -> bool:
     """Whether a ValueError speaks of a key of ours, so that its one line is all a user needs."""
     first = re.match(r"([a-z_0-9]+)[.:]", str(error))
-    return isinstance(error, ConfigError) or (first is not None and first[1] in _first_words())
+    return split_code(str(error))[1] is not None or (first is not None and first[1] in _first_words())
 
 
 def under(error: ValueError, key: str) -> ConfigError:
@@ -400,4 +404,4 @@ def under(error: ValueError, key: str) -> ConfigError:
     wrong = as_config_error(error, key)
     if wrong.key.split(".")[0] in _first_words():
         return wrong
-    return ConfigError(f"{key}.{wrong.key}", wrong.cause, wrong.cure)
+    return ConfigError(f"{key}.{wrong.key}", wrong.cause, wrong.cure, wrong.code)

@@ -9,7 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from d1lit.validation import ConfigError, shown
+from d1lit.errors import ConfigError
+from d1lit.validation import shown
 
 Complaint = Callable[[Any], str | None]
 """What is wrong with a value; None if nothing."""
@@ -114,11 +115,11 @@ def check_values(config: DictConfig) -> None:
         _check_value(config, key, complaint, cure)
     stages = config.recipe.stages
     if not isinstance(stages, ListConfig):
-        raise ConfigError("recipe.stages", f"{stages!r} is not a list", "[sft, grpo]")
+        raise ConfigError("recipe.stages", f"{stages!r} is not a list", "[sft, grpo]", "E201")
     for name in stages:
         if OmegaConf.select(config, f"stages.{name}") is None:
             there = ", ".join(map(str, config.get("stages") or ())) or "none"
-            raise ConfigError("recipe.stages", f"no stage {name!r}", f"those that are there ({there})")
+            raise ConfigError("recipe.stages", f"no stage {name!r}", f"those that are there ({there})", "E209")
     bases = ["model.base"] if config.model.path is None and config.model.get("base") is not None else []
     for stage in [*(f"stages.{name}" for name in stages), *bases]:
         for key, (complaint, cure) in _STAGE.items():
@@ -138,10 +139,14 @@ def check_places(config: DictConfig) -> None:
     for key, without in _FILES.items():
         place = str(OmegaConf.select(config, key))
         if _is_path(place, (".jsonl", ".json", ".csv", ".parquet")) and not Path(place).expanduser().exists():
-            raise ConfigError(key, f"no file {place}", f"an existing path, a hub id owner/name, or {key}={without}")
+            raise ConfigError(
+                key, f"no file {place}", f"an existing path, a hub id owner/name, or {key}={without}", "E301"
+            )
     place = config.model.path
     if place is not None and _is_path(place) and not Path(place).expanduser().is_dir():
-        raise ConfigError("model.path", f"no folder {place}", "a folder that holds the model, or a hub id owner/name")
+        raise ConfigError(
+            "model.path", f"no folder {place}", "a folder that holds the model, or a hub id owner/name", "E401"
+        )
 
 
 def _is_path(place: str, suffixes: tuple[str, ...] = ()) -> bool:
@@ -156,4 +161,4 @@ def _check_value(config: DictConfig, key: str, complaint: Complaint, cure: str) 
     value = node[name]
     found = complaint(value)
     if found is not None:
-        raise ConfigError(key, f"{shown(value)} {found}", cure)
+        raise ConfigError(key, f"{shown(value)} {found}", cure, "E202")

@@ -21,6 +21,7 @@ from torch import Tensor
 from d1lit.build import Plan, plan_run
 from d1lit.data import EncodedRow, prompt_batch
 from d1lit.draws import CounterDraws
+from d1lit.errors import ConfigError
 from d1lit.evaluating import described, quiet_libraries
 from d1lit.evaluation import append_records, read_records
 from d1lit.models import Policy, encode_prompt
@@ -28,7 +29,7 @@ from d1lit.rewards.extract import END_OF_TEXT
 from d1lit.rewards.stored import published_row
 from d1lit.statistics import wilson_interval
 from d1lit.tasks.prompting import load_template, prompt_protocol, render
-from d1lit.validation import ConfigError, compose_jobs
+from d1lit.validation import compose_jobs
 
 PAPER = {"gsm8k": 68.7, "math500": 26.0, "countdown": 20.7, "sudoku": 11.7}
 """Table 1, LLaDA-8B-Instruct at length 128, in per cent; GSM8K's published files lack 189 rows."""
@@ -126,7 +127,9 @@ def read_published(folder: Path, task: str) -> list[dict[str, Any]]:
     """
     file = folder / f"{task}_128.jsonl"
     if not file.is_file():
-        raise ValueError(f"--published: no file {file}. Try: the folder that holds d1's generations as JSON lines")
+        raise ValueError(
+            f"--published: no file {file}. Try: the folder that holds d1's generations as JSON lines [E507]"
+        )
     rows = []
     for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
         if line.strip():
@@ -135,9 +138,11 @@ def read_published(folder: Path, task: str) -> list[dict[str, Any]]:
                 published_row(row)
                 rows.append({**row, "steps": int(row["diffusion_steps"]), "block": int(row["block_length"])})
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"--published: {file}:{number}: {error!r}. Try: d1's files as they are") from None
+                raise ValueError(
+                    f"--published: {file}:{number}: {error!r}. Try: d1's files as they are [E507]"
+                ) from None
     if not rows:
-        raise ValueError(f"--published: {file} is empty. Try: d1's files as they are")
+        raise ValueError(f"--published: {file} is empty. Try: d1's files as they are [E507]")
     return rows
 
 
@@ -240,7 +245,7 @@ def run_verify(
     if official_revision is not None and not _COMMIT.fullmatch(official_revision):
         raise ValueError(
             f"--run-official-code: {official_revision!r} is no full commit, and code that is run must not change. "
-            "Try: the 40 hexadecimal digits of the commit you have read"
+            "Try: the 40 hexadecimal digits of the commit you have read [E804]"
         )
     output.mkdir(parents=True, exist_ok=True)
     policy: Policy | None = None
@@ -249,7 +254,9 @@ def run_verify(
         found = read_published(published, task)
         (config,) = compose_jobs("evaluate", ["model=llada_8b", f"task={task}", *OWN_ROWS_UNUSED, *words]).configs
         if config.model.path is None:
-            raise ConfigError("model.path", "the built-in model was never published", "model.path=FOLDER of LLaDA")
+            raise ConfigError(
+                "model.path", "the built-in model was never published", "model.path=FOLDER of LLaDA", "E406"
+            )
         plan = plan_run(config, trains=False)
         if policy is None:
             policy, tokenizer = plan.make_policy()
@@ -262,7 +269,7 @@ def run_verify(
         print("\n".join(report.lines()), flush=True)
         reports.append({**asdict(report), "paper_in_interval": report.holds if report.paper is not None else None})
     if policy is None or plan is None:
-        raise ValueError("--tasks: none named. Try: --tasks countdown math500")
+        raise ValueError("--tasks: none named. Try: --tasks countdown math500 [E110]")
     logits = None
     if official_revision is not None:
         logits = compare_with_official(plan, policy, tokenizer, official_revision)

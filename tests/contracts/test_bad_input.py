@@ -16,12 +16,13 @@ from omegaconf import OmegaConf
 from d1lit import running
 from d1lit.checkpoint import lock_run
 from d1lit.cli import evaluate, train
+from d1lit.errors import catalogue
 from d1lit.tasks import reading
 from d1lit.validation import ConfigError, compose_jobs
 from tests.test_tasks_reading import CORRUPT
 
 ROOT = Path(__file__).resolve().parents[2]
-LINE = re.compile(r"error: (?P<key>\S+): (?P<cause>.+)\. Try: (?P<cure>.+)")
+LINE = re.compile(r"error: (?P<key>\S+): (?P<cause>.+)\. Try: (?P<cure>.+) \[(?P<code>E\d{3})\]")
 
 # What is typed, the key that the answer names, and a word of cause or cure.
 CASES: dict[str, tuple[str, str, str]] = {
@@ -149,6 +150,7 @@ def refusal(capsys, command, words: list[str]) -> re.Match[str]:
     assert err.rstrip().splitlines()[-1] == lines[0]
     match = LINE.fullmatch(lines[0])
     assert match is not None, lines[0]
+    assert match["code"] in catalogue()
     return match
 
 

@@ -2,12 +2,18 @@
 
 import re
 import shlex
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from d1lit import cli
+from d1lit import commands as d1lit_commands
 from d1lit.validation import compose_jobs
+from tests.real_runs import real_run
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -16,7 +22,8 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *ROOT.glob("experiments/*/README.md"),
 ]
-PROGRAMS = ("python train.py", "python evaluate.py", "d1lit ", "python benchmarks/", "python experiments/")
+PROGRAMS = ("python train.py", "python evaluate.py", "d1lit ", "python benchmarks/", "python experiments/", "pip ", "pytest",
+            "torchrun ", "bash ", "tensorboard ", "mkdocs ")  # fmt: skip
 NEEDS_MORE = ("llada", "dream", "diffucoder", "strategy=", "devices=", "harness")
 """Words of commands that need a GPU, a hub or an extra: they are composed, not run."""
 
@@ -30,14 +37,23 @@ def commands(page: Path) -> list[str]:
     found = []
     for line in joined.splitlines():
         for part in re.split(r"\s&&\s", line.strip().removeprefix("$ ").split("  #")[0]):
-            words = part.strip().removeprefix("srun ")
+            words = re.sub(r"^(?:[A-Z0-9_]+=\S+ +)*(?:srun )?", "", part.strip())
             if words.startswith(PROGRAMS):
                 found.append(re.sub(r"\s+#.*$", "", words))
-    return found
+    # Commands in the middle of a sentence, where they are whole ones.
+    inline = [code for code in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text) if code.startswith(PROGRAMS)]
+    whole = [code for code in inline if len(code.split()) > (2 if code.startswith("d1lit ") else 1)]
+    return found + [code for code in whole if not any(word in code for word in ("...", "NAME", "COMMAND"))]
 
 
 ALL = [(page.relative_to(ROOT).as_posix(), command) for page in PAGES for command in commands(page)]
 TRAINING = [(page, c) for page, c in ALL if c.startswith("python train.py")]
+TRAINING += [(page, "python " + c[c.index("train.py") :]) for page, c in ALL if c.startswith("torchrun ")]
+EVALUATING = [(page, c) for page, c in ALL if c.startswith("python evaluate.py")]
+OURS = [(page, c) for page, c in ALL if c.startswith("d1lit ")]
+OTHERS = [
+    (page, c) for page, c in ALL if not c.startswith(("python train.py", "python evaluate.py", "d1lit ", "torchrun "))
+]
 
 
 def test_the_pages_have_commands():
@@ -52,6 +68,90 @@ def test_every_training_command_composes(page, command, tmp_path, monkeypatch):
     words = [w.replace("file://my_idea", f"file://{_users_folder(tmp_path)}") for w in words]
     jobs = compose_jobs("train", words)
     assert jobs.configs
+
+
+@pytest.mark.parametrize(("page", "command"), EVALUATING)
+def test_every_evaluating_command_composes(page, command):
+    words = [word for word in shlex.split(command)[2:] if not word.startswith("hydra.searchpath")]
+    assert compose_jobs("evaluate", words).configs
+
+
+@pytest.mark.parametrize(("page", "command"), OURS)
+def test_every_command_of_d1lit_is_understood(page, command, monkeypatch):
+    """Its options and their values; what it then does is tested where the command is."""
+    name, *words = shlex.split(command)[1:]
+    if name in ("train", "evaluate"):
+        assert compose_jobs(name, words).configs
+    elif name != "doctor":
+        monkeypatch.setattr(d1lit_commands, "_guarded", lambda act: 0)
+        numbered = ["3" if word == "N" else word for word in words]
+        assert d1lit_commands.COMMANDS[name][0](numbered) == 0
+    else:
+        monkeypatch.setattr("d1lit.doctor.examine", lambda *asked: [])
+        assert d1lit_commands.doctor(words) == 0
+
+
+@pytest.mark.parametrize(("page", "command"), OTHERS)
+def test_every_other_command_names_what_is_there(page, command):
+    """Extras that pip is asked for, scripts and their options, tests."""
+    words = shlex.split(command)
+    if words[:2] == ["pip", "install"]:
+        extras = set(
+            tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+        )
+        assert {
+            e for word in words for e in re.findall(r"[\w-]+", word[word.find("[") :] if "[" in word else "")
+        } <= extras
+    elif words[0] == "python":
+        script = (ROOT / words[1]).read_text(encoding="utf-8")
+        assert all(word in script for word in words[2:] if word.startswith("--"))
+    elif words[0] in ("pytest", "bash"):
+        assert all((ROOT / word).exists() for word in words[1:] if "/" in word)
+    else:
+        assert words[0] in ("tensorboard", "mkdocs")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("page", "command"), [(p, c) for p, c in EVALUATING if "run=outputs/RUN" in c and "searchpath" not in c]
+)
+def test_evaluating_commands_run(page, command, tmp_path, monkeypatch, capsys):
+    """On a real run and two of its rows."""
+    monkeypatch.chdir(tmp_path)
+    words = [f"run={real_run()}" if word == "run=outputs/RUN" else word for word in shlex.split(command)[2:]]
+    assert cli.evaluate([*words, "evaluation.rows=2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("results.json")
+
+
+def test_blocks_of_python_and_yaml_are_files_that_a_test_uses():
+    """A snippet without a name would be one that nothing runs."""
+    for page in PAGES:
+        for language, body in re.findall(
+            r"^```(\w+)\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+        ):
+            if language in ("python", "yaml"):
+                assert body.startswith("# my_idea/"), f"{page.name}: {body[:60]}"
+            if language == "python":
+                compile(body, page.name, "exec")
+            if language == "yaml":
+                yaml.safe_load(body)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    """Pages, links, pictures, and the reference from the docstrings."""
+    pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
+    pytest.importorskip("mkdocstrings", reason="the extra `docs` is not installed")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    reference = (tmp_path / "reference" / "index.html").read_text(encoding="utf-8")
+    assert "OneStepEstimator" in reference
+    assert (tmp_path / "errors" / "index.html").read_text(encoding="utf-8").count('id="e') >= 50
 
 
 def _users_folder(folder: Path) -> Path:

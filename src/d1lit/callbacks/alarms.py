@@ -14,7 +14,9 @@ from typing_extensions import override
 
 from d1lit.callbacks.saving import SaveCheckpoints
 from d1lit.checkpoint import list_checkpoints, read_facts, verify
+from d1lit.errors import RunError
 
+_KEY = "callbacks.alarms"
 Action = Literal["warn", "stop", "rollback"]
 ACTIONS = ("warn", "stop", "rollback")
 
@@ -48,11 +50,13 @@ class Alarm:
 
     def __post_init__(self) -> None:
         if self.action not in ACTIONS:
-            raise ValueError(f"alarm on {self.metric}: action must be one of {', '.join(ACTIONS)}, got {self.action!r}")
+            raise ValueError(
+                f"alarm on {self.metric}: action must be one of {', '.join(ACTIONS)}, got {self.action!r}. Try: warn"
+            )
         if all(bound is None for bound in (self.above, self.below, self.drop, self.ratio)):
-            raise ValueError(f"alarm on {self.metric}: has no bound; set above, below, drop or ratio")
+            raise ValueError(f"alarm on {self.metric}: has no bound. Try: above, below, drop or ratio")
         if self.patience < 1 or not 0 <= self.memory < 1:
-            raise ValueError(f"alarm on {self.metric}: needs patience >= 1 and 0 <= memory < 1")
+            raise ValueError(f"alarm on {self.metric}: needs patience >= 1 and 0 <= memory < 1. Try: 1 and 0.9")
 
     def broken(self, value: float, mean: float, count: int) -> str | None:
         """Which bound the value breaks, given the running mean of `count` earlier ones."""
@@ -124,7 +128,7 @@ class CollapseAlarms(L.Callback):
         """Look at the numbers of the step that has just ended (they are complete only now), and act.
 
         Raises:
-            RuntimeError: if an alarm with action stop sounds, or one that wants a rollback too many.
+            RunError: if an alarm with action stop sounds, or one that wants a rollback too many.
         """
         if trainer.global_step != self._step:
             first, self._step = self._step < 0, trainer.global_step
@@ -154,7 +158,7 @@ class CollapseAlarms(L.Callback):
             sounded = trainer.strategy.broadcast(sounded)  # metrics are logged in the first process alone
         for i, message in sounded:
             if self.alarms[i].action == "stop":
-                raise RuntimeError(f"{message}; the checkpoints before it are in the stage's folder")
+                raise RunError(_KEY, message, "the curve, and the checkpoints before it in the stage's folder", "E702")
             rank_zero_warn(message)
             if self.alarms[i].action == "rollback" and self._due is None:
                 self._due = (trainer.global_step - self.alarms[i].patience, message)
@@ -175,12 +179,14 @@ class CollapseAlarms(L.Callback):
     def _roll_back(self, trainer: L.Trainer, last_good: int, message: str) -> None:
         """Weights, optimizer state and running means of the newest checkpoint up to step `last_good`."""
         if self.rollbacks >= self.max_rollbacks:
-            raise RuntimeError(f"{message}; rolled back {self.rollbacks} times already, which did not help")
+            cause = f"{message}; rolled back {self.rollbacks} times already, which did not help"
+            raise RunError(_KEY, cause, "a smaller learning rate, or the rows since the checkpoint", "E702")
         folder = _checkpoints(trainer)
         assert folder is not None
         path = trainer.strategy.broadcast(last_before(folder, last_good))
         if path is None:
-            raise RuntimeError(f"{message}; there is no checkpoint to roll back to")
+            cause = f"{message}; there is no checkpoint to roll back to"
+            raise RunError(_KEY, cause, "callbacks.save.every_n_steps below the step of the alarm", "E702")
         checkpoint = trainer.strategy.load_checkpoint(path)
         rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in trainer.optimizers]
         strict = trainer.lightning_module.strict_loading

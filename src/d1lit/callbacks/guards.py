@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from d1lit.errors import RunError
+
 
 def gradients_are_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Whether every gradient on this rank is finite: a boolean scalar tensor, without a wait for the device."""
@@ -42,7 +44,7 @@ class SkipNonFinite(L.Callback):
 
     def __init__(self, max_in_a_row: int = 5) -> None:
         if max_in_a_row < 1:
-            raise ValueError(f"callbacks.max_in_a_row must be at least 1, got {max_in_a_row}")
+            raise ValueError(f"callbacks.max_in_a_row: must be at least 1, got {max_in_a_row}. Try: 5")
         self.max_in_a_row = max_in_a_row
         self.skipped = 0
         self.in_a_row = 0
@@ -79,7 +81,7 @@ class SkipNonFinite(L.Callback):
         """Decide for all ranks, and take the gradients away if the step must not happen.
 
         Raises:
-            RuntimeError: after too many in a row, naming the rows of each.
+            RunError: after too many in a row, naming the rows of each.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         bad = ~gradients_are_finite(parameters).to(pl_module.device)
@@ -97,10 +99,11 @@ class SkipNonFinite(L.Callback):
         rank_zero_warn(f"step {trainer.global_step} left out: its loss or gradient is not finite (rows {self._rows})")
         if self.in_a_row >= self.max_in_a_row:
             rows = "; ".join(str(rows) for rows in self._bad_rows)
-            raise RuntimeError(
+            cause = (
                 f"{self.in_a_row} steps in a row, up to step {trainer.global_step}, had a loss or gradient that is not "
-                f"finite; their rows: {rows}. Try: a smaller learning rate, or look at these rows"
+                f"finite; their rows: {rows}"
             )
+            raise RunError("train/loss", cause, "a smaller learning rate, or look at these rows", "E701")
 
     @override
     def on_train_batch_end(

@@ -1,4 +1,4 @@
-"""The progress of a stage on the console: a bar on a terminal, now and then a line elsewhere."""
+"""The progress of a stage on the console: a bar on a terminal; now and then a line elsewhere, and under NO_COLOR."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from typing_extensions import override
 
 SHOWN = {
@@ -16,6 +16,7 @@ SHOWN = {
     "train/loss": "loss",
     "train/kl": "kl",
     "guard/skipped": "skipped",
+    "cost/forwards": "forwards",
 }
 """Metrics that stand beside the bar, by their short names; those a stage does not have are left out."""
 
@@ -32,17 +33,18 @@ class ConsoleProgress(L.Callback):
         self._last_line = 0.0
         self._first_step = 0
         self._started = 0.0
+        self._whole_cycles: tuple[int, float] = (0, 0.0)
+        """Steps of the cycles that have ended, and the seconds they took."""
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the bar."""
         self._started = self._last_line = time.monotonic()
         self._first_step = trainer.global_step
-        if trainer.is_global_zero and self.console.is_terminal:
+        self._whole_cycles = (0, 0.0)
+        if trainer.is_global_zero and self.console.is_terminal and not self.console.no_color:
             columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-            self._bar = Progress(
-                *columns, TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"), console=self.console
-            )
+            self._bar = Progress(*columns, TextColumn("{task.fields[metrics]}"), console=self.console)
             self._bar.add_task(self.stage, total=self.num_updates, completed=self._first_step, metrics="")
             self._bar.start()
 
@@ -53,9 +55,13 @@ class ConsoleProgress(L.Callback):
         """Move it."""
         if not trainer.is_global_zero:
             return
+        done = trainer.global_step - self._first_step
+        if done > self._whole_cycles[0] and done % getattr(pl_module, "num_inner_updates", 1) == 0:
+            self._whole_cycles = (done, time.monotonic() - self._started)
         metrics = trainer.callback_metrics
         text = " ".join(f"{short} {float(metrics[name]):.3g}" for name, short in SHOWN.items() if name in metrics)
         if self._bar is not None:
+            text += self._remaining(trainer)
             self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, metrics=text)
         elif time.monotonic() - self._last_line >= self.seconds_between_lines:
             self._last_line = time.monotonic()
@@ -64,11 +70,12 @@ class ConsoleProgress(L.Callback):
             )
 
     def _remaining(self, trainer: L.Trainer) -> str:
-        done = trainer.global_step - self._first_step
+        """From whole cycles: the first update of a cycle waits for the rollout, the others do not."""
+        done, seconds = self._whole_cycles
         if done == 0:
             return ""
-        left = (time.monotonic() - self._started) / done * (self.num_updates - trainer.global_step)
-        return f" ({left:.0f} s left)"
+        until_end = seconds / done * (self.num_updates - self._first_step)
+        return f" ({_clock(max(0.0, self._started + until_end - time.monotonic()))} left)"
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -84,3 +91,10 @@ class ConsoleProgress(L.Callback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _clock(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    return f"{whole // 60} min" if whole < 7200 else f"{whole // 3600} h {whole // 60 % 60} min"

@@ -75,7 +75,7 @@ def lock_run(run_folder: Path | str) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise ValueError(
-            f"run_dir: {folder} is in use by {_read_owner(owner)}; wait for it, end it, or choose another run_dir"
+            f"run_dir: {folder} is in use by {_read_owner(owner)}. Try: another run_dir, or wait for it [E502]"
         ) from None
     try:
         owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))

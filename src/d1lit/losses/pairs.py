@@ -53,7 +53,7 @@ def check_trajectory(estimator: Any, sampler: Any) -> None:
         raise ValueError(
             f"estimator: {type(estimator).__name__} with {type(sampler.remask).__name__} is refused: it replays the "
             "rollout's commit steps, and a sampler that gives tokens back passes through other canvases. "
-            "Try: estimator=one_step or estimator=elbo, or a sampler without a remask rule"
+            "Try: estimator=one_step or estimator=elbo, or a sampler without a remask rule [E207]"
         )
 
 
@@ -81,7 +81,7 @@ def check_pair(estimator: Any, loss: Any, allow: bool = False) -> None:
     else:
         reason = f"takes {' or '.join(sorted(loss.units))} likelihoods, which are not {estimator.unit} ones"
         cure = "an estimator of that unit, or allow_unsound_pair=true"
-    raise ValueError(f"loss: {loss_name} with {estimator_name} is refused: {loss_name} {reason}. Try: {cure}")
+    raise ValueError(f"loss: {loss_name} with {estimator_name} is refused: {loss_name} {reason}. Try: {cure} [E207]")
 
 
 _WITH_PART = {"elbo": "spg", "of_step": "drift", "order": "ordered_trace", "tokens": "ordered_trace"}
@@ -94,5 +94,6 @@ def _check_parts(estimator: Any, loss: Any) -> None:
         missing = sorted(loss.needs_parts - given)
         raise ValueError(
             f"loss: {type(loss).__name__} with {type(estimator).__name__} is refused: the loss reads "
-            f"{', '.join(missing)}, which that estimator has not. Try: estimator={_WITH_PART.get(missing[0], '...')}"
+            f"{', '.join(missing)}, which that estimator has not. "
+            f"Try: estimator={_WITH_PART.get(missing[0], '...')} [E207]"
         )

@@ -167,7 +167,9 @@ class StableDRLLoss:
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """This micro-batch's share of the loss, and detached metrics."""
         if "elbo" not in inputs.logprobs.parts:
-            raise ValueError("loss: StableDRLLoss weighs by an ELBO, which this estimator has not. Try: estimator=spg")
+            raise ValueError(
+                "loss: StableDRLLoss weighs by an ELBO, which this estimator has not. Try: estimator=spg [E207]"
+            )
         old = inputs.logprobs if inputs.old is None else inputs.old
         difference = (inputs.logprobs.parts["elbo"] - old.parts["elbo"]).detach()
         capped = difference.clamp(max=float(torch.log(torch.tensor(self.ratio_cap))))

@@ -236,7 +236,7 @@ class PreferenceLoss:
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """This micro-batch's share of the loss, and detached metrics."""
         if inputs.group_size != 2:
-            raise ValueError(f"group_size: preference pairs need 2, got {inputs.group_size}. Try: group_size=2")
+            raise ValueError(f"group_size: preference pairs need 2, got {inputs.group_size}. Try: group_size=2 [E207]")
         assert inputs.ref is not None
         gain = (sequence_value(inputs.logprobs) - sequence_value(inputs.ref).detach()) / self.length(inputs)
         first, second = gain.view(-1, 2).unbind(1)

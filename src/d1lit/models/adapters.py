@@ -82,16 +82,24 @@ def _read_adapter(path: str, family: str, revision: str | None = None) -> tuple[
     folder = find_folder(path, revision, key="model.adapter")
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
-            raise ValueError(f"model.adapter: {folder} holds no {name}. Try a folder that PEFT or d1lit has written.")
+            raise ValueError(
+                f"model.adapter: {folder} holds no {name}. Try a folder that PEFT or d1lit has written [E405]"
+            )
     raw = json.loads((folder / _CONFIG).read_text())
     if raw.get("peft_type") != "LORA":
-        raise ValueError(f"model.adapter: {folder} is of kind {raw.get('peft_type')!r}; only LORA is implemented.")
+        raise ValueError(
+            f"model.adapter: {folder} is of kind {raw.get('peft_type')!r}; only LORA is implemented. "
+            "Try: a LoRA adapter [E405]"
+        )
     for key, value in _FIXED.items():
         if raw.get(key, value) != value:
-            raise ValueError(f"model.adapter: {folder} sets {key}={raw[key]!r}; only {value!r} is implemented.")
+            raise ValueError(
+                f"model.adapter: {folder} sets {key}={raw[key]!r}; only {value!r} is implemented. "
+                "Try: another adapter [E405]"
+            )
     if raw.get("rank_pattern") or raw.get("alpha_pattern") or raw.get("modules_to_save"):
         raise ValueError(f"model.adapter: {folder} gives matrices ranks of their own or saves whole modules; "
-                         "only one rank for all is implemented.")  # fmt: skip
+                         "only one rank for all is implemented. Try: merging it with PEFT first [E405]")  # fmt: skip
     tensors = {}
     for name, tensor in load_file(str(folder / _WEIGHTS)).items():
         module, part = name.removeprefix(_PREFIX).rsplit(".lora_", 1)
@@ -111,7 +119,7 @@ def _fill_adapter(adapted: PeftModel, tensors: dict[str, Tensor], path: str) -> 
     if wrong:
         raise ValueError(
             f"model.adapter: the adapter in {path} does not fit the model, first at {wrong[0]}. "
-            "Try the base model it was trained on and the same lora settings."
+            "Try the base model it was trained on and the same lora settings [E405]"
         )
     for name, tensor in wanted.items():
         tensor.copy_(tensors[name])

@@ -51,7 +51,7 @@ def build_network(
         network = load_network(str(folder), _DTYPES[dtype], device)
         return network, load_tokenizer(str(folder), network.config)
     if tiny is None:
-        raise ValueError("model.path: neither a path nor the shape of a tiny model is given. Try model=tiny.")
+        raise ValueError("model.path: neither a path nor the shape of a tiny model is given. Try model=tiny [E406]")
     tokenizer = build_tiny_tokenizer()
     assert isinstance(tokenizer.mask_token_id, int)
     assert isinstance(tokenizer.eos_token_id, int)

@@ -103,18 +103,21 @@ def read_config(raw: Mapping[str, Any], where: str) -> MaskedDiffusionConfig:
             return _read_dream(raw, where)
     except KeyError as error:
         raise ValueError(
-            f"model.path: config.json of {where} lacks {error}. Try the folder the model was published in."
+            f"model.path: config.json of {where} lacks {error}. Try the folder the model was published in [E402]"
         ) from error
     raise ValueError(
         f"model.path: {where} holds a model of type {model_type!r}, not a masked diffusion model that d1lit knows. "
-        "Try a LLaDA (llada), Dream (Dream) or d1lit folder."
+        "Try a LLaDA (llada), Dream (Dream) or d1lit folder [E402]"
     )
 
 
 def _refuse_switches(raw: Mapping[str, Any], fixed: Mapping[str, Any], where: str) -> None:
     for key, value in fixed.items():
         if raw.get(key, value) != value:
-            raise ValueError(f"model.path: {where} sets {key}={raw[key]!r}; only {value!r} is implemented.")
+            raise ValueError(
+                f"model.path: {where} sets {key}={raw[key]!r}; only {value!r} is implemented. "
+                "Try: the published model [E402]"
+            )
 
 
 def _read_llada(raw: Mapping[str, Any], where: str) -> MaskedDiffusionConfig:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -41,9 +41,11 @@ def find_folder(path: str, revision: str | None = None, key: str = "model.path",
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise ValueError(f"{key}: {path} is a file; a folder with config.json and *.safetensors is needed.")
+        raise ValueError(f"{key}: {path} is a file. Try: its folder, with config.json and *.safetensors [E401]")
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise ValueError(f"{key}: there is no folder {path}. Try an existing folder or a hub id such as owner/name.")
+        raise ValueError(
+            f"{key}: there is no folder {path}. Try an existing folder or a hub id such as owner/name [E401]"
+        )
     wanted = [pattern for pattern in _HUB_FILES if weights or pattern != "*.safetensors"]
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
@@ -51,7 +53,7 @@ def find_folder(path: str, revision: str | None = None, key: str = "model.path",
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{key}: {path} is neither a folder here nor reachable on the hub ({cause}). "
-            "Try the path of a folder that holds the model."
+            "Try the path of a folder that holds the model [E401]"
         ) from error
 
 
@@ -60,12 +62,12 @@ def load_config(folder: Path, key: str = "model.path") -> MaskedDiffusionConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(
-            f"{key}: {folder} holds no config.json, so it is no model folder. Try the folder above or below."
+            f"{key}: {folder} holds no config.json, so it is no model folder. Try the folder above or below [E401]"
         )
     try:
         raw = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{key}: {file} is not valid JSON ({error}). Try copying the model again.") from error
+        raise ValueError(f"{key}: {file} is not valid JSON ({error}). Try copying the model again [E403]") from error
     return read_config(raw, str(folder))
 
 
@@ -79,7 +81,7 @@ def shard_files(folder: Path, key: str = "model.path") -> list[Path]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ValueError(
-            f"{key}: {folder} lacks {', '.join(missing)}. Try downloading the missing weights (safetensors)."
+            f"{key}: {folder} lacks {', '.join(missing)}. Try downloading the missing weights (safetensors) [E403]"
         )
     return files
 
@@ -138,7 +140,7 @@ def _checked_tensors(network: MaskedDiffusionLM, folder: Path) -> Iterator[tuple
         if tensor.shape != expected[name].shape:
             raise ValueError(
                 f"model.path: {name} in {folder} has shape {tuple(tensor.shape)}, "
-                f"but the model has {tuple(expected[name].shape)}."
+                f"but the model has {tuple(expected[name].shape)}. Try: copying the model again [E403]"
             )
         seen.add(name)
         yield name, tensor
@@ -146,17 +148,20 @@ def _checked_tensors(network: MaskedDiffusionLM, folder: Path) -> Iterator[tuple
     if missing or unexpected:
         raise ValueError(
             f"model.path: the weights in {folder} do not match the model; missing: {_some(missing)}; "
-            f"unexpected: {_some(unexpected)}."
+            f"unexpected: {_some(unexpected)}. Try: copying the model again [E403]"
         )
 
 
 def _read_shards(files: list[Path], family: str) -> Iterator[tuple[str, Tensor]]:
     """(our name, tensor), one shard mapped at a time."""
     for file in files:
-        with safe_open(str(file), framework="pt", device="cpu") as shard:
-            for name in shard.keys():  # noqa: SIM118 - not a dict
-                if not name.endswith("rotary_emb.inv_freq"):
-                    yield from_official_name(name, family), shard.get_tensor(name)
+        try:
+            with safe_open(str(file), framework="pt", device="cpu") as shard:
+                for name in shard.keys():  # noqa: SIM118 - not a dict
+                    if not name.endswith("rotary_emb.inv_freq"):
+                        yield from_official_name(name, family), shard.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"model.path: {file} is damaged ({error}). Try: copying the model again [E403]") from None
 
 
 def _assign(network: nn.Module, name: str, tensor: Tensor) -> None:

@@ -96,7 +96,7 @@ def dealt(saved: Sequence[Sequence[Experience]], world_size: int, num_micro: int
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"trainer.devices: the experience of {len(saved)} processes cannot be cut for {world_size} ({error}). "
-            f"Try: trainer.devices={len(saved)}, or a fresh run from the stage's start"
+            f"Try: trainer.devices={len(saved)}, or a fresh run from the stage's start [E601]"
         ) from None
     rows = len(whole.rewards) // (world_size * num_micro)
     pieces = [_cut(whole, n * rows, (n + 1) * rows) for n in range(world_size * num_micro)]

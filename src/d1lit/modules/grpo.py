@@ -15,6 +15,7 @@ from torch import Tensor
 from d1lit.advantages import LengthPenalty, with_part
 from d1lit.data import InnerUpdate
 from d1lit.draws import CounterDraws
+from d1lit.errors import RunError
 from d1lit.joint_scoring import likelihoods
 from d1lit.losses import check_pair, check_trajectory
 from d1lit.models import Policy
@@ -333,11 +334,11 @@ class DiffuGRPO(L.LightningModule):
         failed = 1.0 - float(judged(rewards).float().mean())
         if failed > MAX_FAILED_FRACTION:
             late, broken = (outcome_fraction(self.verdicts, kind) for kind in ("timeout", "error"))
-            raise RuntimeError(
-                f"reward: the judges failed on {failed:.0%} of a rollout's completions (here: time-out {late:.0%}, "
-                f"error {broken:.0%}), so its rewards mean nothing. "
-                "Try: `d1lit doctor`, a longer reward deadline, or another reward"
+            cause = (
+                f"the judges failed on {failed:.0%} of a rollout's completions (here: time-out {late:.0%}, "
+                f"error {broken:.0%}), so its rewards mean nothing"
             )
+            raise RunError("reward", cause, "`d1lit doctor`, a longer reward deadline, or another reward", "E703")
 
     def _rollout_weights(self) -> AbstractContextManager[None]:
         """The adapter folded into the base where that is exact enough, or asked for."""

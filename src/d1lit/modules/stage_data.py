@@ -131,7 +131,9 @@ def encoded_demonstrations(
     fitting = [row for row in result if overlong == "error" or layout_holds(layout, row)]
     if not fitting:
         longest = min(len(row.completion_ids) for row in result) + 1
-        raise ValueError(f"sampler.completion_length: no demonstration of {task.name} fits. Try: {longest} or more")
+        raise ValueError(
+            f"sampler.completion_length: no demonstration of {task.name} fits. Try: {longest} or more [E307]"
+        )
     return fitting
 
 

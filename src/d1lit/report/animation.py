@@ -43,7 +43,7 @@ def write_gif(recording: Recording, file: Path, seconds_per_step: float = 0.25, 
     frames = [_frame(recording, columns, step, size, font) for step in range(-1, recording["steps"])]
     durations = [round(1000 * seconds_per_step)] * (len(frames) - 1) + [2000]
     palette = [frame.quantize(colors=64, dither=Image.Dither.NONE) for frame in frames]
-    palette[0].save(file, save_all=True, append_images=palette[1:], duration=durations, loop=0, optimize=True)
+    palette[0].save(file, "GIF", save_all=True, append_images=palette[1:], duration=durations, loop=0, optimize=True)
 
 
 Box = tuple[int, int, int]

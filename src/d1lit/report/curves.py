@@ -37,7 +37,12 @@ def chart(title: str, series: Sequence[Series], x_label: str = "update", smooth:
         return None
     xs = [x for s in drawn for x, _ in s.points]
     ys = [y for s in drawn for _, y in s.points]
-    x_ticks, y_ticks = ticks(min(xs), max(xs), 5), ticks(min(ys), max(ys), 5)
+    # Updates are counted: no ticks between them.
+    whole = all(float(x).is_integer() for x in xs)
+    x_ticks, y_ticks = (
+        ticks(min(xs), max(xs), min(5, max(1, int(max(xs) - min(xs)))) if whole else 5),
+        ticks(min(ys), max(ys), 5),
+    )
     x_range, y_range = (min(xs), max(max(xs), min(xs) + 1e-9)), (min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys)))
 
     def place(x: Number, y: Number) -> tuple[float, float]:

@@ -77,6 +77,7 @@ def _heading(part: Markup) -> tuple[str, Markup]:
 
 def write_page(file: Path, page: str) -> Path:
     """Write a page in one step."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     staging = file.with_name(f".{file.name}.tmp")
     staging.write_text(page, encoding="utf-8")
     staging.replace(file)

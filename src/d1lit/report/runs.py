@@ -94,14 +94,14 @@ def read_run(folder: Path | str) -> Run:
     file = folder / "results.json"
     if not file.is_file():
         cure = "a folder whose run has ended (train.py prints its results.json as its last line)"
-        raise ValueError(f"run: {folder} holds no results.json. Try: {cure}")
+        raise ValueError(f"run: {folder} holds no results.json. Try: {cure} [E504]")
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
         missing = {"evaluations", "recipe", "task", "model", "seed"} - set(results)
         if missing:
             raise KeyError(min(missing))
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"run: {file} is not a run's results ({error!r}). Try: another folder") from None
+        raise ValueError(f"run: {file} is not a run's results ({error!r}). Try: another folder [E504]") from None
     source = folder
     if results["recipe"] == "evaluation" and results.get("run"):
         # An evaluation on its own speaks of the run it evaluated.
@@ -125,7 +125,7 @@ def read_runs(folders: Sequence[Path | str]) -> list[Run]:
     for folder in folders:
         seen.setdefault(Path(folder).resolve(), read_run(folder))
     if not seen:
-        raise ValueError("run: no folder given. Try: the folders of one or more runs, such as outputs/*")
+        raise ValueError("run: no folder given. Try: the folders of one or more runs, such as outputs/* [E504]")
     return list(seen.values())
 
 

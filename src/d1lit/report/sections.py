@@ -13,7 +13,7 @@ from d1lit.report.comparing import row_score
 from d1lit.report.curves import Series, chart, whisker
 from d1lit.report.markup import Markup, join, table, tag
 from d1lit.report.player import part_words, player
-from d1lit.report.runs import Row, Run, flat
+from d1lit.report.runs import Row, Run
 from d1lit.report.tables import number, percent, percent_interval
 from d1lit.security import redact, redact_text
 from d1lit.statistics import Interval
@@ -281,17 +281,28 @@ def repeat_section(run: Run) -> Markup:
 
 
 def cost_section(run: Run) -> Markup:
-    """What results.json says of cost, and where the time went, stage by stage."""
-    rows = [
-        (key.replace("_", " ").replace(".", ": "), _plain(v)) for key, v in flat(run.results.get("cost", {})).items()
-    ]
-    for stage, scalars in run.curves.items():
-        for name in sorted(scalars):
-            if name.startswith("time/"):
-                what = name.removeprefix("time/").removesuffix("_s")
-                rows.append((f"{stage}: seconds of {what}", f"{sum(v for _, v in scalars[name]):.1f}"))
-    return section("cost", "Cost", table(["what", "how much"], rows, "Cost"))
+    """What results.json says of cost: the whole run, its stages, and the parts of each."""
+    cost = run.results.get("cost") or {}
+    rows = [("the whole run", cost)]
+    for stage, spent in (cost.get("stages") or {}).items():
+        rows += [(stage, spent), *((f"{stage}: {part}", of) for part, of in (spent.get("sections") or {}).items())]
+    if "base" in run.curves and "base" not in (cost.get("stages") or {}):
+        seconds = [v for name, line in run.curves["base"].items() if name.startswith("time/") for _, v in line]
+        rows.insert(1, ("base, made by this run", {"seconds": sum(seconds)}))
+    known = {"updates": "updates", "seconds": "seconds", "forwards": "forwards", "tokens": "tokens through the network",
+             "flops": "FLOPs", "peak_memory_mb": "peak memory, MB"}  # fmt: skip
+    found = [key for key in known if any(key in of for _, of in rows)]
+    cells = [(name, *(_plain(of[key]) if key in of else "" for key in found)) for name, of in rows]
+    table_of_cost = table(["where", *(known[key] for key in found)], cells, "Cost by stage")
+    note = tag(
+        "p", "Seconds of the whole run are the clock's, evaluation included; all else is training.", class_="note"
+    )
+    return section("cost", "Cost", table_of_cost, note)
 
 
 def _plain(value: Any) -> str:
-    return f"{value:,.6g}" if isinstance(value, int | float) else str(value)
+    if not isinstance(value, int | float):
+        return str(value)
+    return (
+        f"{value:.3g}" if value >= 1e7 else f"{value:,.0f}" if value >= 1000 or value == int(value) else f"{value:.3g}"
+    )

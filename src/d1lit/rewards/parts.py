@@ -17,13 +17,13 @@ class RewardParts:
 
     def __post_init__(self) -> None:
         if not self.parts:
-            raise ValueError("reward.parts: empty. Name at least one part")
+            raise ValueError("reward.parts: empty. Try: at least one part")
         without_weight = sorted(set(self.parts) - set(self.weights))
         without_part = sorted(set(self.weights) - set(self.parts))
         if without_weight or without_part:
             raise ValueError(
                 f"reward.weights: parts without a weight {without_weight}, weights without a part {without_part}. "
-                "Give every part one weight"
+                "Try: one weight for every part"
             )
 
     @property

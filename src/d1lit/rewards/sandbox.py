@@ -25,6 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from d1lit.errors import RunError
+
 _WARDEN = Path(__file__).with_name("sandbox_warden.py")
 _START_SECONDS = 30.0
 _CLEAN_SECONDS = 0.8
@@ -107,7 +109,7 @@ class Protection:
         return f"sandbox: {', '.join(held) or 'limits only'}" + (f"; NOT: {', '.join(missing)}" if missing else "")
 
 
-class SandboxError(RuntimeError):
+class SandboxError(RunError):
     """The sandbox cannot be set up, or lost its warden twice in a row."""
 
 
@@ -141,10 +143,11 @@ class _Warden:
         hello = self._hello()
         if "error" in hello:
             self.close()
-            raise SandboxError(
-                f"sandbox: the walls cannot be built here ({hello['error']}). Try: a machine or container that allows "
-                "namespaces (docker run --cap-add SYS_ADMIN), or allow_weak=true as an ordinary user (docs/sandbox.md)"
+            cure = (
+                "a machine or container that allows namespaces (docker run --cap-add SYS_ADMIN), or allow_weak=true "
+                "as an ordinary user (docs/sandbox.md)"
             )
+            raise SandboxError("sandbox", f"the walls cannot be built here ({hello['error']})", cure, "E704")
         self.protection = Protection(**hello)
 
     def _hello(self) -> dict[str, Any]:
@@ -153,9 +156,8 @@ class _Warden:
             part = self.link.recv(4096) if _readable([self.link], until) else b""
             if not part:
                 self.close()
-                raise SandboxError(
-                    "sandbox: the warden did not start. Try: running src/d1lit/rewards/sandbox_warden.py"
-                )
+                cure = "running src/d1lit/rewards/sandbox_warden.py"
+                raise SandboxError("sandbox", "the warden did not start", cure, "E704")
             data += part
         return json.loads(data)
 
@@ -316,7 +318,7 @@ class Sandbox:
 
     def _start(self) -> _Warden:
         if not hasattr(os, "memfd_create"):
-            raise SandboxError("sandbox: it needs Linux. Try: another task, or a Linux container")
+            raise SandboxError("sandbox", "it needs Linux", "another task, or a Linux container", "E704")
         if self.force_weak:
             return _Warden(self.limits, True, self.python)
         try:

@@ -93,14 +93,16 @@ class CodeSource:
         tests = values["tests"]
         tests = [tests] if isinstance(tests, str) else tests
         if not isinstance(tests, list) or not tests or not all(isinstance(t, str) and t.strip() for t in tests):
-            raise ValueError(f"{place}: tests is no text and no list of texts. Try: a list of assert lines")
+            raise ValueError(f"{place}: tests is no text and no list of texts. Try: a list of assert lines [E304]")
         setup = values.get("setup") or ""
         setup = setup if isinstance(setup, str) else "\n".join(setup)
         answer = values.get("answer")
         answer = answer if isinstance(answer, str) else ""
         name = values.get("entry_point") or _tested_name(answer, tests)
         if name is None:
-            raise ValueError(f"{place}: no entry_point, and none to be told from tests. Try: a column entry_point")
+            raise ValueError(
+                f"{place}: no entry_point, and none to be told from tests. Try: a column entry_point [E304]"
+            )
         name = required_text({"entry_point": name}, "entry_point", place)
         is_stub = re.search(rf"^def\s+{re.escape(name)}\s*\(", question, re.MULTILINE) is not None
         shown = tests[: self.shown_tests]

@@ -88,7 +88,7 @@ class CountdownSource:
         if isinstance(numbers, str):
             numbers = [part for part in re.split(r"[,\s]+", numbers.strip(" []")) if part]
         if not isinstance(numbers, (list, tuple)) or not numbers:
-            raise ValueError(f"{place}: numbers is {str(numbers)[:40]!r}, not a list. Try: [3, 7, 25]")
+            raise ValueError(f"{place}: numbers is {str(numbers)[:40]!r}, not a list. Try: [3, 7, 25] [E304]")
         whole = [_whole_number(number, "numbers", place) for number in numbers]
         target = _whole_number(values["target"], "target", place)
         if len(whole) != self.count_numbers:
@@ -133,5 +133,7 @@ def _whole_number(value: Any, field: str, place: str) -> int:
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,9}", value.strip()):
         return int(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 10**9 or value != int(value):
-        raise ValueError(f"{place}: {field} holds {str(value)[:40]!r}, not a whole number. Try: mend or delete the row")
+        raise ValueError(
+            f"{place}: {field} holds {str(value)[:40]!r}, not a whole number. Try: mend or delete the row [E304]"
+        )
     return int(value)

@@ -51,5 +51,5 @@ def _from_s1k(row: Row) -> str:
             )
     raise ValueError(
         f"{row.place}: neither a completion nor s1K's thinking_trajectories and attempt. "
-        "Try: task.demonstration_columns.completion=NAME"
+        "Try: task.demonstration_columns.completion=NAME [E303]"
     )

@@ -79,7 +79,7 @@ class Gsm8kSource:
         solution = required_text(values, "answer", place)
         gold = solution.rsplit("####", 1)[-1].strip()
         if not gold:
-            raise NoAnswer(f"{place}: nothing follows '####' in answer. Try: mend or delete the row")
+            raise NoAnswer(f"{place}: nothing follows '####' in answer. Try: mend or delete the row [E304]")
         example = {"question": required_text(values, "question", place), "answer": gold}
         return example | {"solution": values["answer"]} if "####" in solution else example
 

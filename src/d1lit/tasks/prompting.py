@@ -57,12 +57,14 @@ def load_template(name: str) -> Template:
     elif Path(name).is_file():
         raw = Path(name).read_bytes()
     else:
-        raise ValueError(f"task.prompt: no template or file {name!r}. Try: one of {', '.join(builtin_templates())}")
+        raise ValueError(
+            f"task.prompt: no template or file {name!r}. Try: one of {', '.join(builtin_templates())} [E308]"
+        )
     try:
         text = raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as failure:
         line = raw[: failure.start].count(b"\n") + 1
-        raise ValueError(f"task.prompt: {name}:{line}: not UTF-8. Try: save the file as UTF-8") from None
+        raise ValueError(f"task.prompt: {name}:{line}: not UTF-8. Try: save the file as UTF-8 [E308]") from None
     return parse_template(text, name)
 
 
@@ -87,16 +89,20 @@ def parse_template(text: str, name: str) -> Template:
             continue
         section = heading[1]
         if section not in _NAMES:
-            raise ValueError(f"task.prompt: {name}:{number}: no section {section!r}. Try: one of {', '.join(_NAMES)}")
+            raise ValueError(
+                f"task.prompt: {name}:{number}: no section {section!r}. Try: one of {', '.join(_NAMES)} [E308]"
+            )
         if section != "shot" and any(section == earlier for earlier, _ in sections):
-            raise ValueError(f"task.prompt: {name}:{number}: section {section!r} stands twice. Try: join the two")
+            raise ValueError(
+                f"task.prompt: {name}:{number}: section {section!r} stands twice. Try: join the two [E308]"
+            )
         sections.append((section, []))
     bodies = {section: "\n".join(lines).strip("\n") for section, lines in sections}
     if not bodies.get("user"):
-        raise ValueError(f"task.prompt: {name}:1: no section 'user'. Try: a line `--- user` before the question")
+        raise ValueError(f"task.prompt: {name}:1: no section 'user'. Try: a line `--- user` before the question [E308]")
     graded = bodies.get("graded", _GRADED[0])
     if graded not in _GRADED:
-        raise ValueError(f"task.prompt: {name}: graded is {graded!r}. Try: {' or '.join(_GRADED)}")
+        raise ValueError(f"task.prompt: {name}: graded is {graded!r}. Try: {' or '.join(_GRADED)} [E308]")
     return Template(
         name=name,
         system=bodies.get("system", ""),
@@ -120,7 +126,7 @@ def render(template: Template, example: Example) -> tuple[str, str, str]:
         if field not in example:
             raise ValueError(
                 f"task.prompt: {template.name} asks for {{{{{field}}}}}, which row {example.get('id')} lacks. "
-                f"Try: one of {', '.join(sorted(example))}"
+                f"Try: one of {', '.join(sorted(example))} [E308]"
             )
         value = example[field]
         return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
@@ -170,11 +176,11 @@ def encode_prompts(
         elif overlong == "error":
             raise ValueError(
                 f"{key}: row {row.get('id')} has a prompt of {len(ids)} tokens, more than "
-                f"{max_prompt_length}. Try: {key}={len(ids)}, or task.overlong=drop for training rows"
+                f"{max_prompt_length}. Try: {key}={len(ids)}, or task.overlong=drop for training rows [E307]"
             )
     if rows and not kept:
         raise ValueError(
-            f"{key}: all {len(rows)} prompts are longer than {max_prompt_length} tokens. Try: {key}={longest}"
+            f"{key}: all {len(rows)} prompts are longer than {max_prompt_length} tokens. Try: {key}={longest} [E307]"
         )
     return encoded, kept, len(rows) - len(kept)
 

@@ -53,14 +53,18 @@ def read_rows(location: str, key: str, columns: Columns, required: Sequence[str]
     if path.is_file():
         found = _file_rows(path, key)
     elif path.exists():
-        raise ValueError(f"{key}: {location} is not a regular file. Try: the path of a JSONL or parquet file in it")
+        raise ValueError(
+            f"{key}: {location} is not a regular file. Try: the path of a JSONL or parquet file in it [E301]"
+        )
     elif path.suffix in (*_SUFFIXES, *_ARCHIVES) or location.startswith(("/", ".", "~")):
-        raise ValueError(f"{key}: no file {location}. Try: an existing path, a hub id owner/name, or {key}=builtin")
+        raise ValueError(
+            f"{key}: no file {location}. Try: an existing path, a hub id owner/name, or {key}=builtin [E301]"
+        )
     else:
         found = _hub_rows(location, key, default_split)
     rows = [Row(place, _fields(values, place, key, columns, required)) for place, values in found]
     if not rows:
-        raise ValueError(f"{key}: {location} holds no rows. Try: another file, or {key}=builtin")
+        raise ValueError(f"{key}: {location} holds no rows. Try: another file, or {key}=builtin [E305]")
     return rows
 
 
@@ -77,7 +81,7 @@ def _fields(values: Mapping[str, Any], place: str, key: str, columns: Columns, r
             prefix = key.rsplit(".", 1)[0]
             raise ValueError(
                 f"{place}: no column {' or '.join(map(repr, names))} for {field}; this row has "
-                f"{', '.join(map(str, values)) or 'none'}. Try: {prefix}.columns.{field}=NAME"
+                f"{', '.join(map(str, values)) or 'none'}. Try: {prefix}.columns.{field}=NAME [E303]"
             )
     return fields
 
@@ -88,15 +92,15 @@ def _fields(values: Mapping[str, Any], place: str, key: str, columns: Columns, r
 def _file_rows(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
     size = path.stat().st_size
     if size == 0:
-        raise ValueError(f"{key}: {path} is empty. Try: another file, or {key}=builtin")
+        raise ValueError(f"{key}: {path} is empty. Try: another file, or {key}=builtin [E305]")
     if size > MAX_FILE_BYTES:
-        raise ValueError(f"{key}: {path} has {size} bytes, more than {MAX_FILE_BYTES}. Try: split it")
+        raise ValueError(f"{key}: {path} has {size} bytes, more than {MAX_FILE_BYTES}. Try: split it [E302]")
     with path.open("rb") as file:
         magic = file.read(6)
     if path.suffix in _ARCHIVES or magic.startswith(_ARCHIVE_MAGIC):
-        raise ValueError(f"{key}: {path} is an archive, which is never unpacked here. Try: unpack it first")
+        raise ValueError(f"{key}: {path} is an archive, which is never unpacked here. Try: unpack it first [E302]")
     if path.suffix not in _SUFFIXES:
-        raise ValueError(f"{key}: {path} ends in none of {' '.join(_SUFFIXES)}. Try: convert it to JSONL")
+        raise ValueError(f"{key}: {path} ends in none of {' '.join(_SUFFIXES)}. Try: convert it to JSONL [E302]")
     if path.suffix == ".parquet":
         return _parquet_rows(path, key)
     return _cached_text_rows(path, key)
@@ -144,7 +148,7 @@ def checked_rows(path: str, key: str) -> Iterator[dict[str, Any]]:
             yield {"line": line, "row": json.dumps(values)}
             empty = False
         if empty:
-            raise ValueError(f"{path} holds no rows. Try: another file")
+            raise ValueError(f"{path} holds no rows. Try: another file [E305]")
     except ValueError as failure:
         raise ValueError(f"{key}: {failure}") from None
 
@@ -157,7 +161,9 @@ def _text_lines(path: str) -> Iterator[tuple[int, str]]:
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
             if len(line) > MAX_LINE_BYTES:
-                raise ValueError(f"{path}:{number}: the line is longer than {MAX_LINE_BYTES} bytes. Try: shorten it")
+                raise ValueError(
+                    f"{path}:{number}: the line is longer than {MAX_LINE_BYTES} bytes. Try: shorten it [E302]"
+                )
             if number == 1:
                 line = line.removeprefix(_BOM)
             try:
@@ -165,14 +171,14 @@ def _text_lines(path: str) -> Iterator[tuple[int, str]]:
             except UnicodeDecodeError as failure:
                 raise ValueError(
                     f"{path}:{number}: byte {line[failure.start]:#04x} at column {failure.start + 1} is not UTF-8. "
-                    "Try: save the file as UTF-8 (iconv -f latin1 -t utf-8)"
+                    "Try: save the file as UTF-8 (iconv -f latin1 -t utf-8) [E302]"
                 ) from None
 
 
 def _refuse_utf16(file: IO[bytes], path: str) -> None:
     start = file.read(2)
     if start in (b"\xff\xfe", b"\xfe\xff"):
-        raise ValueError(f"{path}:1: the file is UTF-16. Try: save it as UTF-8 (iconv -f utf-16 -t utf-8)")
+        raise ValueError(f"{path}:1: the file is UTF-16. Try: save it as UTF-8 (iconv -f utf-16 -t utf-8) [E302]")
     file.seek(0)
 
 
@@ -189,7 +195,9 @@ def _read_json(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
         return
     rows = _parse_json(text, path, whole_file=True)
     if not isinstance(rows, list):
-        raise ValueError(f"{path}:1: a .json file must hold a list of rows. Try: [{{...}}, {{...}}], or name it .jsonl")
+        raise ValueError(
+            f"{path}:1: a .json file must hold a list of rows. Try: [{{...}}, {{...}}], or name it .jsonl [E302]"
+        )
     for number, row in enumerate(rows, start=1):
         yield number, _object(row, f"{path}:{number}")
 
@@ -202,12 +210,13 @@ def _read_csv(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
         for cells in reader:
             if cells and len(cells) != len(header):
                 raise ValueError(
-                    f"{path}:{reader.line_num}: {len(cells)} cells under {len(header)} columns. Try: quote the commas"
+                    f"{path}:{reader.line_num}: {len(cells)} cells under {len(header)} columns. "
+                    "Try: quote the commas [E302]"
                 )
             if cells:
                 yield reader.line_num, dict(zip(header, cells, strict=True))
     except csv.Error as failure:
-        raise ValueError(f"{path}:{reader.line_num}: not CSV ({failure}). Try: mend the line") from None
+        raise ValueError(f"{path}:{reader.line_num}: not CSV ({failure}). Try: mend the line [E302]") from None
 
 
 def _parse_json(text: str, place: str, whole_file: bool = False) -> Any:
@@ -224,7 +233,7 @@ def _parse_json(text: str, place: str, whole_file: bool = False) -> Any:
         where, cause = place, "half of a surrogate pair (\\ud800 to \\udfff alone) is no character"
     except ValueError as failure:
         where, cause = place, str(failure).split(";")[0]
-    raise ValueError(f"{where}: {cause}. Try: mend or delete the line")
+    raise ValueError(f"{where}: {cause}. Try: mend or delete the line [E302]")
 
 
 def _no_constant(name: str) -> None:
@@ -240,7 +249,9 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _object(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f'{place}: a row must be an object, not {type(value).__name__}. Try: {{"question": ...}}')
+        raise ValueError(
+            f'{place}: a row must be an object, not {type(value).__name__}. Try: {{"question": ...}} [E302]'
+        )
     return value
 
 
@@ -264,7 +275,7 @@ def _parquet_rows(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
         table = _quietly(load)
     except Exception as failure:  # pyarrow and datasets raise a dozen kinds for a broken file
         raise ValueError(
-            f"{key}: {path}: cannot be read as parquet ({_first_line(failure)}). Try: write it again"
+            f"{key}: {path}: cannot be read as parquet ({_first_line(failure)}). Try: write it again [E302]"
         ) from None
     return ((f"{key}: {path}:{number}", dict(values)) for number, values in enumerate(table, start=1))
 
@@ -273,7 +284,7 @@ def _hub_rows(location: str, key: str, default_split: str) -> Iterator[tuple[str
     match = _HUB_ID.fullmatch(location)
     if match is None:
         raise ValueError(
-            f"{key}: {location!r} is neither a file nor a hub id. Try: a path, or owner/name[:subset[:split]]"
+            f"{key}: {location!r} is neither a file nor a hub id. Try: a path, or owner/name[:subset[:split]] [E301]"
         )
     split = match["split"] or default_split
 
@@ -287,12 +298,15 @@ def _hub_rows(location: str, key: str, default_split: str) -> Iterator[tuple[str
     except (ConnectionError, OSError) as failure:
         if type(failure).__name__ == "DatasetNotFoundError":
             raise ValueError(
-                f"{key}: the hub has no data set {match['path']!r}. Try: a local file, {key}=PATH"
+                f"{key}: the hub has no data set {match['path']!r}. Try: a local file, {key}=PATH [E306]"
             ) from None
-        raise ValueError(f"{key}: cannot reach the hub for {match['path']!r}. Try: a local file, {key}=PATH") from None
+        raise ValueError(
+            f"{key}: cannot reach the hub for {match['path']!r}. Try: a local file, {key}=PATH [E306]"
+        ) from None
     except Exception as failure:  # a wrong subset or split, a script-only data set, a broken file on the hub, ...
         raise ValueError(
-            f"{key}: {location} cannot be loaded ({_first_line(failure)}). Try: owner/name:subset:split, or {key}=PATH"
+            f"{key}: {location} cannot be loaded ({_first_line(failure)}). "
+            f"Try: owner/name:subset:split, or {key}=PATH [E306]"
         ) from None
     return ((f"{key}: {location}:{number}", dict(values)) for number, values in enumerate(table, start=1))
 

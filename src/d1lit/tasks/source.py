@@ -113,7 +113,7 @@ def write_traces(
         if example is None:
             raise ValueError(
                 f"task.source: every {name} problem drawn for the {purpose} is in test or validation. "
-                "Try: larger numbers in task.source, or a smaller task.num_builtin.test"
+                "Try: larger numbers in task.source, or a smaller task.num_builtin.test [E309]"
             )
         rows.append(example | {"manner": manner, "completion": write(example, manner)})
     return rows
@@ -158,7 +158,7 @@ def distinct(
             name, split, _ = words
             raise ValueError(
                 f"task.num_builtin.{split}: {count} different {name} problems apart from the other splits were not "
-                f"found, about {index} exist. Try: task.num_builtin.{split}={index // 2}"
+                f"found, about {index} exist. Try: task.num_builtin.{split}={index // 2} [E309]"
             )
         seen.add(identity(example))
         rows.append(example)
@@ -173,8 +173,8 @@ def required_text(values: Mapping[str, Any], field: str, place: str) -> str:
     """
     value = values.get(field)
     if not isinstance(value, str):
-        raise ValueError(f"{place}: {field} is {type(value).__name__}, not text. Try: quote it in the data")
+        raise ValueError(f"{place}: {field} is {type(value).__name__}, not text. Try: quote it in the data [E304]")
     if not value.strip():
         kind = NoAnswer if field == "answer" else ValueError
-        raise kind(f"{place}: {field} is empty. Try: fill it in or delete the row")
+        raise kind(f"{place}: {field} is empty. Try: fill it in or delete the row [E304]")
     return value.strip()

@@ -138,11 +138,13 @@ class SudokuSource:
         """A puzzle and its solution from data, checked against the rules and each other."""
         puzzle, solution = (_cells(values[field], field, place) for field in self.required)
         if not is_valid_grid(solution):
-            raise ValueError(f"{place}: solution {solution} breaks the rules. Try: mend or delete the row")
+            raise ValueError(f"{place}: solution {solution} breaks the rules. Try: mend or delete the row [E304]")
         if any(given not in ("0", digit) for given, digit in zip(puzzle, solution, strict=True)):
-            raise ValueError(f"{place}: solution {solution} alters the givens of {puzzle}. Try: mend or delete the row")
+            raise ValueError(
+                f"{place}: solution {solution} alters the givens of {puzzle}. Try: mend or delete the row [E304]"
+            )
         if "0" not in puzzle:
-            raise ValueError(f"{place}: puzzle {puzzle} has no empty cell. Try: delete the row")
+            raise ValueError(f"{place}: puzzle {puzzle} has no empty cell. Try: delete the row [E304]")
         return _example(puzzle, solution)
 
     def identity(self, example: Example) -> str:
@@ -176,9 +178,11 @@ def _cells(value: Any, field: str, place: str) -> str:
     """Sixteen digits from data; a number has lost its leading zeros and is refused."""
     if not isinstance(value, str):
         raise ValueError(
-            f"{place}: {field} is {type(value).__name__}, not text of 16 digits. Try: quote it in the data"
+            f"{place}: {field} is {type(value).__name__}, not text of 16 digits. Try: quote it in the data [E304]"
         )
     cells = "".join(value.split()).replace(".", "0")
     if len(cells) != 16 or not set(cells) <= set("01234"):
-        raise ValueError(f"{place}: {field} {value[:40]!r} is not 16 digits from 0 to 4. Try: mend or delete the row")
+        raise ValueError(
+            f"{place}: {field} {value[:40]!r} is not 16 digits from 0 to 4. Try: mend or delete the row [E304]"
+        )
     return cells

@@ -135,7 +135,7 @@ class Task:
         unknown = set(self.columns) - {*self.source.required, *self.source.optional}
         if unknown:
             fields = (*self.source.required, *self.source.optional)
-            raise ValueError(f"task.columns: no field {min(unknown)!r}. Try: one of {', '.join(fields)}")
+            raise ValueError(f"task.columns: no field {min(unknown)!r}. Try: one of {', '.join(fields)} [E205]")
         for key, value, least in (
             ("val_rows", self.val_rows, 0),
             ("max_prompt_length", self.max_prompt_length, 1),
@@ -221,7 +221,7 @@ class Task:
         if not found:
             raise ValueError(
                 f"task.demonstration_data: no row of {self.train_data} has a worked solution. "
-                "Try: task.short_traces=true, or task.demonstration_data=PATH of prompts and completions"
+                "Try: task.short_traces=true, or task.demonstration_data=PATH of prompts and completions [E305]"
             )
         return _sample(found, count, seed)
 
@@ -243,7 +243,7 @@ class Task:
         test = {"".join(row["question"].split()) for row in self.rows("test")}
         kept = [row for row in found if "".join(row["question"].split()) not in test]
         if not kept:
-            raise ValueError(f"{key}: every row of {self.demonstration_data} is in test. Try: other data")
+            raise ValueError(f"{key}: every row of {self.demonstration_data} is in test. Try: other data [E305]")
         questions = sorted({row["question"] for row in kept}, key=self._rank)
         held = set(questions[: len(questions) // 100])
         train = [row for row in kept if row["question"] not in held]
@@ -273,7 +273,7 @@ class Task:
         if not train:
             raise ValueError(
                 f"task.train_data: {self.train_data} has {len(loaded)} rows and none is left for training (test and "
-                f"validation take them). Try: other data, or a smaller task.val_rows than {self.val_rows}"
+                f"validation take them). Try: other data, or a smaller task.val_rows than {self.val_rows} [E305]"
             )
         overlap = Overlap(
             train_rows=len(train),
@@ -315,7 +315,8 @@ class Task:
                 found.append((row, example))
         if not found:
             raise ValueError(
-                f"{key}: none of the {other + unanswered} rows of {location} is a {self.name} problem. Try: other data"
+                f"{key}: none of the {other + unanswered} rows of {location} is a {self.name} problem. "
+                "Try: other data [E305]"
             )
         rows = [row if "id" in row else self._with_id(row) for row in _with_given_ids(found)]
         return _numbered(rows, split), other, unanswered
@@ -365,7 +366,9 @@ def _with_given_ids(found: Sequence[tuple[Row, dict[str, Any]]]) -> list[dict[st
         place, earlier = first.setdefault(given, (row.place, example))
         if earlier != example:
             where = place.rsplit(":", 1)[-1]
-            raise ValueError(f"{row.place}: id {given!r} stands at line {where} too, with another row. Try: unique ids")
+            raise ValueError(
+                f"{row.place}: id {given!r} stands at line {where} too, with another row. Try: unique ids [E304]"
+            )
         rows.append({"id": given, **example})
     return rows
 
