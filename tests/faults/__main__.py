@@ -4,6 +4,7 @@ python -m tests.faults kill --stage grpo --times 50 --in-saves 5
 python -m tests.faults signal --stage grpo --times 20
 python -m tests.faults mutants
 python -m tests.faults soak --steps 20000
+python -m tests.faults losses
 """
 
 from __future__ import annotations
@@ -42,6 +43,13 @@ def soak(arguments: argparse.Namespace) -> None:
     print(growth(arguments.steps).line())
 
 
+def losses(arguments: argparse.Namespace) -> None:
+    """Write down the losses of three recipes anew."""
+    from tests.faults.losses import write
+
+    write()
+
+
 def _signals(arguments: argparse.Namespace, signums: list[signal.Signals], in_saves: int) -> None:
     from tests.end_to_end.served import Server
     from tests.faults.jobs import JOBS
@@ -75,6 +83,7 @@ def main() -> None:
     command.set_defaults(act=mutate)
     command.add_argument("--first", type=int, default=0, help="number of the first one that is tried")
     command.add_argument("--last", type=int, default=None, help="number of the first one that is not")
+    commands.add_parser("losses", help=losses.__doc__).set_defaults(act=losses)
     command = commands.add_parser("soak", help=soak.__doc__)
     command.set_defaults(act=soak)
     command.add_argument("--steps", type=int, default=20_000)
