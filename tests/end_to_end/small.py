@@ -117,6 +117,12 @@ class Noise(L.Callback):
             _ = torch.rand(3), numpy.random.rand(3), random.random()
 
 
+class Confidant(L.Callback):
+    """Is told secrets, and does nothing with them."""
+
+    def __init__(self, **secrets: Any) -> None: ...
+
+
 def fit(
     module: Any,
     num_micro: int = 1,

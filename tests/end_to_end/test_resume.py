@@ -13,10 +13,16 @@ from d1lit.checkpoint import list_checkpoints, lock_run
 from tests.end_to_end.served import Server
 from tests.faults.jobs import JOBS, check_same, ending
 from tests.faults.killing import STOPPED, Undisturbed, many, undisturbed
+from tests.faults.losses import RECIPES, UPDATES, machine, measured, stored
+from tests.test_security import VALUES
 
 pytestmark = pytest.mark.slow
 
 JOB = JOBS["d1"]
+NAMED = (
+    "token", "hf_token", "api_key", "wandb_api_key", "password", "client_secret", "credentials", "access_token",
+    "private_key", "passphrase",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +132,35 @@ def test_other_draws_between_the_steps_change_nothing(server, grpo, tmp_path):
     log = tmp_path / "log"
     assert server.run((*JOBS["grpo"].with_saves(None), noise, f"run_dir={tmp_path / 'run'}"), log) == 0, log.read_text()
     check_same(ending(tmp_path / "run", JOBS["grpo"]), grpo.ending)
+
+
+def test_secrets_of_a_configuration_stand_nowhere_in_what_a_run_writes(server, tmp_path):
+    """F13: twenty, ten by their names and ten by their looks, on the command line of a run with every kind of output."""
+    named = {name: f"{name}-correct-horse-{n:02d}" for n, name in enumerate(NAMED[:10])}
+    looks = {f"note_{n}": f"{value}{n:02d}" for n, value in enumerate(VALUES[:10])}
+    told = ",".join(f"{key}:'{value}'" for key, value in (named | looks).items())
+    words = [word for word in JOBS["sft"].words if not word.startswith("report=")]
+    words += [
+        f"+callbacks.confidant={{_target_:tests.end_to_end.small.Confidant,{told}}}",
+        f"run_dir={tmp_path / 'run'}",
+    ]
+    log = tmp_path / "log"
+    assert server.run(words, log) == 0, log.read_text()
+    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    kinds = {"config.yaml", "overrides.json", "environment.json", "results.json", "report.html", "README.md"}
+    assert kinds <= {file.name for file in files} and any("tfevents" in file.name for file in files)
+    for file in [*files, log]:
+        content = file.read_bytes()
+        for secret in (*named.values(), *looks.values()):
+            assert secret.encode() not in content, f"{secret} in {file.name}"
+    assert b"<redacted>" in (tmp_path / "run" / "config.yaml").read_bytes()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_losses_are_those_that_were_written_down(server, recipe):
+    """F17: bit for bit, where library and processor are those they were written down with."""
+    expected = stored(recipe)
+    if expected.splitlines()[0] != machine():
+        pytest.skip(f"written down with {expected.splitlines()[0]}, this is {machine()}")
+    assert len([line for line in expected.splitlines() if line.startswith("train/loss ")]) == UPDATES
+    assert measured(server, recipe) == expected, "if that is meant: python -m tests.faults losses, and CHANGELOG.md"

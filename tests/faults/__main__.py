@@ -4,6 +4,7 @@ python -m tests.faults kill --stage grpo --times 50 --in-saves 5
 python -m tests.faults signal --stage grpo --times 20
 python -m tests.faults mutants
 python -m tests.faults soak --steps 20000
+python -m tests.faults losses
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ def ask(arguments: argparse.Namespace) -> None:
 
 def mutate(arguments: argparse.Namespace) -> None:
     """Every guard taken away once; the tests have to notice."""
-    from tests.faults.mutants import survivors
+    from tests.faults.mutants import MUTANTS, survivors
 
-    sys.exit(1 if survivors() else 0)
+    sys.exit(1 if survivors(MUTANTS[arguments.first : arguments.last]) else 0)
 
 
 def soak(arguments: argparse.Namespace) -> None:
@@ -40,6 +41,13 @@ def soak(arguments: argparse.Namespace) -> None:
     from tests.faults.soak import growth
 
     print(growth(arguments.steps).line())
+
+
+def losses(arguments: argparse.Namespace) -> None:
+    """Write down the losses of three recipes anew."""
+    from tests.faults.losses import write
+
+    write()
 
 
 def _signals(arguments: argparse.Namespace, signums: list[signal.Signals], in_saves: int) -> None:
@@ -71,7 +79,11 @@ def main() -> None:
         command.add_argument("--seed", type=int, default=0)
         if name == "kill":
             command.add_argument("--in-saves", type=int, default=5, help="how many have to fall within a save")
-    commands.add_parser("mutants", help=mutate.__doc__).set_defaults(act=mutate)
+    command = commands.add_parser("mutants", help=mutate.__doc__)
+    command.set_defaults(act=mutate)
+    command.add_argument("--first", type=int, default=0, help="number of the first one that is tried")
+    command.add_argument("--last", type=int, default=None, help="number of the first one that is not")
+    commands.add_parser("losses", help=losses.__doc__).set_defaults(act=losses)
     command = commands.add_parser("soak", help=soak.__doc__)
     command.set_defaults(act=soak)
     command.add_argument("--steps", type=int, default=20_000)

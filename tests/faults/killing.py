@@ -117,7 +117,7 @@ def at_random(rng: random.Random, folder: Path) -> Callable[[int], None]:
         if rng.random() < 0.15:
             time.sleep(rng.uniform(0.0, 1.0))
             return
-        left, size, seen = rng.randint(1, 5), written(), time.monotonic()
+        left, size, seen = rng.randint(1, 12), written(), time.monotonic()
         took = 0.05
         while left and not ended(pid):
             if (now := written()) != size:

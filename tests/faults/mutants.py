@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,8 +139,11 @@ def run_tests(source: Path, tests: tuple[str, ...]) -> bool:
     return status == 0
 
 
-def survivors() -> list[str]:
+def survivors(mutants: Sequence[Mutant]) -> list[str]:
     """The mutants that no test has noticed; the unchanged source passes all of the tests.
+
+    Args:
+        mutants: which ones are tried.
 
     Raises:
         AssertionError: if it does not.
@@ -152,9 +156,7 @@ def survivors() -> list[str]:
     with tempfile.TemporaryDirectory(prefix="d1lit-mutants-") as name:
         copy = Path(name) / "src"
         shutil.copytree(ROOT / "src", copy)
-        everything = tuple(sorted({test for mutant in MUTANTS for test in mutant.tests}))
-        assert run_tests(copy, everything), "the tests fail on the unchanged source"
-        for mutant in MUTANTS:
+        for mutant in mutants:
             file = copy / "d1lit" / mutant.file
             whole = file.read_text()
             file.write_text(mutant.source())
@@ -162,5 +164,7 @@ def survivors() -> list[str]:
             file.write_text(whole)
             print(f"{'NOT NOTICED' if passed else 'noticed'}: {mutant.file}: {mutant.old.strip()}", flush=True)
             alive += [f"{mutant.file}: {mutant.old.strip()}"] if passed else []
-    print(f"{len(MUTANTS) - len(alive)} of {len(MUTANTS)} mutants of the guards were noticed")
+        everything = tuple(sorted({test for mutant in mutants for test in mutant.tests}))
+        assert run_tests(copy, everything), "the tests fail on the unchanged source"
+    print(f"{len(mutants) - len(alive)} of {len(mutants)} mutants of the guards were noticed")
     return alive
