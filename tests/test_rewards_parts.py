@@ -10,6 +10,7 @@ from d1lit.rewards.countdown import CountdownAttempt, CountdownSolved
 from d1lit.rewards.d1_sudoku import D1SudokuEvaluation
 from d1lit.rewards.extract import boxes, final_answer, pairs_between, pairs_on_one_line
 from d1lit.rewards.graders import countdown_grader, gsm8k_grader, math_grader, sudoku_grader
+from d1lit.rewards.math_answers import MathAnswer
 from d1lit.rewards.math_forms import normalised
 from d1lit.rewards.number_answers import IntegerAnswer, NumberAnswer
 from d1lit.rewards.parts import RewardParts, outcome_fraction
@@ -189,3 +190,14 @@ def test_baselines_hang_on_the_row_alone_and_are_judged_like_answers() -> None:
     assert baselines.most_common_answer(free[:2], train) == [baselines.as_completion("2")] * 2
     with pytest.raises(ValueError, match="train"):
         baselines.most_common_answer(free, [])
+
+
+@pytest.mark.parametrize(
+    "answer", ["9^{9^{9}}", "9**9**9**9", "f(x)=9**9**9", "x^{99999}", "x**99999", "9999!x", "x!!!"]
+)
+def test_towers_of_powers_are_refused_unread_and_counted(answer: str) -> None:
+    def never(gold: str, text: str) -> Verdict:
+        raise AssertionError(f"{text!r} was handed to algebra")
+
+    verdict = MathAnswer(never).compare("x^2+\\frac{1}{2}", answer)
+    assert (verdict.value, verdict.outcome) == (0.0, "unparsed")

@@ -27,7 +27,7 @@ _LONG_NUMERAL = re.compile(r"[0-9](?:\.?[0-9]){7}")
 _POWERS = re.compile(r"[0-9+\-*^{}()]+")
 _FRACTION_SIZE = re.compile(r"\\[dt]frac")
 _BRACKETS = ("()", "[]", "(]", "[)")
-_POWER_TOWER = re.compile(r"\^\{?-?[0-9]+\^|\^\{?-?[0-9]{4,}|[0-9]{60,}|!{2,}|[0-9]{4,}!")
+_POWER_TOWER = re.compile(r"(?:\^|\*\*)\{?-?[0-9]+(?:\^|\*\*)|(?:\^|\*\*)\{?-?[0-9]{4,}|[0-9]{60,}|!{2,}|[0-9]{4,}!")
 """Beyond these math-verify may not return; the worker would be killed, so it is spared the attempt."""
 
 
