@@ -219,7 +219,7 @@ def estimate_evaluations(
     """
     settings, task = plan.config.evaluation, plan.task
     count = len(task.rows(settings.split)[: settings.rows])
-    prompt = max(task.max_prompt_length, task.max_test_prompt_length)
+    prompt = max(max(part.max_prompt_length, part.max_test_prompt_length) for part, _ in task.portions(None))
     found = []
     for length in settings.lengths or [plan.sampler.completion_length]:
         sampler = evaluation_sampler(plan, length)
