@@ -68,8 +68,8 @@ def test_a_terminal_gets_a_bar(monkeypatch):
 
 def test_no_color_reaches_the_table(monkeypatch):
     entry = {
-        "stage": "grpo", "completion_length": 16, "n": 4, "accuracy": 0.5, "interval": [0.2, 0.8], "d1_correct": 2.0, "d1_out_of": 4.0,
-        "extra": {}, "effective_tokens": 3.0, "truncated_fraction": 0.0,
+        "stage": "grpo", "task": "count", "completion_length": 16, "n": 4, "accuracy": 0.5, "interval": [0.2, 0.8], "d1_correct": 2.0, "d1_out_of": 4.0,
+        "extra": {}, "effective_tokens": 3.0, "truncated_fraction": 0.0, "failed_fraction": 0.0,
     }  # fmt: skip
     results = {"recipe": "d1", "task": "count", "model": "tiny", "seed": 0, "evaluations": [entry]}
     monkeypatch.setenv("NO_COLOR", "1")
