@@ -118,7 +118,7 @@ class _Replayed(torch.autograd.Function):
         places.backward()
         graphs.pending = None
         # Copies: the next replay writes to the same places, and these may become the parameters' own gradients.
-        gradients = torch._foreach_mul([graphs.gradients[i] for i in places.used], 1.0)
+        gradients = torch._foreach_mul([graphs.gradients[i] for i in places.used], 1.0)  # pyright: ignore[reportPrivateImportUsage]
         return None, None, None, *gradients
 
 
@@ -160,7 +160,7 @@ class UpdateGraphs:
 
     def reason_against(self, network: MaskedDiffusionLM, key: Hashable) -> str | None:
         """Why this forward has to run plainly."""
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # pyright: ignore[reportAttributeAccessIssue]
             return "activations are recomputed or kept elsewhere for the backward pass"
         if self.pending is not None and self.pending() is not None:
             return "the backward pass of the forward before is still to come"
@@ -221,7 +221,8 @@ class UpdateGraphs:
             with torch.autocast(kind, enabled=False):
                 found = torch.autograd.grad(hidden, aliases, places.gradient, allow_unused=True)
             places.used = tuple(i for i, gradient in enumerate(found) if gradient is not None)
-            torch._foreach_copy_([self.gradients[i] for i in places.used], [g for g in found if g is not None])
+            there = [g for g in found if g is not None]
+            torch._foreach_copy_([self.gradients[i] for i in places.used], there)  # pyright: ignore[reportPrivateImportUsage]
 
         places.forward, places.backward, places.hidden = self.record(forward, backward, self._pool)
         self._recorded[key] = places
