@@ -1,10 +1,15 @@
 """What a dry run says: official shapes without memory, counts, memory against measured peaks, and clear refusals."""
 
+import importlib
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -12,7 +17,7 @@ import pytest
 from d1lit.build import Plan, plan_run
 from d1lit.costs import full
 from d1lit.estimates import GIB, estimate_run, shape_of, stage_work
-from d1lit.footprint import count_parameters, update_flops
+from d1lit.footprint import count_parameters, memory, update_flops
 from d1lit.models import LoraSettings
 from d1lit.models.layouts import to_official_name
 from d1lit.models.presets import build_on_meta
@@ -110,6 +115,40 @@ def test_evaluation_and_merge_are_estimated_at_every_length():
     assert float(merge.split(": ")[1].split()[0]) == pytest.approx(
         (2 * 8_015_581_184 + 12 * 4096 * 12288) / GIB, abs=0.06
     )
+
+
+def estimated_on_a_gpu(monkeypatch) -> dict[str, float]:
+    """GiB beside weights and optimizer, as benchmarks/gpu_memory.py names and asks for them."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    shapes, parts, rollouts = map(importlib.import_module, ("gpu_session", "gpu_memory", "gpu_rollouts"))
+    shape = shapes.SHAPES["llada_8b"]
+    session, plan = SimpleNamespace(shape=shape, is_cuda=True), shape.plan
+    counts = count_parameters(shape.config(), LoraSettings("paper", shape.rank, shape.rank / 2, 0.0))
+    found = {}
+    for batch, cached in product(shape.batches, (False, True)):
+        small = rollouts.one_block(plan, batch)
+        work = parts.stage(session, counts, 1, plan.length, 1, False)
+        need = memory(replace(work, rollout=small, rollout_rows=batch, caches=cached))
+        found[f"rollout, B {batch}{', dual cache' if cached else ''}"] = need.rollout
+    for (name, views), recomputes in product((("group", 1), ("row", plan.rows)), (False, True)):
+        work = parts.stage(session, counts, views, plan.length, plan.completion_length, recomputes)
+        need = memory(replace(work, passes=1))
+        label = f"update, {name}, blocks {'recomputed' if recomputes else 'kept'}"
+        found[label] = max(need.update, need.gradients + need.update_end)
+        found[f"scoring, {name}"] = need.scoring
+    for (count, length), recomputes in product(shape.sft, (True, False)):
+        need = memory(parts.stage(session, counts, count, length, int(length * 0.375), recomputes))
+        found[f"SFT, {count} x {length}, blocks {'recomputed' if recomputes else 'kept'}"] = need.peak - need.fixed
+    return {name: value / GIB for name, value in found.items()}
+
+
+def test_memory_is_what_was_measured_on_a_gpu(monkeypatch):
+    """The peaks of the last run on an H100, which benchmarks/RESULTS.md shows."""
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "gpu.json").read_text())["second"]["memory"]
+    estimated = estimated_on_a_gpu(monkeypatch)
+    assert len(recorded) == len(estimated) == 16
+    for name, measured, _, _ in recorded:
+        assert abs(estimated[name] / measured - 1) <= 0.15, name
 
 
 SHAPES = ("sft-full", "sft-recomputing", "grpo-lora", "grpo-full")
