@@ -39,7 +39,8 @@ class FailsOn:
     """Ends with an outcome of failure on chosen places of a rollout; 1 elsewhere."""
 
     def __init__(self, places: Sequence[int], outcome: Outcome) -> None:
-        self.places, self.outcome = set(places), outcome
+        self.places = set(places)
+        self.outcome: Outcome = outcome
 
     def __call__(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Verdict]:
         return [Verdict(0.0, self.outcome) if n in self.places else Verdict(1.0) for n in range(len(completions))]
