@@ -67,12 +67,12 @@ class Ending(DiffuGRPO):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().update(experience, inner, num_micro)
 
-    def collect(self, prompts: Any, step: int, num_micro: int) -> Any:
+    def collect(self, prompts: Any, step: int, num_micro: int, *more: Any) -> Any:
         """Fail where answers are judged."""
         if self.fault == "raise" and self.global_rank == 1 and step == LAST_ROLLOUT:
             self.note()
             raise ArithmeticError("the judge of process 1 has lost its mind")
-        return super().collect(prompts, step, num_micro)
+        return super().collect(prompts, step, num_micro, *more)
 
 
 class Faulty(DiffuGRPO):
@@ -82,14 +82,14 @@ class Faulty(DiffuGRPO):
         place, rank = ROLLOUTS.get(step, ("", 0))
         return place if rank == self.global_rank else ""
 
-    def collect(self, prompts: Any, step: int, num_micro: int) -> Any:
+    def collect(self, prompts: Any, step: int, num_micro: int, *more: Any) -> Any:
         """Old and reference log-probs are broken after they were computed."""
         if step == SLOW_ROLLOUT and self.global_rank == 1:
             time.sleep(SLOW_SECONDS)
         reward = self.reward
         if self._place(step) == "reward":
             self.reward = RewardParts({"wordy": Broken()}, {"wordy": 1.0})  # type: ignore[assignment]
-        experience = super().collect(prompts, step, num_micro)
+        experience = super().collect(prompts, step, num_micro, *more)
         self.reward = reward
         for name in ("old", "ref"):
             if self._place(step) == f"{name}_logprob":

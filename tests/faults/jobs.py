@@ -34,6 +34,8 @@ SFT = (
     "stages.sft.select=best_val",
 )
 """An adapter with dropout, two micro-batches an update; the weights that were best on validation rows are kept."""
+EARNS = ("+reward.parts.wordy={_target_:tests.end_to_end.distributed_worker.Wordy}", "+reward.weights.wordy=1.0")
+"""A reward that tells the completions of a model without any sense apart, so that its weights move."""
 GRPO = (
     "stages.grpo.max_updates=12",
     "stages.grpo.micro_batch_size=1",
@@ -42,7 +44,8 @@ GRPO = (
     "+stages.grpo.module.reference_sync_weight=0.5",
     "stages.grpo.validate_every=4",
     "loss.beta=0.04",
-    "reward.weights.givens_kept=0.5",
+    *EARNS,
+    "stages.grpo.optimizer.lr=0.003",
 )
 """All weights, a reference that moves, three inner updates a rollout, two micro-batches an update."""
 
@@ -127,6 +130,7 @@ def check_same(found: Ending, reference: Ending) -> None:
     """
     for stage, scalars in found.scalars.items():
         assert {"train/loss", "val/accuracy"} <= scalars.keys(), sorted(scalars)
+        assert any(value for _, value in scalars["train/loss"]), f"{stage} learns nothing, so nothing could differ"
         for tag, points in scalars.items():
             steps = [step for step, _ in points]
             assert len(set(steps)) == len(steps), f"{stage}: {tag} has a step twice: {steps}"

@@ -10,7 +10,7 @@ import torch
 
 from d1lit.report.events import read_scalars
 from tests.end_to_end.served import Server
-from tests.faults.jobs import SMALL
+from tests.faults.jobs import EARNS, SMALL
 
 FOLDER = Path(__file__).resolve().parents[1] / "golden_losses"
 UPDATES = 20
@@ -23,7 +23,8 @@ RECIPES = {
         "stages.grpo.module.num_inner_updates=2",
         "model.tiny.init_std=0.3",
         "loss.beta=0.04",
-        "reward.weights.cell_share=1.0",
+        *EARNS,
+        "stages.grpo.optimizer.lr=0.003",
     ),
 }
 TAGS = ("train/loss", "train/kl", "rollout/reward", "rollout/entropy")
