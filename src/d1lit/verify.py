@@ -189,7 +189,8 @@ def verify_task(
     made_with = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     records = read_records(file)
     if any(record.get("made_with") != made_with for record in records):
-        raise ValueError(f"--output: {file} holds rows of another prompt, model or setting. Try: another folder")
+        cause = f"{file} holds rows of another prompt, model or setting"
+        raise ValueError(f"--output: {cause}. Try: another folder [E110]")
     known = {record["index"]: record["completion"] for record in records}
     waiting = [n for n in range(len(published)) if n not in known]
     for start in range(0, len(waiting), batch_size):
