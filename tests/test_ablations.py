@@ -97,7 +97,12 @@ def test_the_table_longhand():
             "forwards": 1,
             "flops": 2e12,
         }
-        for arm, seed, cells in (("clipped", 1, "22"), ("clipped", 2, "50"), ("reinforce", 1, "81"), ("reinforce", 2, "44"))
+        for arm, seed, cells in (
+            ("clipped", 1, "22"),
+            ("clipped", 2, "50"),
+            ("reinforce", 1, "81"),
+            ("reinforce", 2, "44"),
+        )
     ]
     table = ablations.write_table({"study": "losses", "runs": runs})
     (line,) = [line for line in table.splitlines() if line.startswith("| reinforce ")]
