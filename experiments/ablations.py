@@ -75,7 +75,6 @@ STUDIES = {
         {
             "clipped": "d1: token ratios clipped at 0.5, mean over tokens",
             "reinforce": "no ratio, no clip",
-            "wd1": "weighted likelihoods, no ratio",
         },
         GRPO,
         "grpo",

@@ -1,0 +1,127 @@
+"""The studies in experiments/: their sweeps compose, and their pages say what their committed results say."""
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from omegaconf import OmegaConf
+
+from d1lit.build import plan_run
+from d1lit.statistics import student_quantile
+from d1lit.validation import CONF, compose_jobs
+
+HERE = Path(__file__).resolve().parents[1] / "experiments"
+
+
+def loaded(file: Path) -> ModuleType:
+    """A script of experiments/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"experiments_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+ablations = loaded(HERE / "ablations.py")
+every = pytest.mark.parametrize("name", sorted(ablations.STUDIES))
+
+
+def results_of(name: str) -> dict:
+    return json.loads((HERE / name / "results.json").read_text())
+
+
+@every
+def test_the_sweep_is_what_was_run(name):
+    """The arms and seeds of the YAML are those of the results, at least four seeds of each."""
+    study = ablations.STUDIES[name]
+    sweep = OmegaConf.load(CONF / "experiment" / f"{name}.yaml").hydra
+    assert sweep.mode == "MULTIRUN"
+    arms, seeds = (str(sweep.sweeper.params[key]).split(",") for key in (study.key, "seed"))
+    asked = {(arm, int(seed)) for arm in arms for seed in seeds}
+    assert asked == {(run["arm"], run["seed"]) for run in results_of(name)["runs"]}
+    assert set(arms) == set(study.arms)
+    assert len(seeds) >= 4
+
+
+@pytest.mark.slow
+@every
+def test_the_sweep_composes(name):
+    """Every job composes, and every arm can be built; alone it would be too much for the quick tests."""
+    study = ablations.STUDIES[name]
+    jobs = compose_jobs("train", [f"experiment={name}"])
+    assert jobs.is_multirun
+    assert len(jobs.configs) == len(results_of(name)["runs"])
+    first = min(config.seed for config in jobs.configs)
+    plans = [plan_run(config) for config in jobs.configs if config.seed == first]
+    assert len(plans) == len(study.arms)
+    assert all(plan.stages[-1].name == study.stage for plan in plans)
+
+
+@every
+def test_the_page_says_what_the_results_say(name):
+    """The table and the plot are written anew from results.json and must not move."""
+    results = results_of(name)
+    page = (HERE / name / "README.md").read_text()
+    assert ablations.write_page(page, ablations.write_table(results)) == page
+    assert ablations.write_plot(results) == (HERE / name / "plot.svg").read_text()
+    assert f"python train.py experiment={name}" in page
+    for heading in ("## What did not work", "## Hardware"):
+        assert heading in page
+
+
+@every
+def test_arms_of_a_seed_share_their_start(name):
+    """What is compared seed by seed starts from the same weights, judged on the same rows."""
+    starts: dict[int, set[str]] = {}
+    for run in results_of(name)["runs"]:
+        starts.setdefault(run["seed"], set()).add(json.dumps(run["start"]))
+        lengths = {len(cells) for cells in (*run["start"].values(), *run["measures"].values())}
+        assert len(lengths) == 1
+    assert all(len(found) == 1 for found in starts.values())
+
+
+def test_the_table_longhand():
+    """Two seeds of two rows, by hand: 9 and 8 of 16 cells against 4 and 5."""
+    runs = [
+        {
+            "arm": arm,
+            "seed": seed,
+            "start": {"greedy": "00"},
+            "measures": {"greedy": cells},
+            "forwards": 1,
+            "flops": 2e12,
+        }
+        for arm, seed, cells in (
+            ("clipped", 1, "22"),
+            ("clipped", 2, "50"),
+            ("reinforce", 1, "81"),
+            ("reinforce", 2, "44"),
+        )
+    ]
+    table = ablations.write_table({"study": "losses", "runs": runs})
+    (line,) = [line for line in table.splitlines() if line.startswith("| reinforce ")]
+    first, second = 100 * (9 - 4) / 16, 100 * (8 - 5) / 16
+    half = student_quantile(0.975, 1) * abs(first - second) / 2  # standard deviation / sqrt 2 of two values
+    middle = (first + second) / 2
+    assert f"| 56.2 | 50.0 | 53.1 | {middle:+.1f} [{middle - half:+.1f}, {middle + half:+.1f}] | 2.00 |" in line
+
+
+def test_the_bench_page_says_what_its_results_say():
+    """Every table row of the estimators' page stands in the tables that results.json makes."""
+    folder = HERE / "estimators"
+    results = json.loads((folder / "results.json").read_text())
+    tables = loaded(folder / "tables.py")
+    main = "trained, low confidence, T 1.0"
+    made = tables.tables_of(results, main)
+    assert made == (folder / "tables.md").read_text()
+    assert tables.plot_of(results, main) == (folder / "plot.svg").read_text()
+    rows = re.findall(r"^\|.*\|$", (folder / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) > 35
+    stray = [row for row in rows if row not in made.splitlines() and set(row) != set("|-")]
+    assert not stray
