@@ -108,7 +108,7 @@ def test_the_page_walks_through_each_way():
         assert way in commands, way
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_search_of_three_trials_runs(tmp_path):
     import subprocess
     import sys

@@ -1,6 +1,6 @@
 """Any text through every reward: a verdict each time, in time, with no memory kept.
 
-The quick form takes 1,000 completions; `pytest -m slow` takes 100,000; D1LIT_FUZZ=1000000 makes it the nightly million.
+The quick form takes 1,000 completions; `pytest -m nightly` takes 100,000; D1LIT_FUZZ=1000000 makes it the nightly million.
 The one reward that asks another process (math-verify, some milliseconds a question) takes a fifth of the first two;
 D1LIT_FUZZ=100000 gives it all of them.
 """
@@ -294,7 +294,7 @@ def test_random_texts_get_a_verdict_in_time(name: str) -> None:
     check(name, [completion(generator) for _ in range(how_many(name, 1_000))])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", sorted(REWARDS))
 def test_very_many_random_texts_get_a_verdict_in_time(name: str) -> None:
     generator = random.Random(f"long fuzz {name}")

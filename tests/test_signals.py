@@ -144,7 +144,7 @@ def test_killed_during_saves(runs: Runs, tmp_path: Path, reference: Reference) -
     print("resumed at", (tmp_path / "starts.txt").read_text().split("\n"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_fifty_kills(runs: Runs, tmp_path: Path, reference: Reference) -> None:
     """Fault F1 for this small run."""
     kill_many(runs, tmp_path, reference, 50, signal.SIGKILL, -9, 1)
@@ -161,7 +161,7 @@ def test_asked_to_stop_at_a_random_moment(
     kill_many(runs, tmp_path, reference, 3, signum, code, signum)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("signum", "code"), SIGNALS)
 def test_asked_to_stop_twenty_times(runs: Runs, tmp_path: Path, reference: Reference, signum: int, code: int) -> None:
     """Fault F5."""

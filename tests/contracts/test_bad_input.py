@@ -215,8 +215,10 @@ def test_bad_data_is_refused_by_file_and_line(name, key, capsys, tmp_path, monke
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CORRUPT)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=pytest.mark.nightly if n % 12 else pytest.mark.slow) for n, c in enumerate(CORRUPT)],
+)
 def test_every_corrupt_file_is_refused_by_the_command(case, capsys, tmp_path, monkeypatch):
     """The files of tests/test_tasks_reading.py as a user meets them: status 2, one line, nothing left behind."""
     monkeypatch.chdir(tmp_path)

@@ -99,7 +99,7 @@ def recipes_and_models():
     for recipe in choices("recipe"):
         for model in choices("model"):
             quick = model in ("tiny", "llada_8b") or recipe == "d1"
-            yield pytest.param(recipe, model, marks=() if quick else pytest.mark.slow, id=f"{recipe}-{model}")
+            yield pytest.param(recipe, model, marks=() if quick else pytest.mark.nightly, id=f"{recipe}-{model}")
 
 
 @pytest.mark.parametrize(("name", "model"), recipes_and_models())

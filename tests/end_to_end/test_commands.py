@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["model.tiny={width:16,num_layers:1,num_heads:2,mlp_width:24}"]
 RECIPES = sorted(file.stem for file in (CONF / "recipe").glob("*.yaml"))
-QUICK = [("pretrain", "countdown"), ("sft", "gsm8k"), ("grpo", "math500")]
+SLOW = [("pretrain", "countdown"), ("sft", "gsm8k"), ("grpo", "math500"), ("spg", "sudoku"), ("vrpo", "countdown")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,10 +125,10 @@ def test_a_finished_run_is_not_run_again(run, capsys):
 @pytest.mark.parametrize(
     ("recipe", "task"),
     [
-        pytest.param(recipe, task, marks=() if (recipe, task) in QUICK else pytest.mark.slow)
+        pytest.param(recipe, task, marks=() if (recipe, task) in SLOW else pytest.mark.nightly)
         for recipe in RECIPES
         for task in ("countdown", "gsm8k", "math500", "sudoku")
-        if (recipe, task) in QUICK or task in ("countdown", "sudoku")
+        if (recipe, task) in SLOW or task in ("countdown", "sudoku")
     ],
 )
 def test_every_recipe_runs(recipe, task, tmp_path, monkeypatch, capsys):

@@ -175,8 +175,14 @@ def test_the_own_part_of_the_readme_trains(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1].endswith("results.json")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("page", "command"), [(p, c) for p, c in TRAINING if not any(w in c for w in NEEDS_MORE)])
+@pytest.mark.parametrize(
+    ("page", "command"),
+    [
+        pytest.param(page, command, marks=pytest.mark.slow if page == "README.md" else pytest.mark.nightly)
+        for page, command in TRAINING
+        if not any(word in command for word in NEEDS_MORE)
+    ],
+)
 def test_training_commands_run(page, command, tmp_path, monkeypatch):
     """On two optimizer steps a stage and four rows."""
     if any(word in command for word in ("experiment=", "FOLDER", ".jsonl", "--cfg", "outputs/")):

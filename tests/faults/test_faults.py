@@ -34,7 +34,7 @@ def test_growth_is_a_slope_over_the_settled_part() -> None:
     assert (found.more_files, found.more_threads) == (1, 0)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_mutant_of_a_guard_is_noticed() -> None:
     """F20."""
     print(command("mutants").splitlines()[-1])
