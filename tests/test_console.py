@@ -2,14 +2,16 @@
 
 import io
 import re
-from types import SimpleNamespace
+from unittest.mock import MagicMock
 
+import lightning as L
 import pytest
 import torch
 from rich.console import Console
 
 from d1lit.callbacks import progress
 from d1lit.callbacks.progress import ConsoleProgress
+from d1lit.modules import DiffuGRPO
 from d1lit.report import console as console_module
 
 CYCLE = (11.0, 1.0, 1.0)
@@ -20,12 +22,12 @@ def told(monkeypatch, console: Console, first: int = 0, total: int = 12) -> list
     """A stage of whole cycles on a clock of its own: for each update the seconds until its end, and what was printed."""
     clock = 100.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock)
-    trainer = SimpleNamespace(
-        global_step=first, is_global_zero=True, callback_metrics={"rollout/reward": torch.tensor(0.5)}
-    )
-    module = SimpleNamespace(num_inner_updates=3)
+    trainer, module = MagicMock(spec=L.Trainer), MagicMock(spec=DiffuGRPO)
+    trainer.global_step, trainer.is_global_zero = first, True
+    trainer.callback_metrics = {"rollout/reward": torch.tensor(0.5)}
+    module.num_inner_updates = 3
     callback = ConsoleProgress("grpo", total, console, seconds_between_lines=0.0)
-    callback.on_train_start(trainer, module)  # type: ignore[arg-type]
+    callback.on_train_start(trainer, module)
     durations = [CYCLE[n % 3] for n in range(total - first)]
     found, file = [], console.file
     assert isinstance(file, io.StringIO)
@@ -33,9 +35,9 @@ def told(monkeypatch, console: Console, first: int = 0, total: int = 12) -> list
         clock += seconds
         trainer.global_step += 1
         before = len(file.getvalue())
-        callback.on_train_batch_end(trainer, module, None, None, n)  # type: ignore[arg-type]
+        callback.on_train_batch_end(trainer, module, None, None, n)
         found.append((sum(durations[n + 1 :]), file.getvalue()[before:]))
-    callback.on_train_end(trainer, module)  # type: ignore[arg-type]
+    callback.on_train_end(trainer, module)
     return found
 
 

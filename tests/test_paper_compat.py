@@ -161,8 +161,8 @@ class Remembering(DiffuGRPO):
 
     first = None
 
-    def collect(self, prompts, step, num_micro):
-        experience = super().collect(prompts, step, num_micro)
+    def collect(self, prompts, step, num_micro, reserves=()):
+        experience = super().collect(prompts, step, num_micro, reserves)
         self.first = self.first or experience[0]
         return experience
 
