@@ -26,6 +26,7 @@ def rows(file: Path, *questions: str) -> str:
     return str(file)
 
 
+@pytest.mark.slow
 def test_what_is_only_evaluated_needs_no_training_data(tmp_path, monkeypatch):
     """Neither train rows nor demonstrations, which for the 8B models stand on the hub."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -49,6 +50,7 @@ def test_rows_that_are_too_long_are_counted_and_said(tmp_path, monkeypatch):
     assert all("1 of 3 rows left out" in line and "task.max_prompt_length" in line for line in said)
 
 
+@pytest.mark.slow
 def test_the_kept_base_hangs_on_the_rows_it_keeps_away_from(tmp_path):
     """The same file name with other test rows makes another base: the corpus must not hold them."""
     found = []

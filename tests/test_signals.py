@@ -153,6 +153,7 @@ def test_fifty_kills(runs: Runs, tmp_path: Path, reference: Reference) -> None:
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("signum", "code"), SIGNALS)
 def test_asked_to_stop_at_a_random_moment(
     runs: Runs, tmp_path: Path, reference: Reference, signum: int, code: int

@@ -158,7 +158,9 @@ def words_of(typed: str) -> list[str]:
     return [word for word in typed.split(" ") if word]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if i % 2 else ()) for i, n in enumerate(CASES)]
+)
 def test_refused_in_one_line(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     typed, key, word = CASES[name]
@@ -249,6 +251,7 @@ def stored_run(folder: Path, *words: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_run_dir_is_a_file(capsys, tmp_path):
     (tmp_path / "taken").write_text("")
     for place in ("taken", "taken/below"):
@@ -296,6 +299,7 @@ def test_what_may_change_and_what_force_does(tmp_path):
     assert kept == {"config", "overrides"}  # the old ones stay beside the new ones, which the run then writes
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_names_its_user(capsys, tmp_path):
     folder = stored_run(tmp_path / "run")
     with lock_run(folder):
@@ -325,7 +329,9 @@ EVALUATIONS: dict[str, tuple[str, str, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", EVALUATIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if i % 2 else ()) for i, n in enumerate(EVALUATIONS)]
+)
 def test_evaluation_refused_in_one_line(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text(

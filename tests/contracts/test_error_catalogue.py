@@ -86,7 +86,7 @@ TYPED = {
     "E804": ["verify --published odd --run-official-code main"],
     "E805": ["chat asks"],
 }
-SLOW = {"E602", "E701", "E702", "E703"}
+SLOW = {"E403", "E501", "E502", "E503", "E601", "E602", "E701", "E702", "E703"}
 BROKE_OFF = {"E506", "E602", "E701", "E702", "E703", "E704"}
 """Codes of what ends a run that had begun (exit status 1); E501 is one or the other."""
 

@@ -94,12 +94,16 @@ def test_task(name):
     assert task.rows("test")
 
 
+def _later(model: str) -> pytest.MarkDecorator:
+    return pytest.mark.slow if model == "llada_8b" else pytest.mark.nightly
+
+
 def recipes_and_models():
-    """All combinations; quick are one model of either scale with every recipe, and d1's recipe with every model."""
+    """All combinations; quick are the tiny model with every recipe, and d1's recipe with every model."""
     for recipe in choices("recipe"):
         for model in choices("model"):
-            quick = model in ("tiny", "llada_8b") or recipe == "d1"
-            yield pytest.param(recipe, model, marks=() if quick else pytest.mark.nightly, id=f"{recipe}-{model}")
+            marks = () if model == "tiny" or recipe == "d1" else _later(model)
+            yield pytest.param(recipe, model, marks=marks, id=f"{recipe}-{model}")
 
 
 @pytest.mark.parametrize(("name", "model"), recipes_and_models())

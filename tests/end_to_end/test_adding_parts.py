@@ -183,6 +183,7 @@ def test_models(folder):
     assert composed(folder, "model=finetuned", "task=sudoku").scale.name == "paper"
 
 
+@pytest.mark.slow
 def test_the_recipe_trains_and_is_evaluated_later(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = f"hydra.searchpath=[file://{folder}]"

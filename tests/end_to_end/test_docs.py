@@ -61,7 +61,14 @@ def test_the_pages_have_commands():
     assert len(ALL) >= 8
 
 
-@pytest.mark.parametrize(("page", "command"), TRAINING)
+@pytest.mark.parametrize(
+    ("page", "command"),
+    [
+        # A sweep composes every one of its jobs.
+        pytest.param(p, c, marks=pytest.mark.slow if "experiment=" in c or " -m " in c else ())
+        for p, c in TRAINING
+    ],
+)
 def test_every_training_command_composes(page, command, tmp_path, monkeypatch):
     """Paths and run folders of the page need not exist; keys, groups and values must."""
     words = [w for w in shlex.split(command)[2:] if w not in ("--help", "--cfg", "job", "--resolve")]
@@ -166,6 +173,7 @@ def _users_folder(folder: Path) -> Path:
     return folder / "my_idea"
 
 
+@pytest.mark.slow
 def test_the_own_part_of_the_readme_trains(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("D1LIT_CACHE", str(tmp_path / "cache"))
