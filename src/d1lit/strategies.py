@@ -104,6 +104,12 @@ class FullySharded(ModelParallelStrategy):
         """This process's rows of it."""
         return _rows(_plain(optimizer).state_dict())
 
+    @property
+    @override
+    def lightning_restore_optimizer(self) -> bool:
+        """Yes: Lightning's own strategy loads the optimizer beside the weights, and this one does not."""
+        return True
+
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Every process reads its own rows, and what is whole."""

@@ -76,7 +76,7 @@ TYPED = {
     "E602": [f"play random --group {10**15}"],
     "E701": [f"{SMALL} stages.sft.optimizer.lr=1e30 callbacks.skip.max_in_a_row=1"],
     "E702": [
-        f"{SMALL} 'callbacks.alarms.alarms=[{{_target_:d1lit.callbacks.Alarm,metric:train/loss,above:0,action:stop}}]'"
+        f"{SMALL} 'callbacks.alarms.alarms=[{{_target_:d1lit.callbacks.Alarm,metric:train/loss,above:0.0,action:stop}}]'"
     ],
     "E703": [f"{SMALL} recipe=grpo reward=broken hydra.searchpath=[file://mine]"],
     "E704": ["evaluate rescore=code.jsonl task=code"],

@@ -208,9 +208,7 @@ def test_published_generations_give_the_published_figures(task, tmp_path, monkey
     assert evaluate([f"rescore={file}", f"task={task}", "task.grader=d1", "output=out"]) == 0
     (entry,) = results_of(capsys.readouterr().out)["evaluations"]
     assert (entry["d1_correct"], entry["d1_out_of"]) == PUBLISHED[task]
-    assert entry["n"] == len(file.read_text().splitlines())
-    if task != "sudoku":
-        assert (entry["correct"], entry["n"]) == PUBLISHED[task]
+    assert (entry["correct"], entry["n"]) == PUBLISHED[task], "counted as the paper counts"
 
 
 def test_own_generations_are_graded_again(run, tmp_path, monkeypatch, capsys):
