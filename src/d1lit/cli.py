@@ -171,7 +171,8 @@ def _hydra(words: Sequence[str]) -> int:
 
         said = list(HydraConfig.get().overrides.task)
         swept = HydraConfig.get().sweeper.get("params") or {}  # by an experiment: a sweep even over one value
-        name = _job_name([word for word in said if word not in words or word.split("=")[0] in swept])
+        fixed = _fixed_keys(words) - set(swept)
+        name = _job_name([word for word in said if word.split("=")[0] not in fixed])
         config.run_dir = str(Path(os.environ[FOLDER]) / name)  # a folder for each job of a sweep
         if place().world_size > 1:  # the launcher has started the processes of this job: it is one of them
             run_training(config, said)
@@ -182,6 +183,14 @@ def _hydra(words: Sequence[str]) -> int:
 
     job()
     return 0
+
+
+def _fixed_keys(words: Sequence[str]) -> set[str]:
+    """Keys that have one value in every job of a sweep. (Hydra writes values its own way, `false` as `False`.)"""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    said = OverridesParser.create().parse_overrides([word for word in words if not word.startswith("-")])
+    return {word.input_line.split("=")[0] for word in said if word.input_line and not word.is_sweep_override()}
 
 
 def _job_name(varying: Sequence[str]) -> str:

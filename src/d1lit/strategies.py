@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from d1lit.checkpoint.shards import Rows, read_spread, write_pieces
 from d1lit.models import Policy
-from d1lit.models.sharding import shard
+from d1lit.models.sharding import shard, sharded_parts
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,9 @@ class FullySharded(ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """This process's rows of the weights that are no mere copy of the stage's start."""
         assert self.lightning_module is not None
+        # A forward without a backward pass (validation) leaves the outermost parameters gathered, in memory that goes.
+        for part in sharded_parts(self.lightning_module):
+            part.reshard()
         kept = {
             name: parameter
             for name, parameter in self.lightning_module.named_parameters()
