@@ -133,7 +133,7 @@ def singles(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp_offload"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", pytest.param("fsdp_offload", marks=pytest.mark.nightly)])
 def test_twenty_updates_in_two_processes_are_those_of_one(strategy, singles, tmp_path):
     names = [f"{kind}-{strategy}-{dtype}-20" for kind in KINDS for dtype in ("float32", "float64")]
     together(2, tmp_path, *names)
@@ -151,8 +151,9 @@ def test_four_processes_are_one(singles, tmp_path):
         check_same(read(singles / single), read(tmp_path / name), f"four, {name}", 1e-12)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow if k == "grpo-lora" else pytest.mark.nightly) for k in KINDS]
+)
 def test_a_run_may_change_its_number_of_processes_at_every_resume(kind, singles, tmp_path):
     """Two sharded processes, then four with whole copies, then one, then two again."""
     for strategy, processes, stop in (("fsdp", 2, "@5"), ("ddp", 4, "@9"), ("single", 1, "@13"), ("fsdp", 2, "")):
