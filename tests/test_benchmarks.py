@@ -79,7 +79,7 @@ def test_growth(run, tmp_path: Path) -> None:
     assert (tmp_path / "growth.svg").read_text().count("<polyline") == 6 * 6
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["trained", "gradient_noise"])
 def test_benchmarks_of_a_trained_model(tmp_path: Path, name: str) -> None:
     """In a process of its own: it composes a run, whose YAML lists stand for tuples."""
@@ -110,7 +110,7 @@ def test_peak_memory_is_what_was_held_at_once(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(
     "only",
-    [["machine", "rollout"], pytest.param(None, marks=pytest.mark.slow)],
+    [["machine", "rollout"], pytest.param(None, marks=pytest.mark.nightly)],
     ids=["rollouts", "everything"],
 )
 def test_gpu(only: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -278,7 +278,7 @@ for ours, theirs in zip(quick.parameters(), plain.parameters(), strict=True):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compiled_kernels_compute_the_same() -> None:
     """In a process of its own: the tests' checks of every function's shapes are nothing to compile."""
     done = subprocess.run([sys.executable, "-c", FUSED.format(fails=False)], capture_output=True, text=True)

@@ -75,7 +75,7 @@ def test_published_sudokus_are_measured_cell_by_cell_too() -> None:
 
 QUICK = 40
 """The quick suite takes every 40th row in all its forms; the slow one takes every row."""
-STRIDES = [pytest.param(QUICK, id="sample"), pytest.param(1, id="all", marks=pytest.mark.slow)]
+STRIDES = [pytest.param(QUICK, id="sample"), pytest.param(1, id="all", marks=pytest.mark.nightly)]
 
 
 @pytest.mark.parametrize("stride", STRIDES)

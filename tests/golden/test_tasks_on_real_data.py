@@ -99,7 +99,7 @@ def test_every_real_test_row_goes_through_the_tiny_prompt(name: str, tmp_path: P
 
 
 @needs_data
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", [name for name in sorted(TEST) if TRAIN[name]])
 def test_real_train_rows_are_kept_dropped_or_left_out_but_never_lost(name: str) -> None:
     task, tokenizer = on_real_data(name), build_tiny_tokenizer()
@@ -134,7 +134,7 @@ def test_countdown_keeps_the_three_number_rows() -> None:
 
 
 @needs_data
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("short", [True, False])
 @pytest.mark.parametrize("name", ["gsm8k", "countdown"])
 def test_every_worked_answer_of_the_real_train_rows_is_right(name: str, short: bool) -> None:
