@@ -269,12 +269,14 @@ quick.network.use(kernels)
 ids = torch.randint(0, 60, (2, 9))
 expected, found = plain.hidden(ids), quick.hidden(ids)
 torch.testing.assert_close(expected, found)
-expected.square().sum().backward()
-found.square().sum().backward()
+# Not the sum of squares: behind a norm that is a constant, and its gradient nothing but rounding.
+share = torch.linspace(-1, 1, expected.numel()).view(expected.shape)
+(expected * share).sum().backward()
+(found * share).sum().backward()
 for ours, theirs in zip(quick.parameters(), plain.parameters(), strict=True):
     assert (ours.grad is None) == (theirs.grad is None)
     if ours.grad is not None:
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+        assert (ours.grad - theirs.grad).norm() <= 1e-5 * theirs.grad.norm(), "the bound of every gradient here"
 """
 
 
