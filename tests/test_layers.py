@@ -19,6 +19,7 @@ LAYERS: list[set[str]] = [
     {"validation"},
     {"components", "values"},
     {"build"},
+    {"handover"},
     {"evaluating", "estimates"},
     {"opening"},
     {"playing", "chatting", "handing_on", "consolidating", "doctor", "harness", "verify"},

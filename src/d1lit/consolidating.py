@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from d1lit.build import Plan
 from d1lit.checkpoint import list_checkpoints, verify
 from d1lit.checkpoint.shards import read_part
 from d1lit.errors import ConfigError
-from d1lit.models import Policy, add_lora, export_model, load_weights, merge_lora
+from d1lit.handover import policy_of_run
+from d1lit.models import Policy, export_model, merge_lora
 from d1lit.opening import plan_of_run
 
 
@@ -47,7 +47,7 @@ def consolidate(
     reason = verify(checkpoint)
     if reason is not None:
         raise ConfigError("consolidate", f"{checkpoint} is not whole ({reason})", "--step with an earlier one", "E508")
-    policy, tokenizer = _start_of_stage(plan, run, name)
+    policy, tokenizer = policy_of_run(plan, run, start_of=name)
     fill(policy, checkpoint)
     export_model(merge_lora(policy).network, target, layout)
     tokenizer.save_pretrained(target)
@@ -70,23 +70,6 @@ def find_checkpoint(run: Path, stages: Sequence[str], stage: str | None, step: i
     raise ConfigError(
         "consolidate", f"{run} holds no such checkpoint", "; ".join(known) or "a run that has saved one", "E508"
     )
-
-
-def _start_of_stage(plan: Plan, run: Path, name: str) -> tuple[Policy, Any]:
-    """The policy as the stage began: the stages before it handed over, and its own adapter fresh."""
-    trains_adapters = any(parts.lora is not None for parts in plan.stages)
-    if trains_adapters and plan.base is not None:
-        cause = "an adapter's checkpoint needs the built-in base, which is not in the run"
-        raise ConfigError("consolidate", cause, "d1lit export, once the run has ended", "E508")
-    policy, tokenizer = plan.make_policy()
-    for parts in plan.stages:
-        policy = merge_lora(policy)
-        if parts.lora is not None:
-            policy = add_lora(policy, parts.lora, plan.seed)
-        if parts.name == name:
-            break
-        load_weights(policy, run / "stages" / parts.name / "model")
-    return policy, tokenizer
 
 
 @torch.no_grad()

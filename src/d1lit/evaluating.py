@@ -39,7 +39,8 @@ from d1lit.data import EncodedRow
 from d1lit.draws import CounterDraws
 from d1lit.errors import ConfigError
 from d1lit.evaluation import Protocol, append_records, check_coverage, evaluate, read_records, record, summarise
-from d1lit.models import Policy, add_lora, encode_text, load_adapter, load_weights, merge_lora
+from d1lit.handover import policy_of_run
+from d1lit.models import Policy, encode_text, load_adapter
 from d1lit.modules.stage_data import prompt_rows
 from d1lit.processes import Place, first_decides, gathered, is_first, join_world, wait_for_all, world
 from d1lit.report.console import console, show_table
@@ -101,7 +102,7 @@ def _policy(plan: Plan) -> tuple[Policy, Any, str]:
         folder = Path(config.run)
         if not (folder / "config.yaml").exists():
             raise ConfigError("run", f"{folder} is not a run's folder", "a folder that train.py has made", "E504")
-        policy, tokenizer = trained_policy(plan, folder)
+        policy, tokenizer = policy_of_run(plan, folder)
         return policy, tokenizer, plan.stages[-1].name if plan.stages else "base"
     if config.model.path is None:
         raise ConfigError(
@@ -114,19 +115,6 @@ def _policy(plan: Plan) -> tuple[Policy, Any, str]:
         except ValueError as error:
             raise as_config_error(error, "adapter") from None
     return policy, tokenizer, "adapter" if config.adapter is not None else "model"
-
-
-def trained_policy(plan: Plan, folder: Path) -> tuple[Policy, Any]:
-    """The final policy of a run, by handing its stages' weights over again."""
-    if all(stage.lora is None for stage in plan.stages):
-        return plan.make_policy(folder / "model")
-    policy, tokenizer = plan.make_policy()
-    for stage in plan.stages:
-        policy = merge_lora(policy)
-        if stage.lora is not None:
-            policy = add_lora(policy, stage.lora, plan.seed)
-        load_weights(policy, folder / "stages" / stage.name / "model")
-    return policy, tokenizer
 
 
 def _output_folder(config: DictConfig) -> Path:

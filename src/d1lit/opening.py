@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from d1lit.build import Plan, plan_run
 from d1lit.errors import ConfigError
-from d1lit.evaluating import quiet_libraries, trained_policy
+from d1lit.evaluating import quiet_libraries
+from d1lit.handover import policy_of_run
 from d1lit.models import Policy
 from d1lit.security import check_config
 from d1lit.validation import as_config_error, compose_jobs
@@ -51,7 +52,7 @@ def open_run(folder: Path, words: Sequence[str] = (), trusted: Sequence[str] = (
     if not (folder / "model").is_dir():
         raise ConfigError("run", f"{folder} holds no finished run", "a folder that train.py has made", "E504")
     plan = plan_of_run(folder, words, trusted)
-    policy, tokenizer = trained_policy(plan, folder)
+    policy, tokenizer = policy_of_run(plan, folder)
     return OpenRun(folder, plan, policy.eval(), tokenizer)
 
 

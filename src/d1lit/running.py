@@ -32,6 +32,7 @@ from d1lit.checkpoint import FolderCheckpointIO, differing_keys, flatten, lock_r
 from d1lit.errors import ConfigError
 from d1lit.estimates import estimate_run, micro_batch_sizes, with_micro_batches
 from d1lit.evaluating import PACKAGES, TaskEvaluator, quiet_libraries, write_results
+from d1lit.handover import kept_base, trains_adapters
 from d1lit.models import Policy, save_weights
 from d1lit.presenting import present
 from d1lit.processes import ALONE, first_decides, is_first, join_world, place, slurm_job, wait_for_all, world
@@ -249,6 +250,8 @@ def base_policy(plan: Plan, folder: Path, flag: StopFlag) -> tuple[Policy, Any]:
         make_base(plan, folder / "stages" / "base", flag)
     else:
         say(f"base: the tiny model, taken from {home}")
+    if trains_adapters(plan) and is_first():
+        shutil.copytree(home, kept_base(folder), dirs_exist_ok=True)  # the cache may be emptied, adapters need it
     return plan.make_policy(home)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -15,9 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from d1lit.cli import evaluate, train
+from d1lit.consolidating import consolidate
 from d1lit.handing_on import export
 from d1lit.models import build_tiny_tokenizer, export_model, load_network
 from d1lit.models.presets import fresh_network, tiny_config
+from d1lit.opening import open_run
 from d1lit.report.events import read_scalars
 from d1lit.validation import CONF
 from tests.golden.reading import DATA, needs_data
@@ -315,6 +318,43 @@ def test_a_reference_that_moves_beside_an_adapter(tmp_path, monkeypatch, capsys)
     check_entry(results_of(capsys.readouterr().out)["evaluations"][-1])
     assert not [file for file in (tmp_path / "run" / "model").rglob("*") if "reference" in file.name]
     assert targets_of(tmp_path / "run" / "model")
+
+
+def test_adapters_on_the_built_in_base_stay_with_it(tmp_path, monkeypatch, capsys):
+    """Evaluated later, exported and consolidated, the run is what it was, though the cache of bases has been emptied."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("D1LIT_CACHE", str(tmp_path / "cache"))
+    lora = "{targets:all_linear,rank:2,alpha:4,dropout:0.0}"
+    words = ["recipe=d1", "task=sudoku", "debug=fast", "report=false", "evaluation.base=false", "run_dir=run"]
+    # A base that has learned something, so that another one answers otherwise.
+    words += [f"stages.sft.lora={lora}", f"stages.grpo.lora={lora}", "scale.sft.lr=0.01"]
+    assert train([*SMALL, *words]) == 0
+    (own,) = [entry for entry in results_of(capsys.readouterr().out)["evaluations"] if entry["stage"] == "grpo"]
+    shutil.rmtree(tmp_path / "cache")
+
+    run = open_run(tmp_path / "run")
+    (base,) = [load_file(file) for file in (tmp_path / "run" / "stages" / "base" / "model").glob("*.safetensors")]
+    name = next(name for name in base if name.endswith("embed_tokens.weight"))
+    assert torch.equal(dict(run.policy.network.named_parameters())["model.embed_tokens.weight"].detach(), base[name])
+    assert evaluate(["run=run", "output=again", "evaluation.rows=4"]) == 0
+    assert len(answers(tmp_path / "again")) == own["n"]
+    assert answers(tmp_path / "again") == answers(tmp_path / "run", f"{own['stage']}*")
+
+    export(tmp_path / "run", tmp_path / "whole")
+    consolidate(tmp_path / "run", tmp_path / "gathered")
+    whole, gathered = (load_file(tmp_path / place / "model.safetensors") for place in ("whole", "gathered"))
+    assert whole.keys() == gathered.keys()
+    assert all(torch.equal(whole[key], gathered[key]) for key in whole)
+    shutil.rmtree(tmp_path / "run" / "stages" / "base")
+    assert evaluate(["run=run", "output=lost", "evaluation.rows=4"]) == 2
+    assert "built-in base" in capsys.readouterr().err
+
+
+def answers(folder: Path, pattern: str = "*") -> list[tuple[str, str]]:
+    """Row and completion of an evaluation, in order."""
+    (file,) = (folder / "evaluations").glob(f"{pattern}.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [(row["id"], row["completion"]) for row in rows]
 
 
 def targets_of(adapter: Path) -> set[str]:
