@@ -24,8 +24,9 @@ from d1lit.build import Plan, decode, evaluation_rows, plan_run
 from d1lit.callbacks import StopFlag
 from d1lit.data import EncodedRow, prompt_batch
 from d1lit.draws import CounterDraws
-from d1lit.evaluating import quiet_libraries, trained_policy
+from d1lit.evaluating import quiet_libraries
 from d1lit.evaluation import evaluate, summarise
+from d1lit.handover import policy_of_run
 from d1lit.models import Policy
 from d1lit.models.cache import KVCache
 from d1lit.running import base_policy
@@ -55,7 +56,7 @@ def load(run: Path | None, quick: bool) -> Trained:
     (config,) = compose_jobs("train", [word for word in words if not word.startswith("run_dir=")]).configs
     plan = plan_run(config)
     if run is not None:
-        policy, tokenizer = trained_policy(plan, run)
+        policy, tokenizer = policy_of_run(plan, run)
         return Trained(plan, policy.eval(), tokenizer, f"{plan.task.display_name}, recipe {config.recipe.name}")
     with tempfile.TemporaryDirectory() as folder:
         policy, tokenizer = base_policy(plan, Path(folder), StopFlag())

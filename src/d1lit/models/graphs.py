@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from d1lit.models.cache import KVCache
 from d1lit.models.transformer import MaskedDiffusionLM
-from d1lit.models.update_graphs import DROPS, Forward, UpdateGraphs, capture_pair, drops
+from d1lit.models.update_graphs import DROPS, Forward, Inputs, UpdateGraphs, capture_pair, drops
 
 _log = logging.getLogger(__name__)
 
@@ -47,24 +47,13 @@ class _Recording:
     """One shape's graph with the places it reads from and writes to."""
 
     replay: Replay
-    ids: Tensor
-    attention: Tensor | None
-    keep: Tensor | None
+    inputs: Inputs
     hidden: Tensor
     storage: KVCache | None
     """What a forward that fills a cache fills."""
     pool: Any
     holder: dict[int, Tensor] | None = None
     """Keys of the cache that was handed this storage last: the only one whose contents are still its own."""
-
-    def load(self, ids: Tensor, attention: Tensor | None, keep: Tensor | None) -> None:
-        """Inputs to their places; columns of `keep` beyond those given repeat the last."""
-        self.ids.copy_(ids)
-        if self.attention is not None and attention is not None:
-            self.attention.copy_(attention)
-        if self.keep is not None and keep is not None:
-            self.keep[:, : keep.shape[1]] = keep
-            self.keep[:, keep.shape[1] :] = keep[:, -1:]
 
 
 @dataclass
@@ -236,16 +225,14 @@ class ForwardGraphs:
                 f"{self.max_graphs} shapes are recorded already (pad prompts to a multiple: data.length_multiple)"
             )
             return None
+        inputs = Inputs.like(ids, attention, keep, width)
         places = _Recording(
             replay=lambda: None,
-            ids=ids.clone(),
-            attention=None if attention is None else attention.clone(),
-            keep=None if keep is None or width is None else keep.new_zeros(len(keep), width),
+            inputs=inputs,
             hidden=ids,
             storage=None,
             pool=self._pool(cache, source),
         )
-        places.load(ids, attention, keep)
         held = None
         if cache is not None:
             held = KVCache() if source is None or source.storage is None else source.storage.at(*(cache.span or (0, 0)))
@@ -255,7 +242,7 @@ class ForwardGraphs:
             device_type = ids.device.type
             cast = torch.is_autocast_enabled(device_type)
             with torch.autocast(device_type, enabled=cast, cache_enabled=False):
-                hidden = network.hidden(places.ids, places.attention, None, places.keep, held)
+                hidden = network.hidden(inputs.ids, inputs.attention, None, inputs.keep, held)
             if held is None or source is not None:
                 return [hidden]
             stored = [*held.keys.values(), *held.values.values(), *held.canvas.values()]
@@ -296,7 +283,7 @@ class ForwardGraphs:
         keep: Tensor | None,
         cache: KVCache | None,
     ) -> Tensor:
-        recording.load(ids, attention, keep)
+        recording.inputs.load(ids, attention, keep)
         recording.replay()
         if cache is not None and recording.storage is not None:
             recording.holder = cache.keys

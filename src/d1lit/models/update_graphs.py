@@ -50,20 +50,21 @@ class _Pass:
     """From a forward to its backward pass, or until nobody can ask for that any more."""
 
 
-@dataclass
-class _Places:
-    """What one shape's graphs read and write."""
+@dataclass(frozen=True)
+class Inputs:
+    """Where the graphs of one shape read what they are given."""
 
     ids: Tensor
     attention: Tensor | None
     keep: Tensor | None
-    gradient: Tensor | None = None
-    """Of the hidden states."""
-    hidden: Tensor | None = None
-    forward: Replay = lambda: None
-    backward: Replay = lambda: None
-    used: tuple[int, ...] = ()
-    """Which trained parameters the hidden states depend on."""
+
+    @classmethod
+    def like(cls, ids: Tensor, attention: Tensor | None, keep: Tensor | None, width: int | None) -> Inputs:
+        """Places for inputs of these shapes, which are loaded; `width` columns of kept positions."""
+        padded = None if keep is None or width is None else keep.new_zeros(len(keep), width)
+        places = cls(ids.clone(), None if attention is None else attention.clone(), padded)
+        places.load(ids, attention, keep)
+        return places
 
     def load(self, ids: Tensor, attention: Tensor | None, keep: Tensor | None) -> None:
         """Inputs to their places; columns of `keep` beyond those given repeat the last."""
@@ -73,6 +74,20 @@ class _Places:
         if self.keep is not None and keep is not None:
             self.keep[:, : keep.shape[1]] = keep
             self.keep[:, keep.shape[1] :] = keep[:, -1:]
+
+
+@dataclass
+class _Places:
+    """What one shape's graphs read and write."""
+
+    inputs: Inputs
+    gradient: Tensor | None = None
+    """Of the hidden states."""
+    hidden: Tensor | None = None
+    forward: Replay = lambda: None
+    backward: Replay = lambda: None
+    used: tuple[int, ...] = ()
+    """Which trained parameters the hidden states depend on."""
 
 
 @contextmanager
@@ -198,10 +213,8 @@ class UpdateGraphs:
             self._addresses = tuple(parameter.data_ptr() for parameter in self._trained)
             self.gradients = [torch.zeros_like(parameter) for parameter in self._trained]
             self._pool = torch.cuda.graph_pool_handle() if self.device_type == "cuda" else object()
-        padded = None if keep is None or width is None else keep.new_zeros(len(keep), width)
-        places = _Places(ids.clone(), None if attention is None else attention.clone(), padded)
-        places.load(ids, attention, keep)
-        kind = ids.device.type
+        places = _Places(Inputs.like(ids, attention, keep, width))
+        inputs, kind = places.inputs, ids.device.type
         casts, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         latest: list[tuple[Tensor, list[Tensor]]] = []
 
@@ -210,7 +223,7 @@ class UpdateGraphs:
             # Autocast keeps casts of trained weights until it ends; a graph has to cast anew.
             autocast = torch.autocast(kind, dtype, casts, cache_enabled=False)
             with torch.enable_grad(), autocast, _aliased(network, self._trained) as aliases:
-                hidden = network.hidden(places.ids, places.attention, None, places.keep)
+                hidden = network.hidden(inputs.ids, inputs.attention, None, inputs.keep)
             latest.append((hidden, aliases))
             return hidden.detach()
 
@@ -230,7 +243,7 @@ class UpdateGraphs:
     def hidden(self, key: Hashable, ids: Tensor, attention: Tensor | None, keep: Tensor | None) -> Tensor:
         """Of a shape that is recorded."""
         places = self._recorded[key]
-        places.load(ids, attention, keep)
+        places.inputs.load(ids, attention, keep)
         width = None if keep is None else keep.shape[1]
         result = _Replayed.apply(self, places, width, *(self._trained[i] for i in places.used))
         assert isinstance(result, Tensor)
