@@ -13,8 +13,8 @@ import pytest
 
 from d1lit.cli import evaluate
 from d1lit.draws import CounterDraws
-from d1lit.evaluating import deal_records, pass_at_1
-from d1lit.evaluation import append_records, check_coverage, compare_records, read_records, records_by_index
+from d1lit.evaluating import deal_records
+from d1lit.evaluation import append_records, check_coverage, compare_records, pass_at_1, read_records, records_by_index
 from d1lit.models import build_tiny_tokenizer, export_model
 from d1lit.models.presets import fresh_network, tiny_config
 

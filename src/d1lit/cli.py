@@ -127,7 +127,7 @@ def evaluate(words: Sequence[str]) -> int:
             if said_by_run:
                 _check_foreign(config, words)
         from d1lit.build import processes_to_start
-        from d1lit.evaluating import run_evaluation
+        from d1lit.evaluate_command import run_evaluation
         from d1lit.processes import launch
 
         if processes_to_start(jobs.configs[0]) > 1:

@@ -1,253 +1,51 @@
-"""Evaluating policies: between the stages of a run, and on its own (`evaluate.py`)."""
+"""A policy on the task's rows: between the stages of a run and on its own, alone or in several processes."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
-import json
-import logging
 import math
-import os
 import platform
-import time
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-import transformers
-from omegaconf import DictConfig
 
 from d1lit.build import (
     Plan,
-    build,
-    check_hub_model,
     decode,
     evaluation_rows,
     evaluation_sampler,
-    plan_run,
     shortened,
 )
 from d1lit.callbacks import StopFlag
 from d1lit.data import EncodedRow
 from d1lit.draws import CounterDraws
-from d1lit.errors import ConfigError
-from d1lit.evaluation import Protocol, append_records, check_coverage, evaluate, read_records, record, summarise
-from d1lit.handover import policy_of_run
-from d1lit.models import Policy, encode_text, load_adapter
+from d1lit.evaluation import (
+    Protocol,
+    check_coverage,
+    evaluate,
+    json_lines,
+    read_records,
+    record,
+    summarise,
+    write_whole,
+)
+from d1lit.models import Policy, encode_text
 from d1lit.modules.stage_data import prompt_rows
-from d1lit.processes import Place, first_decides, gathered, is_first, join_world, wait_for_all, world
-from d1lit.report.console import console, show_table
-from d1lit.rewards.stored import published_row
+from d1lit.processes import Place, gathered, is_first, wait_for_all, world
 from d1lit.sampling import BlockSampler
-from d1lit.statistics import mean_over_seeds, pass_at_k, wilson_interval
-from d1lit.tasks import MixedTask, Task, graded_text, prompt_protocol
-from d1lit.types import Example
-from d1lit.validation import as_config_error
+from d1lit.statistics import pass_at_k, wilson_interval
+from d1lit.tasks import MixedTask, graded_text, prompt_protocol
 
 PACKAGES = ("d1lit", "torch", "lightning", "transformers", "tokenizers", "peft", "datasets", "torchmetrics")
 GRADING_PACKAGES = ("math-verify", "latex2sympy2_extended", "sympy")
 """What a verdict of the strict mathematics grader depends on."""
-
-
-def run_evaluation(config: DictConfig) -> int:
-    """`evaluate.py`: evaluate a run or a model, or grade stored generations; print where the results are."""
-    quiet_libraries()
-    if config.rescore is not None:
-        return _rescore(config)
-    console.quiet = not is_first()
-    _check_distinct(config)
-    plan = plan_run(config, trains=False)
-    check_hub_model(plan, trains=False)
-    join_world(config.trainer.accelerator)
-    flag = StopFlag()
-    with flag.installed():
-        policy, tokenizer, stage = _policy(plan)
-        folder = first_decides(partial(_output_folder, config))  # only now: what cannot be read leaves no folder
-        evaluator = TaskEvaluator(plan, tokenizer, folder, flag, _weights_seen(config))
-        entries = [entry for seed in config.seeds for entry in evaluator.at_seed(policy, stage, seed)]
-        entries += evaluator.probes(policy, stage)
-    if not is_first():
-        return 0
-    return _report(plan.config, plan.task.display_name, folder, entries)
-
-
-def _check_distinct(config: DictConfig) -> None:
-    """No seed and no length twice: the second would be the first one's rows over again."""
-    for key, values in (("seeds", config.seeds), ("lengths", config.evaluation.lengths or ())):
-        twice = [value for value, count in Counter(values).items() if count > 1]
-        if twice or (key == "seeds" and not values):
-            cause = f"{twice[0]} stands twice" if twice else "none is named"
-            raise ConfigError(key, cause, f"{key}=[0,1,2]" if key == "seeds" else f"{key}=[128,256]", "E201")
-
-
-def _weights_seen(config: DictConfig) -> str:
-    """A hash of where the weights lie and of their files' sizes and times: others never go on with these rows."""
-    folders = [Path(place) for place in (config.run, config.adapter, config.model.path) if place is not None]
-    files = sorted(file.resolve() for folder in folders if folder.is_dir() for file in folder.rglob("*.safetensors"))
-    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr((facts, config.model.path, config.model.revision)).encode()).hexdigest()
-
-
-def _policy(plan: Plan) -> tuple[Policy, Any, str]:
-    """What is to be evaluated, its tokenizer, and a name for the table."""
-    config = plan.config
-    if config.run is not None:
-        folder = Path(config.run)
-        if not (folder / "config.yaml").exists():
-            raise ConfigError("run", f"{folder} is not a run's folder", "a folder that train.py has made", "E504")
-        policy, tokenizer = policy_of_run(plan, folder)
-        return policy, tokenizer, plan.stages[-1].name if plan.stages else "base"
-    if config.model.path is None:
-        raise ConfigError(
-            "model.path", "the built-in model has no weights of its own", "run=FOLDER of a training run", "E406"
-        )
-    policy, tokenizer = plan.make_policy()
-    if config.adapter is not None:
-        try:
-            policy.model = load_adapter(policy.network, config.adapter)
-        except ValueError as error:
-            raise as_config_error(error, "adapter") from None
-    return policy, tokenizer, "adapter" if config.adapter is not None else "model"
-
-
-def _output_folder(config: DictConfig) -> Path:
-    if config.output is not None:
-        folder = Path(config.output)
-    else:
-        name = "rescore" if config.rescore is not None else "evaluation"
-        folder = Path("outputs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{config.task.name}-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError("output", f"{folder}: {error.strerror}", "a folder that can be made", "E501") from None
-    return folder
-
-
-def _rescore(config: DictConfig) -> int:
-    """Grade stored generations: samples and evaluation rows of ours, or the files that d1 published."""
-    task = build(config, "task", Task)
-    rows = read_generations(Path(config.rescore))
-    texts, examples = [text for text, _ in rows], [example for _, example in rows]
-    try:
-        grades = task.judges.grade(texts, examples)
-    except (KeyError, TypeError, ValueError) as error:
-        cause = f"{config.rescore}: its rows are not those of {task.name} ({error!r})"
-        raise ConfigError("rescore", cause, "the task that they were generated for", "E507") from None
-    folder = _output_folder(config)
-    records = [
-        record(n, example, text, grade, length=0, truncated=False)
-        for n, (text, example, grade) in enumerate(zip(texts, examples, grades, strict=True))
-    ]
-    file = folder / "evaluations" / "rescored.jsonl"
-    file.unlink(missing_ok=True)
-    append_records(file, records)
-    summary = summarise(records, task.grader)
-    entry = {"stage": "stored", "task": task.name, "split": Path(config.rescore).name, "completion_length": None}
-    return _report(config, task.name, folder, [{**entry, **asdict(summary)}])
-
-
-def read_generations(file: Path) -> list[tuple[str, Example]]:
-    """Completion and example of every line of a JSON lines file.
-
-    Raises:
-        ConfigError: naming file and line.
-    """
-    if not file.is_file():
-        raise ConfigError("rescore", f"no file {file}", "a samples.jsonl, or a file of published generations", "E507")
-    found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if "ground_truth" in row:
-                found.append(published_row(row))
-            else:
-                found.append((row["completion"], row["example"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                "rescore", f"{file}:{number}: {error!r}", "rows with completion and example", "E507"
-            ) from None
-    if not found:
-        raise ConfigError("rescore", f"{file} is empty", "a file with rows", "E507")
-    return found
-
-
-def _report(config: DictConfig, task: str, folder: Path, entries: list[dict[str, Any]]) -> int:
-    results = {"recipe": "evaluation", "task": task, "model": config.model.name, "seed": config.seed}
-    evaluations = [entry for entry in entries if "probe" not in entry]
-    results |= {"run": config.run, "grader": config.task.grader, "evaluations": evaluations}
-    results |= {"pass_at_1": pass_at_1(evaluations), "probes": [entry for entry in entries if "probe" in entry]}
-    write_results(folder / "results.json", results)
-    show_table(results)
-    print(folder / "results.json")
-    return 0
-
-
-def pass_at_1(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of each length that was evaluated with several seeds: the mean accuracy over seeds.
-
-    `interval` is Wilson's with a row as one trial, wide enough however the seeds agree; `over_seeds` Student's t.
-    """
-    found = []
-    for length in dict.fromkeys(entry["completion_length"] for entry in evaluations):
-        entries = [entry for entry in evaluations if entry["completion_length"] == length]
-        if len(entries) > 1:
-            seeds, n = [entry["seed"] for entry in entries], entries[0]["n"]
-            mean = mean_over_seeds([entry["accuracy"] for entry in entries])
-            rows = wilson_interval(mean.value * n, n)
-            found.append(
-                {
-                    "completion_length": length,
-                    "seeds": seeds,
-                    "n": n,
-                    "mean": mean.value,
-                    "interval": (rows.low, rows.high),
-                    "over_seeds": (max(0.0, mean.low), min(1.0, mean.high)),
-                }
-            )
-    return found
-
-
-def write_results(file: Path, results: Mapping[str, Any]) -> None:
-    """Replace results.json in one step."""
-    staging = file.with_suffix(".tmp")
-    staging.write_text(json.dumps(results, indent=2), encoding="utf-8")
-    os.replace(staging, file)
-
-
-def quiet_libraries() -> None:
-    """Leave the console to what the run itself has to say; warnings and errors still come through, a line each."""
-    warnings.formatwarning = _plain_warning
-    for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*The number of training batches.*"):
-        warnings.filterwarnings("ignore", message=message)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    warnings.formatwarning = _one_line
-
-
-def _one_line(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """Our own warnings speak to the user, not of a place in the code."""
-    ours = filename.startswith(str(Path(__file__).parent))
-    return f"warning: {message}\n" if ours else f"{filename}:{lineno}: {category.__name__}: {message}\n"
-
-
-def _plain_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """A warning without the place in our code that nobody asked for."""
-    return f"warning: {' '.join(str(message).split())}\n"
 
 
 @dataclass(frozen=True)
@@ -445,27 +243,19 @@ def deal_records(file: Path, world_size: int) -> None:
             if found.setdefault(row["index"], row) != row:
                 where = f"{file.parent}: two files disagree on row {row['index']}"
                 raise ValueError(f"evaluation: {where}. Try: another output folder")
-    write_records(file, [found[n] for n in sorted(found)])
+    write_whole(file, json_lines(found[n] for n in sorted(found)))
     for part in parts:
         part.unlink()
     if world_size > 1:
         for rank in range(world_size):
-            mine = [found[n] for n in sorted(found) if n % world_size == rank]
-            write_records(rank_file(file, Place(rank, world_size, 0, world_size)), mine)
+            mine = json_lines(found[n] for n in sorted(found) if n % world_size == rank)
+            write_whole(rank_file(file, Place(rank, world_size, 0, world_size)), mine)
 
 
 def collect_records(file: Path, world_size: int) -> None:
     """Put the rows of all processes into the one file."""
     if world_size > 1:
         deal_records(file, 1)
-
-
-def write_records(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Replace a file of records in one step."""
-    staging = file.with_suffix(".tmp")
-    staging.unlink(missing_ok=True)
-    append_records(staging, records)
-    os.replace(staging, file)
 
 
 def described(value: Any) -> Any:

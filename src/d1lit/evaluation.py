@@ -160,11 +160,16 @@ def record(index: int, example: Example, text: str, grade: Grade, length: int, t
     }
 
 
+def json_lines(records: Iterable[Mapping[str, Any]]) -> str:
+    """Records as JSON lines; in ASCII, for half surrogates are text too."""
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
 def append_records(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Append JSON lines and push them to the disk."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as handle:
-        handle.writelines(json.dumps(record) + "\n" for record in records)  # ASCII: half surrogates are text too
+        handle.write(json_lines(records))
         handle.flush()
         os.fsync(handle.fileno())
 
@@ -201,7 +206,7 @@ def keep_records(file: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
     records = read_records(file)
     kept = [record for record in records if keep(record)]
     if len(kept) < len(records):
-        write_whole(file, "".join(json.dumps(record) + "\n" for record in kept))
+        write_whole(file, json_lines(kept))
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -260,6 +265,31 @@ def summarise(records: Sequence[Mapping[str, Any]], grader: Literal["strict", "d
         failed_fraction=sum(r["strict"]["outcome"] in ("timeout", "error") for r in records) / rows,
         extra=extra,
     )
+
+
+def pass_at_1(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each length that was evaluated with several seeds: the mean accuracy over seeds.
+
+    `interval` is Wilson's with a row as one trial, wide enough however the seeds agree; `over_seeds` Student's t.
+    """
+    found = []
+    for length in dict.fromkeys(entry["completion_length"] for entry in evaluations):
+        entries = [entry for entry in evaluations if entry["completion_length"] == length]
+        if len(entries) > 1:
+            seeds, n = [entry["seed"] for entry in entries], entries[0]["n"]
+            mean = mean_over_seeds([entry["accuracy"] for entry in entries])
+            rows = wilson_interval(mean.value * n, n)
+            found.append(
+                {
+                    "completion_length": length,
+                    "seeds": seeds,
+                    "n": n,
+                    "mean": mean.value,
+                    "interval": (rows.low, rows.high),
+                    "over_seeds": (max(0.0, mean.low), min(1.0, mean.high)),
+                }
+            )
+    return found
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from d1lit.build import decode, evaluation_sampler, plan_run
 from d1lit.data import EncodedRow, prompt_batch
 from d1lit.draws import CounterDraws
 from d1lit.errors import ConfigError
-from d1lit.evaluating import quiet_libraries
 from d1lit.models import Policy, encode_text
 from d1lit.opening import open_run
+from d1lit.quiet import quiet_libraries
 from d1lit.sampling import BlockSampler
 from d1lit.validation import compose_jobs
 

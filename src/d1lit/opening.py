@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 
 from d1lit.build import Plan, plan_run
 from d1lit.errors import ConfigError
-from d1lit.evaluating import quiet_libraries
 from d1lit.handover import policy_of_run
 from d1lit.models import Policy
+from d1lit.quiet import quiet_libraries
 from d1lit.security import check_config
 from d1lit.validation import as_config_error, compose_jobs
 

@@ -31,11 +31,13 @@ from d1lit.callbacks import ConsoleProgress, StopFlag, StopOnSignal, Validate
 from d1lit.checkpoint import FolderCheckpointIO, differing_keys, flatten, lock_run
 from d1lit.errors import ConfigError
 from d1lit.estimates import estimate_run, micro_batch_sizes, with_micro_batches
-from d1lit.evaluating import PACKAGES, TaskEvaluator, quiet_libraries, write_results
+from d1lit.evaluating import PACKAGES, TaskEvaluator
+from d1lit.evaluation import write_whole
 from d1lit.handover import kept_base, trains_adapters
 from d1lit.models import Policy, save_weights
 from d1lit.presenting import present
 from d1lit.processes import ALONE, first_decides, is_first, join_world, place, slurm_job, wait_for_all, world
+from d1lit.quiet import quiet_libraries
 from d1lit.recipes import StageFolder, is_first_process, read_costs, run_recipe, run_stage
 from d1lit.report.console import console, say, show_table
 from d1lit.report.events import cut_events
@@ -404,7 +406,7 @@ def finish(
         "baselines": evaluator.baselines(),
         "cost": {"seconds": round(seconds, 1), **read_costs(folder, [parts.name for parts in plan.stages])},
     }
-    write_results(folder / "results.json", results)
+    write_whole(folder / "results.json", json.dumps(results, indent=2))
     show_table(results)
     if plan.config.report:
         present(plan, folder, policy, tokenizer)

@@ -22,9 +22,10 @@ from d1lit.build import Plan, plan_run
 from d1lit.data import EncodedRow, prompt_batch
 from d1lit.draws import CounterDraws
 from d1lit.errors import ConfigError
-from d1lit.evaluating import described, quiet_libraries
+from d1lit.evaluating import described
 from d1lit.evaluation import append_records, read_records
 from d1lit.models import Policy, encode_prompt
+from d1lit.quiet import quiet_libraries
 from d1lit.rewards.extract import END_OF_TEXT
 from d1lit.rewards.stored import published_row
 from d1lit.statistics import wilson_interval

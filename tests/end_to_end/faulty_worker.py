@@ -22,9 +22,9 @@ from torch import Tensor
 
 from d1lit.build import make_stage, plan_run
 from d1lit.callbacks import SkipNonFinite, StopFlag
-from d1lit.evaluating import quiet_libraries
 from d1lit.modules import DiffuGRPO
 from d1lit.processes import join_world, world
+from d1lit.quiet import quiet_libraries
 from d1lit.recipes import StageFolder, run_stage
 from d1lit.rewards.parts import RewardParts
 from d1lit.running import make_trainer
