@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from d1lit import build, running
+from d1lit import bases, build, running
 from d1lit.build import check_hub_model, plan_run
 from d1lit.models import build_tiny_tokenizer, export_model
 from d1lit.models.presets import fresh_network, tiny_config
@@ -57,7 +57,7 @@ def test_the_kept_base_hangs_on_the_rows_it_keeps_away_from(tmp_path):
     for question in ("One and one?", "One and one?", "Two and none?"):
         build._task.cache_clear()  # a process reads a task's files once
         plan = plan_run(composed("train", f"task.test_data={rows(tmp_path / 'test.jsonl', question)}"))
-        found.append(running.base_hash(plan))
+        found.append(bases.base_hash(plan))
     assert found[0] == found[1] != found[2]
 
 

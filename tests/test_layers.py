@@ -21,6 +21,8 @@ LAYERS: list[set[str]] = [
     {"build"},
     {"handover"},
     {"evaluating", "estimates"},
+    {"fitting"},
+    {"bases"},
     {"opening"},
     {"playing", "chatting", "handing_on", "consolidating", "doctor", "harness", "verify", "evaluate_command"},
     {"presenting"},

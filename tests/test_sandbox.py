@@ -57,11 +57,6 @@ def walls() -> Iterator[Sandbox]:
     sandbox.close()
 
 
-def others() -> set[int]:
-    """Every process of the machine that is not a warden's shell or ours to start with."""
-    return {p.pid for p in psutil.process_iter() if p.status() != psutil.STATUS_ZOMBIE}
-
-
 def run(sandbox: Sandbox, program: str, tests: tuple[str, ...] = TESTS, prompt: str = "", setup: str = "") -> Report:
     """Run a program, and check that it was over in time and left no process behind."""
     _ = sandbox.protection  # the warden is up before the clock starts
@@ -191,8 +186,11 @@ def test_a_program_that_searches_its_memory_finds_nothing_of_the_tests(box: Sand
         assert run(box, SEARCH, ("expected = 'kumquat'\nassert f(expected[:0]) == []",)).all_passed
 
 
+NAME = f"left-{os.getpid()}"
+"""What /proc calls the program below and its children; a test beside this one has another."""
 CHILDREN = """
-import os, signal, time
+import ctypes, os, signal, time
+assert ctypes.CDLL(None).prctl(15, NAME, 0, 0, 0) == 0
 def spawn(depth):
     if os.fork() == 0:
         os.setsid()
@@ -201,22 +199,32 @@ def spawn(depth):
         time.sleep(600)
         os._exit(0)
 spawn(2)
-"""
+""".replace("NAME", f"b'{NAME}'")
 
 
-def is_ours(process: psutil.Process) -> bool:
-    """Whether a process runs and was started by a warden; one that ended and waits for its parent runs no more."""
-    try:
-        return "sandbox_warden" in " ".join(process.cmdline())
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        return False
+def leftovers() -> list[psutil.Process]:
+    """What of CHILDREN runs; a process that ended and waits for its parent runs no more."""
+    named = [p for p in psutil.process_iter(["name", "status"]) if p.info["name"] == NAME]
+    return [p for p in named if p.info["status"] != psutil.STATUS_ZOMBIE]
 
 
 @pytest.mark.parametrize("ending", ["while True: time.sleep(1)", "os._exit(0)", RIGHT])
 def test_children_of_children_in_sessions_of_their_own_end_with_the_run(walls: Sandbox, ending: str) -> None:
-    before = {p.pid for p in psutil.process_iter()}
-    run(walls, CHILDREN + ending)
-    assert not [p for p in psutil.process_iter() if p.pid not in before and is_ours(p)]
+    started, done = [], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            started.extend(leftovers())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    report = run(walls, CHILDREN + ending)
+    left = leftovers()
+    done.set()
+    watcher.join()
+    assert not left
+    assert started
+    assert report.all_passed == (ending == RIGHT)
 
 
 def test_a_fork_bomb_ends_at_its_limit_and_with_the_run(walls: Sandbox) -> None:

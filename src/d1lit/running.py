@@ -18,31 +18,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
-import lightning as L
 import torch
 import yaml
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from d1lit.build import Plan, StageParts, build, check_hub_model, make_stage, plan_run
-from d1lit.callbacks import ConsoleProgress, StopFlag, StopOnSignal, Validate
-from d1lit.checkpoint import FolderCheckpointIO, differing_keys, flatten, lock_run
+from d1lit.bases import base_policy, make_shared_base
+from d1lit.build import Plan, check_hub_model, make_stage, plan_run
+from d1lit.callbacks import StopFlag
+from d1lit.checkpoint import differing_keys, flatten, lock_run
 from d1lit.errors import ConfigError
 from d1lit.estimates import estimate_run, micro_batch_sizes, with_micro_batches
 from d1lit.evaluating import PACKAGES, TaskEvaluator
 from d1lit.evaluation import write_whole
-from d1lit.handover import kept_base, trains_adapters
+from d1lit.fitting import make_trainer
 from d1lit.models import Policy, save_weights
 from d1lit.presenting import present
-from d1lit.processes import ALONE, first_decides, is_first, join_world, place, slurm_job, wait_for_all, world
+from d1lit.processes import first_decides, is_first, join_world, place, slurm_job, wait_for_all, world
 from d1lit.quiet import quiet_libraries
-from d1lit.recipes import StageFolder, is_first_process, read_costs, run_recipe, run_stage
+from d1lit.recipes import is_first_process, read_costs, run_recipe
 from d1lit.report.console import console, say, show_table
-from d1lit.report.events import cut_events
 from d1lit.security import redact, redact_text
-from d1lit.strategies import Setting
 
 OUTPUTS = Path("outputs")
 """Where runs stand that name no folder of their own."""
@@ -232,145 +228,6 @@ def tell_dropped(plan: Plan, tokenizer: Any) -> None:
         if rows.dropped:
             limits = f"task.max_prompt_length={plan.task.max_prompt_length} or the canvas"
             say(f"{parts.name}: {rows.dropped} of {rows.asked} rows left out: longer than {limits}")
-
-
-# ----------------------------------------------------------------------------------------------------------------- base
-
-
-def cache_folder() -> Path:
-    """Where the built-in base models are kept: $D1LIT_CACHE, or the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "d1lit"
-    return Path(os.environ.get("D1LIT_CACHE", default))
-
-
-def base_policy(plan: Plan, folder: Path, flag: StopFlag) -> tuple[Policy, Any]:
-    """The model the stages start from: read from its place, or the tiny one, pretrained once and kept."""
-    if plan.base is None:
-        return plan.make_policy()
-    home = base_home(plan)
-    if not home.exists():
-        make_base(plan, folder / "stages" / "base", flag)
-    else:
-        say(f"base: the tiny model, taken from {home}")
-    if trains_adapters(plan) and is_first():
-        shutil.copytree(home, kept_base(folder), dirs_exist_ok=True)  # the cache may be emptied, adapters need it
-    return plan.make_policy(home)
-
-
-def base_home(plan: Plan) -> Path:
-    """Where the plan's base model is kept once it is made."""
-    return cache_folder() / "base" / base_hash(plan)
-
-
-def make_base(plan: Plan, work: Path, flag: StopFlag) -> None:
-    """Pretrain the tiny model in this process alone, and keep it."""
-    assert plan.base is not None
-    home = base_home(plan)
-    say(f"base: pretraining the tiny model on {plan.task.name}; it will be kept in {home}")
-    policy, tokenizer = plan.make_policy()
-    stage = make_stage(plan, plan.base, tokenizer, partial(make_trainer, plan, flag, tokenizer))
-    folder = StageFolder(work)
-    run_stage(folder, policy, stage, plan.seed, say)
-    keep_base(folder.weights, tokenizer, home)
-
-
-def make_shared_base(plan: Plan, flag: StopFlag) -> None:
-    """The base for a run of several processes, made by the first before they meet: the one any run would make."""
-    home = base_home(plan)
-    if home.exists():
-        return
-    work = home.with_name(f"{home.name}.work")
-    with lock_run(work):
-        make_base(plan, work / "stages" / "base", flag)
-    shutil.rmtree(work, ignore_errors=True)
-
-
-def base_hash(plan: Plan) -> str:
-    """Hash of all that makes the base model: its settings, the task's text, the seed, and the code that runs.
-
-    The corpus is generated, but keeps away from what test and validation hold, wherever these come from.
-    """
-    config = OmegaConf.to_container(plan.config, resolve=True)
-    assert isinstance(config, dict)
-    parts = {"model": config["model"], "task": config["task"], "seed": config["seed"], "torch": torch.__version__}
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
-    for task, _ in plan.task.portions(None):
-        for row in (*task.rows("test"), *task.rows("val")):
-            digest.update(task.source.identity(row).encode())
-    package = Path(__file__).parent
-    for name in ("tasks", "models", "modules", "data.py", "draws.py", "masking.py", "schedules.py", "losses"):
-        for file in sorted([package / name] if name.endswith(".py") else (package / name).rglob("*.py")):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def keep_base(weights: Path, tokenizer: Any, home: Path) -> None:
-    """Copy a finished base into the cache; another process may have been faster."""
-    home.parent.mkdir(parents=True, exist_ok=True)
-    staging = home.with_name(f"{home.name}.{os.getpid()}")
-    shutil.copytree(weights, staging)
-    tokenizer.save_pretrained(staging)
-    try:
-        os.replace(staging, home)
-    except OSError:
-        shutil.rmtree(staging)
-
-
-# -------------------------------------------------------------------------------------------------------------- fitting
-
-
-def make_trainer(
-    plan: Plan, flag: StopFlag, tokenizer: Any, parts: StageParts, folder: Path, first_step: int
-) -> L.Trainer:
-    """A Trainer for one stage; accumulation follows from the global batch and the devices."""
-    flags: dict[str, Any] = OmegaConf.to_container(plan.config.trainer, resolve=True)  # type: ignore[assignment]
-    # Lightning's word for leaving every number in the dtype it has: the model's own, float32 for adapters.
-    precision = flags.pop("precision") or "32-true"
-    here = world()
-    flags |= {"devices": here.local_world_size, "num_nodes": here.num_nodes}
-    trains_large_model = parts.lora is None and plan.config.model.path is not None
-    strategy = build(plan.config, "strategy")(Setting(here.world_size, plan.device, trains_large_model))
-    callbacks: list[L.Callback] = []
-    watch = plan.config.callbacks
-    if watch.save is not None:
-        callbacks.append(build(plan.config, "callbacks.save")(folder=folder / "checkpoints"))
-    if watch.samples is not None:
-        file = folder.parent.parent / "samples.jsonl"
-        callbacks.append(build(plan.config, "callbacks.samples")(stage=parts.name, file=file, console=console))
-    own = [name for name in watch if name not in ("save", "samples") and watch[name] is not None]
-    callbacks += [build(plan.config, f"callbacks.{name}") for name in own]
-    if parts.validate_every is not None and plan.task.val_rows:  # a signal may end it, so the others come before
-        measure = TaskEvaluator(plan, tokenizer, folder.parent.parent, flag).validation
-        best = folder / "best" if parts.select == "best_val" else None
-        callbacks.append(Validate(measure, best, parts.validate_every, plan.config.evaluation.batch_size))
-    # Last: they see the step at which an alarm ends the run.
-    callbacks += [ConsoleProgress(parts.name, parts.max_updates, console), StopOnSignal(flag)]
-    return L.Trainer(
-        **flags,
-        precision=precision,
-        max_steps=parts.max_updates,
-        max_epochs=1,
-        strategy=strategy,
-        accumulate_grad_batches=parts.batch_size // (parts.micro_batch_size * here.world_size),
-        gradient_clip_val=parts.gradient_clip,
-        logger=make_logger(plan, folder.parent.parent, parts.name, first_step, parts.max_updates),
-        callbacks=callbacks,
-        plugins=[FolderCheckpointIO(keep=2), LightningEnvironment() if here == ALONE else TorchElasticEnvironment()],
-        enable_checkpointing=watch.save is not None,
-        enable_progress_bar=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-    )
-
-
-def make_logger(plan: Plan, folder: Path, stage: str, first_step: int, num_steps: int) -> Any:
-    """The configured logger, one sub-folder a stage; False for none. Steps that will be run again are cut off."""
-    if is_first_process() and first_step < num_steps:  # after the last step nothing is
-        cut_events(folder / "logs" / stage, first_step)
-    if plan.config.logger is None or plan.config.logger.get("_target_") is None:
-        return False
-    return build(plan.config, "logger")(save_dir=folder, name="logs", version=stage)
 
 
 # ------------------------------------------------------------------------------------------------------------------ end

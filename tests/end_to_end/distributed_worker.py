@@ -21,6 +21,7 @@ from torch import Tensor
 
 from d1lit.build import make_stage, plan_run
 from d1lit.callbacks import StopFlag
+from d1lit.fitting import make_trainer
 from d1lit.models import Policy
 from d1lit.models.sharding import whole
 from d1lit.modules import DiffuGRPO
@@ -28,7 +29,6 @@ from d1lit.processes import gathered, join_world, world
 from d1lit.quiet import quiet_libraries
 from d1lit.recipes import StageFolder, is_first_process, run_stage
 from d1lit.rewards.parts import RewardParts
-from d1lit.running import make_trainer
 from d1lit.types import Example, Verdict
 from d1lit.validation import compose_jobs
 

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from d1lit.build import make_stage, plan_run
 from d1lit.callbacks import SkipNonFinite, StopFlag
+from d1lit.fitting import make_trainer
 from d1lit.modules import DiffuGRPO
 from d1lit.processes import join_world, world
 from d1lit.quiet import quiet_libraries
 from d1lit.recipes import StageFolder, run_stage
 from d1lit.rewards.parts import RewardParts
-from d1lit.running import make_trainer
 from d1lit.types import Verdict
 from d1lit.validation import compose_jobs
 from tests.end_to_end.distributed_worker import GRPO, Wordy

@@ -14,9 +14,9 @@ import torch
 
 from d1lit.build import make_stage, plan_run
 from d1lit.callbacks import StopFlag
+from d1lit.fitting import make_trainer
 from d1lit.quiet import quiet_libraries
 from d1lit.recipes import StageFolder, run_stage
-from d1lit.running import make_trainer
 from d1lit.validation import compose_jobs
 from tests.faults.jobs import SMALL
 

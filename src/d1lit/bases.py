@@ -1,0 +1,103 @@
+"""The built-in model's base: pretrained once, kept under the hash of all that made it, found again by every run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from d1lit.build import Plan, make_stage
+from d1lit.callbacks import StopFlag
+from d1lit.checkpoint import lock_run
+from d1lit.fitting import make_trainer
+from d1lit.handover import kept_base, trains_adapters
+from d1lit.models import Policy
+from d1lit.processes import is_first
+from d1lit.recipes import StageFolder, run_stage
+from d1lit.report.console import say
+
+
+def cache_folder() -> Path:
+    """Where the built-in base models are kept: $D1LIT_CACHE, or the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "d1lit"
+    return Path(os.environ.get("D1LIT_CACHE", default))
+
+
+def base_policy(plan: Plan, folder: Path, flag: StopFlag) -> tuple[Policy, Any]:
+    """The model the stages start from: read from its place, or the tiny one, pretrained once and kept."""
+    if plan.base is None:
+        return plan.make_policy()
+    home = base_home(plan)
+    if not home.exists():
+        make_base(plan, folder / "stages" / "base", flag)
+    else:
+        say(f"base: the tiny model, taken from {home}")
+    if trains_adapters(plan) and is_first():
+        shutil.copytree(home, kept_base(folder), dirs_exist_ok=True)  # the cache may be emptied, adapters need it
+    return plan.make_policy(home)
+
+
+def base_home(plan: Plan) -> Path:
+    """Where the plan's base model is kept once it is made."""
+    return cache_folder() / "base" / base_hash(plan)
+
+
+def make_base(plan: Plan, work: Path, flag: StopFlag) -> None:
+    """Pretrain the tiny model in this process alone, and keep it."""
+    assert plan.base is not None
+    home = base_home(plan)
+    say(f"base: pretraining the tiny model on {plan.task.name}; it will be kept in {home}")
+    policy, tokenizer = plan.make_policy()
+    stage = make_stage(plan, plan.base, tokenizer, partial(make_trainer, plan, flag, tokenizer))
+    folder = StageFolder(work)
+    run_stage(folder, policy, stage, plan.seed, say)
+    keep_base(folder.weights, tokenizer, home)
+
+
+def make_shared_base(plan: Plan, flag: StopFlag) -> None:
+    """The base for a run of several processes, made by the first before they meet: the one any run would make."""
+    home = base_home(plan)
+    if home.exists():
+        return
+    work = home.with_name(f"{home.name}.work")
+    with lock_run(work):
+        make_base(plan, work / "stages" / "base", flag)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def base_hash(plan: Plan) -> str:
+    """Hash of all that makes the base model: its settings, the task's text, the seed, and the code that runs.
+
+    The corpus is generated, but keeps away from what test and validation hold, wherever these come from.
+    """
+    config = OmegaConf.to_container(plan.config, resolve=True)
+    assert isinstance(config, dict)
+    parts = {"model": config["model"], "task": config["task"], "seed": config["seed"], "torch": torch.__version__}
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    for task, _ in plan.task.portions(None):
+        for row in (*task.rows("test"), *task.rows("val")):
+            digest.update(task.source.identity(row).encode())
+    package = Path(__file__).parent
+    for name in ("tasks", "models", "modules", "data.py", "draws.py", "masking.py", "schedules.py", "losses"):
+        for file in sorted([package / name] if name.endswith(".py") else (package / name).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def keep_base(weights: Path, tokenizer: Any, home: Path) -> None:
+    """Copy a finished base into the cache; another process may have been faster."""
+    home.parent.mkdir(parents=True, exist_ok=True)
+    staging = home.with_name(f"{home.name}.{os.getpid()}")
+    shutil.copytree(weights, staging)
+    tokenizer.save_pretrained(staging)
+    try:
+        os.replace(staging, home)
+    except OSError:
+        shutil.rmtree(staging)
