@@ -11,8 +11,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from d1lit.build import plan_run
+from d1lit.composing import CONF, compose_jobs
 from d1lit.statistics import student_quantile
-from d1lit.validation import CONF, compose_jobs
 
 HERE = Path(__file__).resolve().parents[1] / "experiments"
 

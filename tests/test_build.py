@@ -10,9 +10,10 @@ import pytest
 
 from d1lit import bases, build, running
 from d1lit.build import check_hub_model, plan_run
+from d1lit.composing import compose_jobs
+from d1lit.errors import ConfigError
 from d1lit.models import build_tiny_tokenizer, export_model
 from d1lit.models.presets import fresh_network, tiny_config
-from d1lit.validation import ConfigError, compose_jobs
 
 
 def composed(program: str, *words: str) -> Any:

@@ -15,10 +15,10 @@ from rich.console import Console
 from d1lit import commands
 from d1lit.chatting import answer, chat
 from d1lit.cli import main
+from d1lit.errors import ConfigError
 from d1lit.handing_on import model_card, push, write_card
 from d1lit.opening import open_run
 from d1lit.report.runs import read_run
-from d1lit.validation import ConfigError
 from tests.real_runs import copy_of, known_run, real_run
 
 PUZZLE = "0300210000303214"

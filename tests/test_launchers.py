@@ -9,8 +9,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from d1lit.composing import CONF, compose_jobs
 from d1lit.sweeps import FOLDER, notes_of, reached, show_sweep
-from d1lit.validation import CONF, compose_jobs
 
 PAGE = CONF.parent / "docs" / "scaling.md"
 

@@ -16,8 +16,10 @@ LAYERS: list[set[str]] = [
     {"strategies"},
     {"modules"},
     {"callbacks", "recipes", "report"},
-    {"validation"},
+    {"wording"},
+    {"composing"},
     {"components", "values"},
+    {"plan"},
     {"build"},
     {"handover"},
     {"evaluating", "estimates"},
@@ -31,7 +33,7 @@ LAYERS: list[set[str]] = [
     {"cli"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-HEAVY_FROM = {"lightning": LAYER["checkpoint"], "hydra": LAYER["validation"], "omegaconf": LAYER["validation"]}
+HEAVY_FROM = {"lightning": LAYER["checkpoint"], "hydra": LAYER["wording"], "omegaconf": LAYER["wording"]}
 
 
 def room_of(file: Path) -> str:

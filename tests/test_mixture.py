@@ -14,8 +14,11 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from d1lit.build import build, plan_run
+from d1lit.build import plan_run
+from d1lit.components import build
+from d1lit.composing import compose_jobs
 from d1lit.draws import CounterDraws
+from d1lit.errors import ConfigError
 from d1lit.models import build_tiny_tokenizer
 from d1lit.modules.accounting import UpdateMetrics
 from d1lit.modules.experience import judged, reward_batch
@@ -23,7 +26,6 @@ from d1lit.report.events import read_scalars
 from d1lit.rewards.parts import OnTask, RewardParts, mixed_reward
 from d1lit.tasks import MixedTask
 from d1lit.types import RewardBatch, Verdict
-from d1lit.validation import ConfigError, compose_jobs
 from tests.end_to_end.small import EOS, small_policy
 from tests.end_to_end.small import sampler as small_sampler
 from tests.test_sampling import prompts

@@ -6,20 +6,22 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from d1lit.build import judged_text, plan_run
+from d1lit.build import plan_run
+from d1lit.composing import compose_jobs
 from d1lit.data import InnerUpdate
 from d1lit.draws import CounterDraws
+from d1lit.errors import ConfigError
 from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.losses.clipped import ClippedPolicyLoss
 from d1lit.losses.terms import k3, token_mean
 from d1lit.models import LoraSettings, add_lora, build_tiny_tokenizer
 from d1lit.models.lora import factors, lora_layers
 from d1lit.modules import DiffuGRPO
+from d1lit.plan import judged_text
 from d1lit.sampling import HalfGumbel, HalfTokenProbability
 from d1lit.sampling.parts import Choice, Prediction
 from d1lit.tasks import encode_prompts
 from d1lit.types import Context, Rollout
-from d1lit.validation import ConfigError, compose_jobs
 from tests.end_to_end.small import EOS, MASK, fit, make_module, sampler, small_policy
 
 QUIRKS = {
@@ -74,7 +76,7 @@ def test_one_quirk_can_be_left_out_or_taken_alone():
 
 
 def test_every_quirk_stands_on_the_page():
-    from d1lit.validation import CONF
+    from d1lit.composing import CONF
 
     page = (CONF.parent / "docs" / "paper-compat.md").read_text(encoding="utf-8")
     for key in QUIRKS:
@@ -243,9 +245,9 @@ def test_confidence_in_bfloat16_ties_near_one():
 
 def test_the_composed_run_trains(tmp_path):
     """All of them together through the stage as runs make it, on the tiny model with an adapter."""
-    from d1lit.build import make_stage
     from d1lit.callbacks import StopFlag
     from d1lit.fitting import make_trainer
+    from d1lit.plan import make_stage
     from d1lit.recipes import StageFolder, run_stage
 
     config = config_of(

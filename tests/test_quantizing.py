@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from d1lit.build import plan_run
+from d1lit.composing import compose_jobs
+from d1lit.errors import ConfigError
 from d1lit.models import LoraSettings, Policy, add_lora, load_weights, merge_lora, save_weights
 from d1lit.models.lora import base_weight, lora_layers, report
 from d1lit.models.presets import fresh_network, tiny_config
 from d1lit.models.quantizing import BITS_PER_WEIGHT, is_quantized, unpacked
 from d1lit.modules.optimizing import trainable_state
-from d1lit.validation import ConfigError, compose_jobs
 from tests.end_to_end.small import EOS, MASK, VOCABULARY, fit, make_module, sgd
 
 NF4 = LoraSettings("paper", 4, 8, 0.0, quantize="nf4")

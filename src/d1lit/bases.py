@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from d1lit.build import Plan, make_stage
 from d1lit.callbacks import StopFlag
 from d1lit.checkpoint import lock_run
 from d1lit.fitting import make_trainer
 from d1lit.handover import kept_base, trains_adapters
 from d1lit.models import Policy
+from d1lit.plan import Plan, make_stage
 from d1lit.processes import is_first
 from d1lit.recipes import StageFolder, run_stage
 from d1lit.report.console import say

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from d1lit.commands import COMMANDS, no_such_command, refused
 
 if TYPE_CHECKING:
-    from d1lit.validation import Jobs
+    from d1lit.composing import Jobs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,7 +81,7 @@ def train(words: Sequence[str]) -> int:
     if _asks_help(words):
         print(TRAIN_HELP.format(groups=_groups()))
         return 0
-    from d1lit.validation import compose_jobs
+    from d1lit.composing import compose_jobs
     from d1lit.values import check_places, check_values
 
     _see_user_code(words)
@@ -115,7 +115,7 @@ def evaluate(words: Sequence[str]) -> int:
     if _asks_help(words):
         print(EVALUATE_HELP.format(groups=_groups()))
         return 0
-    from d1lit.validation import compose_jobs
+    from d1lit.composing import compose_jobs
     from d1lit.values import check_values
 
     _see_user_code(words)
@@ -159,7 +159,7 @@ def _hydra(words: Sequence[str]) -> int:
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
-    from d1lit.validation import with_choice
+    from d1lit.composing import with_choice
 
     sys.argv = [sys.argv[0], *map(with_choice, words)]
 
@@ -232,7 +232,7 @@ def _check_foreign(config: object, words: Sequence[str]) -> None:
     from omegaconf import OmegaConf
 
     from d1lit.security import check_config
-    from d1lit.validation import as_config_error
+    from d1lit.wording import as_config_error
 
     own = [file.stem for folder in _user_folders(words) for file in folder.iterdir() if not file.stem.startswith(".")]
     try:

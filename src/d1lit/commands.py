@@ -43,7 +43,7 @@ def refused(error: Exception) -> int:
     Returns:
         Exit status: 2 for what was refused, 1 for what broke off.
     """
-    from d1lit.validation import as_config_error, is_about_configuration
+    from d1lit.wording import as_config_error, is_about_configuration
 
     rank = 0
     if {"RANK", "SLURM_PROCID"} & os.environ.keys():

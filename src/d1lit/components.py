@@ -19,7 +19,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from d1lit.errors import ConfigError
 from d1lit.types import RewardBatch
-from d1lit.validation import as_config_error
+from d1lit.wording import as_config_error
 
 GIVEN_BY_HYDRA = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 

@@ -16,7 +16,7 @@ import psutil
 import torch
 from omegaconf import OmegaConf
 
-from d1lit.build import Plan, StageParts, build, evaluation_sampler
+from d1lit.components import build
 from d1lit.costs import RolloutPlan, exact_rollout_flops, matmul_peak
 from d1lit.draws import CounterDraws
 from d1lit.errors import ConfigError
@@ -29,6 +29,7 @@ from d1lit.models.policy import bytes_without_gradient
 from d1lit.models.presets import tiny_config
 from d1lit.modules import Prompts
 from d1lit.modules.muon import MuonWithAdamW
+from d1lit.plan import Plan, StageParts, evaluation_sampler
 from d1lit.strategies import FullySharded, Setting
 from d1lit.types import Context, Rollout
 

@@ -16,13 +16,6 @@ from typing import Any
 
 import torch
 
-from d1lit.build import (
-    Plan,
-    decode,
-    evaluation_rows,
-    evaluation_sampler,
-    shortened,
-)
 from d1lit.callbacks import StopFlag
 from d1lit.data import EncodedRow
 from d1lit.draws import CounterDraws
@@ -38,6 +31,7 @@ from d1lit.evaluation import (
 )
 from d1lit.models import Policy, encode_text
 from d1lit.modules.stage_data import prompt_rows
+from d1lit.plan import Plan, decode, evaluation_rows, evaluation_sampler, shortened
 from d1lit.processes import Place, gathered, is_first, wait_for_all, world
 from d1lit.sampling import BlockSampler
 from d1lit.statistics import pass_at_k, wilson_interval

@@ -10,10 +10,11 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from omegaconf import OmegaConf
 
-from d1lit.build import Plan, StageParts, build
 from d1lit.callbacks import ConsoleProgress, StopFlag, StopOnSignal, Validate
 from d1lit.checkpoint import FolderCheckpointIO
+from d1lit.components import build
 from d1lit.evaluating import TaskEvaluator
+from d1lit.plan import Plan, StageParts
 from d1lit.processes import ALONE, world
 from d1lit.recipes import is_first_process
 from d1lit.report.console import console

@@ -13,11 +13,11 @@ import yaml
 from peft import PeftModel
 from torch import Tensor
 
-from d1lit.build import evaluation_rows
 from d1lit.errors import ConfigError
 from d1lit.models import export_model
 from d1lit.models.lora import merge
 from d1lit.opening import OpenRun, open_run
+from d1lit.plan import evaluation_rows
 from d1lit.report.runs import Run, read_run
 from d1lit.security import redact
 

@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 
-from d1lit.build import decode, evaluation_sampler, plan_run
+from d1lit.build import plan_run
+from d1lit.composing import compose_jobs
 from d1lit.data import EncodedRow, prompt_batch
 from d1lit.draws import CounterDraws
 from d1lit.errors import ConfigError
 from d1lit.models import Policy, encode_text
 from d1lit.opening import open_run
+from d1lit.plan import decode, evaluation_sampler
 from d1lit.quiet import quiet_libraries
 from d1lit.sampling import BlockSampler
-from d1lit.validation import compose_jobs
 
 OWN_ROWS_UNUSED = (
     *("task.train_data=builtin", "task.test_data=builtin", "task.demonstration_data=task", "task.val_rows=0"),

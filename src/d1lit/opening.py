@@ -10,13 +10,15 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from d1lit.build import Plan, plan_run
+from d1lit.build import plan_run
+from d1lit.composing import compose_jobs
 from d1lit.errors import ConfigError
 from d1lit.handover import policy_of_run
 from d1lit.models import Policy
+from d1lit.plan import Plan
 from d1lit.quiet import quiet_libraries
 from d1lit.security import check_config
-from d1lit.validation import as_config_error, compose_jobs
+from d1lit.wording import as_config_error
 
 OWN = ("d1lit.strategies",)
 """Of d1lit's own packages, those of which functions are named too; they only build a strategy."""

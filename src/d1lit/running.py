@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from d1lit.bases import base_policy, make_shared_base
-from d1lit.build import Plan, check_hub_model, make_stage, plan_run
+from d1lit.build import check_hub_model, plan_run
 from d1lit.callbacks import StopFlag
 from d1lit.checkpoint import differing_keys, flatten, lock_run
 from d1lit.errors import ConfigError
@@ -33,6 +33,7 @@ from d1lit.evaluating import PACKAGES, TaskEvaluator
 from d1lit.evaluation import write_whole
 from d1lit.fitting import make_trainer
 from d1lit.models import Policy, save_weights
+from d1lit.plan import Plan, make_stage
 from d1lit.presenting import present
 from d1lit.processes import first_decides, is_first, join_world, place, slurm_job, wait_for_all, world
 from d1lit.quiet import quiet_libraries

@@ -9,8 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from d1lit.composing import shown
 from d1lit.errors import ConfigError
-from d1lit.validation import shown
 
 Complaint = Callable[[Any], str | None]
 """What is wrong with a value; None if nothing."""

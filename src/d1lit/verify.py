@@ -18,19 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d1lit.build import Plan, plan_run
+from d1lit.build import plan_run
+from d1lit.composing import compose_jobs
 from d1lit.data import EncodedRow, prompt_batch
 from d1lit.draws import CounterDraws
 from d1lit.errors import ConfigError
 from d1lit.evaluating import described
 from d1lit.evaluation import append_records, read_records
 from d1lit.models import Policy, encode_prompt
+from d1lit.plan import Plan
 from d1lit.quiet import quiet_libraries
 from d1lit.rewards.extract import END_OF_TEXT
 from d1lit.rewards.stored import published_row
 from d1lit.statistics import wilson_interval
 from d1lit.tasks.prompting import load_template, prompt_protocol, render
-from d1lit.validation import compose_jobs
 
 PAPER = {"gsm8k": 68.7, "math500": 26.0, "countdown": 20.7, "sudoku": 11.7}
 """Table 1, LLaDA-8B-Instruct at length 128, in per cent; GSM8K's published files lack 189 rows."""
@@ -249,35 +250,43 @@ def run_verify(
             f"--run-official-code: {official_revision!r} is no full commit, and code that is run must not change. "
             "Try: the 40 hexadecimal digits of the commit you have read [E804]"
         )
+    if not tasks:
+        raise ValueError("--tasks: none named. Try: --tasks countdown math500 [E110]")
     output.mkdir(parents=True, exist_ok=True)
-    policy: Policy | None = None
-    reports, tokenizer, plan = [], None, None
+    rows_of = {task: read_published(published, task) for task in tasks}
+    plans = {task: _plan(task, words) for task in tasks}
+    plan = plans[tasks[0]]
+    policy, tokenizer = plan.make_policy()
+    policy.eval()
+    reports = []
     for task in tasks:
-        found = read_published(published, task)
-        (config,) = compose_jobs("evaluate", ["model=llada_8b", f"task={task}", *OWN_ROWS_UNUSED, *words]).configs
-        if config.model.path is None:
-            raise ConfigError(
-                "model.path", "the built-in model was never published", "model.path=FOLDER of LLaDA", "E406"
-            )
-        plan = plan_run(config, trains=False)
-        if policy is None:
-            policy, tokenizer = plan.make_policy()
-            policy.eval()
-        chosen = found[:rows]
+        found, chosen = rows_of[task], rows_of[task][:rows]
         prompt = prompts.get(task, f"{task}_eval")
-        file = output / f"{task}.jsonl"
-        size = config.evaluation.batch_size
-        report = verify_task(plan, policy, tokenizer, chosen, file, prompt, size, len(chosen) == len(found))
+        file, size = output / f"{task}.jsonl", plans[task].config.evaluation.batch_size
+        report = verify_task(plans[task], policy, tokenizer, chosen, file, prompt, size, len(chosen) == len(found))
         print("\n".join(report.lines()), flush=True)
         reports.append({**asdict(report), "paper_in_interval": report.holds if report.paper is not None else None})
-    if policy is None or plan is None:
-        raise ValueError("--tasks: none named. Try: --tasks countdown math500 [E110]")
     logits = None
     if official_revision is not None:
         logits = compare_with_official(plan, policy, tokenizer, official_revision)
         print(f"logits: largest difference {logits['largest_difference']:.4g}, same first choice at "
               f"{100 * logits['same_choice']:.2f} % of the positions", flush=True)  # fmt: skip
-    result = {
+    target = output / "verify.json"
+    target.write_text(json.dumps({**_made_by(plan), "tasks": reports, "logits": logits}, indent=2), encoding="utf-8")
+    return target
+
+
+def _plan(task: str, words: Sequence[str]) -> Plan:
+    """The evaluation of a task by the given words, of a model that is read from somewhere."""
+    (config,) = compose_jobs("evaluate", ["model=llada_8b", f"task={task}", *OWN_ROWS_UNUSED, *words]).configs
+    if config.model.path is None:
+        raise ConfigError("model.path", "the built-in model was never published", "model.path=FOLDER of LLaDA", "E406")
+    return plan_run(config, trains=False)
+
+
+def _made_by(plan: Plan) -> dict[str, Any]:
+    """What the generations hang on."""
+    return {
         "model": plan.config.model.path,
         "revision": plan.config.model.revision,
         "dtype": plan.config.model.dtype,
@@ -285,12 +294,7 @@ def run_verify(
         "batch_size": plan.config.evaluation.batch_size,
         "attend_padding": plan.config.model.attend_padding,
         "packages": {name: version(name) for name in ("d1lit", "torch", "transformers", "tokenizers")},
-        "tasks": reports,
-        "logits": logits,
     }
-    target = output / "verify.json"
-    target.write_text(json.dumps(result, indent=2), encoding="utf-8")
-    return target
 
 
 # --------------------------------------------------------------------------------------------------------------- logits

@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 from d1lit import running
 from d1lit.checkpoint import lock_run
 from d1lit.cli import evaluate, train
-from d1lit.errors import catalogue
+from d1lit.composing import compose_jobs
+from d1lit.errors import ConfigError, catalogue
 from d1lit.tasks import reading
-from d1lit.validation import ConfigError, compose_jobs
 from tests.test_tasks_reading import CORRUPT
 
 ROOT = Path(__file__).resolve().parents[2]

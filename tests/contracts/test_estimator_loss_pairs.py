@@ -10,13 +10,13 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from d1lit.build import build
+from d1lit.components import build
+from d1lit.composing import CONF, compose_jobs
 from d1lit.data import prompt_batch
 from d1lit.losses import check_pair
 from d1lit.losses.pairs import GivesParts, NeedsParts
 from d1lit.models import Policy
 from d1lit.modules import DiffuGRPO
-from d1lit.validation import CONF, compose_jobs
 from tests.end_to_end.small import EOS, make_module, prompt_rows, quiet, small_policy
 
 ESTIMATORS = sorted(file.stem for file in (CONF / "estimator").glob("*.yaml"))

@@ -19,18 +19,19 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from d1lit.build import make_stage, plan_run
+from d1lit.build import plan_run
 from d1lit.callbacks import StopFlag
+from d1lit.composing import compose_jobs
 from d1lit.fitting import make_trainer
 from d1lit.models import Policy
 from d1lit.models.sharding import whole
 from d1lit.modules import DiffuGRPO
+from d1lit.plan import make_stage
 from d1lit.processes import gathered, join_world, world
 from d1lit.quiet import quiet_libraries
 from d1lit.recipes import StageFolder, is_first_process, run_stage
 from d1lit.rewards.parts import RewardParts
 from d1lit.types import Example, Verdict
-from d1lit.validation import compose_jobs
 
 SMALL = (
     "task=sudoku",

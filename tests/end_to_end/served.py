@@ -91,7 +91,7 @@ def _prepare(words: tuple[str, ...]) -> None:
     """What `train` does before a run begins."""
     if words not in _PREPARED:
         from d1lit.build import plan_run
-        from d1lit.validation import compose_jobs
+        from d1lit.composing import compose_jobs
 
         (config,) = compose_jobs("train", words).configs
         _PREPARED[words] = (config, plan_run(config))

@@ -12,7 +12,9 @@ import torch
 from omegaconf import DictConfig
 
 from d1lit import cli
-from d1lit.build import build, plan_run
+from d1lit.build import plan_run
+from d1lit.components import build
+from d1lit.composing import compose_jobs
 from d1lit.draws import CounterDraws
 from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.losses import check_pair
@@ -22,7 +24,6 @@ from d1lit.sampling import BlockSampler
 from d1lit.sampling.parts import Cells, CommitRule
 from d1lit.tasks import Source, Task
 from d1lit.types import Advantage, Context, LogProbEstimator, PolicyLoss, RewardBatch, Rollout, Schedule
-from d1lit.validation import compose_jobs
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "adding-parts.md"
 SNIPPETS = re.findall(

@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from d1lit.cli import evaluate, train
+from d1lit.composing import CONF
 from d1lit.consolidating import consolidate
 from d1lit.handing_on import export
 from d1lit.models import build_tiny_tokenizer, export_model, load_network
 from d1lit.models.presets import fresh_network, tiny_config
 from d1lit.opening import open_run
 from d1lit.report.events import read_scalars
-from d1lit.validation import CONF
 from tests.golden.reading import DATA, needs_data
 
 pytestmark = pytest.mark.slow

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from d1lit.checkpoint import newest, read_facts
 from d1lit.consolidating import consolidate
+from d1lit.errors import ConfigError
 from d1lit.models import load_network
 from d1lit.processes import launch
-from d1lit.validation import ConfigError
 from tests.end_to_end.distributed_worker import Record, main, read
 
 ROOT = Path(__file__).resolve().parents[2]

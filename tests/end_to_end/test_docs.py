@@ -12,7 +12,7 @@ import yaml
 
 from d1lit import cli
 from d1lit import commands as d1lit_commands
-from d1lit.validation import compose_jobs
+from d1lit.composing import compose_jobs
 from tests.real_runs import real_run
 
 ROOT = Path(__file__).resolve().parents[2]

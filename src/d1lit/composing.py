@@ -1,13 +1,12 @@
-"""Composing configurations, and one clear line for each way in which that can fail."""
+"""Command lines to configurations: of one run, or of every job of a sweep."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,49 +19,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from d1lit.errors import REFUSED, ConfigError, split_code
-
-CONF = Path(__file__).resolve().parents[2] / "conf"
-
-KNOWN_ELSEWHERE = {
-    # What other projects call it -> where it stands here.
-    "num_generations": "stages.grpo.module.group_size",
-    "num_iterations": "stages.grpo.module.num_inner_updates",
-    "max_completion_length": "sampler.completion_length",
-    "gen_length": "sampler.completion_length",
-    "max_new_tokens": "sampler.completion_length",
-    "diffusion_steps": "sampler.num_steps",
-    "steps": "sampler.num_steps",
-    "cfg_scale": "sampler.guidance",
-    "remasking": "sampler",
-    "p_mask_prompt": "estimator.prompt_mask_prob",
-    "epsilon": "loss.epsilon_low and loss.epsilon_high",
-    "loss.epsilon": "loss.epsilon_low and loss.epsilon_high",
-    "beta": "loss.beta",
-    "scale_rewards": "advantage (group_mean or group_zscore)",
-    "loss_type": "loss",
-    "sync_ref_model": "stages.grpo.module.reference_sync_every",
-    "ref_model_sync_steps": "stages.grpo.module.reference_sync_every",
-    "learning_rate": "stages.grpo.optimizer.lr",
-    "lr": "stages.grpo.optimizer.lr",
-    "max_steps": "stages.grpo.max_updates",
-    "per_device_train_batch_size": "stages.grpo.batch_size (global)",
-    "gradient_accumulation_steps": "stages.grpo.micro_batch_size",
-    "max_grad_norm": "stages.grpo.gradient_clip",
-    "lora_r": "stages.grpo.lora.rank",
-    "lora_alpha": "stages.grpo.lora.alpha",
-    "dataset": "task",
-    "model_path": "model.path",
-    "model_name_or_path": "model.path",
-    "output_dir": "run_dir",
-    "resume_from_checkpoint": "resume",
-    "mu": "stages.grpo.module.num_inner_updates",
-    "group_size": "stages.grpo.module.group_size",
-    "num_inner_updates": "stages.grpo.module.num_inner_updates",
-    "temperature": "sampler.temperature",
-    "completion_length": "sampler.completion_length",
-    "block_length": "sampler.block_length",
-}
+from d1lit.errors import ConfigError
+from d1lit.wording import CONF, nearest, one_line, syntax_error, translated
 
 
 @dataclass(frozen=True)
@@ -111,7 +69,7 @@ def _split(words: Sequence[str]) -> tuple[list[str], bool]:
             overrides.append(f"hydra.searchpath=[file://{Path(folder).resolve()}]")
         elif word.startswith("-"):
             known = ["--help", "--multirun", "--cfg", "--resolve", "--config-dir"]
-            raise ConfigError(word, "no such option", _nearest(word, known) or "--help", "E101")
+            raise ConfigError(word, "no such option", nearest(word, known) or "--help", "E101")
         elif "=" not in word and not word.startswith("~"):
             raise ConfigError(word, "is not KEY=VALUE", f"{word}=VALUE, or --help", "E102")
         else:
@@ -143,7 +101,7 @@ def _sweep(overrides: Sequence[str]) -> list[list[str]]:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
         return [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
     except HydraException as error:
-        raise _syntax_error(error, overrides) from None
+        raise syntax_error(error, overrides) from None
 
 
 def _first_candidate(word: str) -> str:
@@ -151,7 +109,7 @@ def _first_candidate(word: str) -> str:
     try:
         (override,) = OverridesParser.create().parse_overrides([word])
     except HydraException as error:
-        raise _syntax_error(error, [word]) from None
+        raise syntax_error(error, [word]) from None
     swept: Any = override.value()
     if not override.is_sweep_override():
         return word
@@ -198,9 +156,9 @@ def _compose(name: str, overrides: Sequence[str], with_hydra: bool = False) -> D
     try:
         config = compose(name, list(overrides), return_hydra_config=with_hydra)
     except HydraException as error:
-        raise _translated(error, name, overrides) from None
+        raise translated(error, overrides, partial(_keys_without, name, overrides)) from None
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error.full_key or "configuration"), _one_line(error), "another value", "E201") from None
+        raise ConfigError(str(error.full_key or "configuration"), one_line(error), "another value", "E201") from None
     check_leaves(config, name, overrides)
     return config
 
@@ -227,7 +185,13 @@ def check_leaves(config: DictConfig, name: str, overrides: Sequence[str]) -> Non
                 raise ConfigError(key, "has no value", f"{key}=VALUE", "E108")
             OmegaConf.select(config, key, throw_on_resolution_failure=True)
         except OmegaConfBaseException as error:
-            raise ConfigError(key, f"refers to a value that is not there ({node})", _one_line(error), "E109") from None
+            raise ConfigError(key, f"refers to a value that is not there ({node})", one_line(error), "E109") from None
+
+
+def _keys_without(name: str, overrides: Sequence[str], key: str) -> list[str]:
+    """All keys of what the choices of a command line give, the one of a given key left out."""
+    choices = tuple(o for o in overrides if "." not in o.split("=", 1)[0] and o.split("=", 1)[0].strip("+~") != key)
+    return [k for k, _ in _leaves(_composed(name, choices) or compose(name, []))]
 
 
 @lru_cache(maxsize=32)
@@ -282,126 +246,3 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(node._get_node(key), f"{prefix}.{key}" if prefix else str(key))
     elif not isinstance(node, ListConfig):
         yield prefix, node._value()
-
-
-# --------------------------------------------------------------------------------------------------------- plain words
-
-
-def _translated(error: HydraException, name: str, overrides: Sequence[str]) -> ConfigError:
-    """Hydra's several paragraphs as one line with the nearest known word."""
-    text = str(error)
-    if match := re.search(r"Could not find '(?:.*?/)?([\w@.]+)/([\w.-]+)'", text):
-        group, choice = match.groups()
-        options = _choices(group)
-        nearest = _nearest(choice, options)
-        return ConfigError(group, f"no choice {choice!r}", nearest or f"one of {', '.join(options)}", "E105")
-    if match := re.search(r"Could not override '([^']+)'", text):
-        return _unknown_key(match[1], name, overrides)
-    if match := re.search(r"[Kk]ey '([^']+)' is not in struct(?:.*full_key: ([\w.]+))?", text, re.DOTALL):
-        return _unknown_key(match[2] or match[1], name, overrides)
-    if match := re.search(r"Ambiguous value for argument '([^'=]+)=([^']*)'", text):
-        key, values = match.groups()
-        return ConfigError(
-            key, f"{values} are several values and no sweep was asked for", f"-m, or {key}=[{values}]", "E201"
-        )
-    return _syntax_error(error, overrides)
-
-
-def _unknown_key(key: str, name: str, overrides: Sequence[str]) -> ConfigError:
-    key = key.lstrip("+~")
-    last = key.rpartition(".")[2]
-    elsewhere = KNOWN_ELSEWHERE.get(key) or KNOWN_ELSEWHERE.get(last)
-    choices = tuple(o for o in overrides if "." not in o.split("=", 1)[0] and o.split("=", 1)[0].strip("+~") != key)
-    known = [k for k, _ in _leaves(_composed(name, choices) or compose(name, []))]
-    known += [p.name for p in CONF.iterdir() if p.is_dir()]
-    nearest = _nearest(key, known) or _nearest_last(last, known)
-    if nearest is None and elsewhere is not None:
-        return ConfigError(key, "is called otherwise here", elsewhere, "E104")
-    if elsewhere is not None and difflib.SequenceMatcher(None, key, nearest or "").ratio() < 0.9:
-        return ConfigError(key, "is called otherwise here", elsewhere, "E104")
-    return ConfigError(key, "no such key", nearest or "--cfg job, which prints all keys", "E103")
-
-
-def _syntax_error(error: Exception, overrides: Sequence[str]) -> ConfigError:
-    guilty = next((o for o in overrides if not _parses(o)), None) or next((o for o in overrides if o in str(error)), "")
-    cause = _one_line(error).split(" See https:")[0]
-    return ConfigError(
-        guilty.split("=")[0] or "command line", cause, "quotes around the value: 'KEY=\"VALUE\"'", "E106"
-    )
-
-
-def _parses(override: str) -> bool:
-    try:
-        OverridesParser.create().parse_overrides([override])
-    except HydraException:
-        return False
-    return True
-
-
-def _one_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error)).strip().rstrip(".")
-
-
-def _choices(group: str) -> list[str]:
-    return sorted(file.stem for file in (CONF / group.split("@")[0]).glob("*.yaml"))
-
-
-def _nearest(word: str, known: Sequence[str]) -> str | None:
-    cutoff = 0.6 if len(word) <= 3 else 0.7  # one wrong letter of three is a likeness of two thirds
-    found = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
-    return found[0] if found else None
-
-
-def _nearest_last(last: str, known: Sequence[str]) -> str | None:
-    """A key whose last word is, or nearly is, the one given."""
-    by_last: dict[str, str] = {}
-    for key in known:
-        by_last.setdefault(key.rpartition(".")[2], key)
-    found = difflib.get_close_matches(last, list(by_last), n=1, cutoff=0.75)
-    return by_last[found[0]] if found else None
-
-
-def as_config_error(error: ValueError, prefix: str = "") -> ConfigError:
-    """The ValueError of a component, whose message is `key: cause. Try: cure [code]`, under its full key.
-
-    One without a code refuses a value.
-    """
-    if isinstance(error, ConfigError):
-        return error
-    text, code = split_code(_one_line(error))
-    head, cure = _split_cure(text)
-    key, separator, cause = head.partition(": ")
-    if not separator or " " in key:
-        words = head.split(" ", 1)
-        key, cause = (words[0], words[1]) if "." in words[0] and len(words) == 2 else (prefix or "configuration", head)
-    return ConfigError(key, cause.rstrip("."), cure, code or REFUSED)
-
-
-def _split_cure(text: str) -> tuple[str, str]:
-    """Cause and cure; components say `Try: X`, `Try X`, or another sentence in the imperative at their end."""
-    match = re.match(r"(.*?)[.;,]? (?:Try:? )(.*)", text) or re.match(
-        r"(.*[^.])\. ((?:Set|Name|Give|Keep|Merge|Choose|Use|Write) .*)", text
-    )
-    return (match[1], match[2].rstrip(".")) if match else (text, "another value; the key's YAML in conf/ says more")
-
-
-@lru_cache(maxsize=1)
-def _first_words() -> frozenset[str]:
-    """What the keys of a configuration begin with."""
-    groups = [folder.name for folder in CONF.iterdir() if folder.is_dir()]
-    keys = [str(key) for file in ("train.yaml", "evaluate.yaml") for key in OmegaConf.load(CONF / file)]
-    return frozenset({"stages", *groups, *keys})
-
-
-def is_about_configuration(error: ValueError) -> bool:
-    """Whether a ValueError speaks of a key of ours, so that its one line is all a user needs."""
-    first = re.match(r"([a-z_0-9]+)[.:]", str(error))
-    return split_code(str(error))[1] is not None or (first is not None and first[1] in _first_words())
-
-
-def under(error: ValueError, key: str) -> ConfigError:
-    """A part's error under the full key: parts of a stage do not know where it stands."""
-    wrong = as_config_error(error, key)
-    if wrong.key.split(".")[0] in _first_words():
-        return wrong
-    return ConfigError(f"{key}.{wrong.key}", wrong.cause, wrong.cure, wrong.code)
