@@ -141,14 +141,16 @@ def evaluate(words: Sequence[str]) -> int:
 
 def _sweep(words: Sequence[str], jobs: Jobs) -> int:
     """All jobs, then a table of how each ended; 1 if any failed."""
-    from d1lit.sweeps import FOLDER, notes_of, show_sweep
+    from d1lit.sweeps import FOLDER, notes_of, quoted, show_sweep
 
     run_dir = jobs.configs[0].run_dir
     folder = Path(run_dir or Path("outputs") / f"{time.strftime('%Y%m%d-%H%M%S')}-sweep-{os.getpid()}").resolve()
     os.environ[FOLDER] = str(folder)
-    notes_of(folder, fresh=True)
+    place = (
+        f"hydra.sweep.dir={quoted(notes_of(folder, fresh=True))}"  # for what sweepers and launchers write themselves
+    )
     try:
-        _hydra([*(() if any(word in _MULTIRUN for word in words) else _MULTIRUN[:1]), *words])
+        _hydra([*(() if any(word in _MULTIRUN for word in words) else _MULTIRUN[:1]), place, *words])
     except Exception as error:  # a launcher whose worker was killed; the table says what became of the jobs
         print(f"error: the sweep was cut short: {' '.join(str(error).split())[:300]}", file=sys.stderr)
     return show_sweep(folder, None if jobs.is_search else jobs.overrides)

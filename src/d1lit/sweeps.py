@@ -36,7 +36,7 @@ def run_job(command: Sequence[str], number: int, overrides: Sequence[str], run_d
     cause = ""
     with own_device(notes) as environment:
         child = subprocess.Popen(
-            [*command, *words, f"run_dir={_quoted(run_dir)}"],
+            [*command, *words, f"run_dir={quoted(run_dir)}"],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
@@ -124,7 +124,7 @@ def show_sweep(folder: Path, jobs: Sequence[Sequence[str]] | None) -> int:
     return 1 if failed else 0
 
 
-def _quoted(path: Path) -> str:
+def quoted(path: Path) -> str:
     """A path as a value of the command line, whatever signs are in it."""
     return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
 

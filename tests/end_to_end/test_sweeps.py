@@ -57,6 +57,7 @@ def test_the_experiment_of_the_readme_sweeps_by_itself(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(tmp_path / "outputs" / "recipes")
+    assert {file.name for file in tmp_path.iterdir()} == {"cache", "outputs"}  # Hydra's own files are beside the jobs
     folders = {
         file.parent.name: json.loads(file.read_text()) for file in tmp_path.glob("outputs/recipes/*/results.json")
     }
