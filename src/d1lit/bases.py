@@ -15,9 +15,11 @@ from omegaconf import OmegaConf
 
 from d1lit.callbacks import StopFlag
 from d1lit.checkpoint import lock_run
+from d1lit.evaluating import code_sha256
 from d1lit.fitting import make_trainer
 from d1lit.handover import kept_base, trains_adapters
 from d1lit.models import Policy
+from d1lit.models.loading import find_folder, shard_files
 from d1lit.plan import Plan, make_stage
 from d1lit.processes import is_first
 from d1lit.recipes import StageFolder, run_stage
@@ -84,11 +86,29 @@ def base_hash(plan: Plan) -> str:
     for task, _ in plan.task.portions(None):
         for row in (*task.rows("test"), *task.rows("val")):
             digest.update(task.source.identity(row).encode())
-    package = Path(__file__).parent
-    for name in ("tasks", "models", "modules", "data.py", "draws.py", "masking.py", "schedules.py", "losses"):
-        for file in sorted([package / name] if name.endswith(".py") else (package / name).rglob("*.py")):
-            digest.update(file.read_bytes())
+    names = ("tasks", "models", "modules", "data.py", "draws.py", "masking.py", "schedules.py", "losses")
+    digest.update(code_sha256(*names).encode())
     return digest.hexdigest()[:16]
+
+
+def kept_evaluations(plan: Plan) -> Path | None:
+    """Where runs keep evaluations of the base that this one starts from, for each other.
+
+    None where they are not wanted, in all processes but the first, and for an adapter, which does not hold its weights.
+    """
+    if not plan.config.evaluation.reuse_base or not is_first():
+        return None
+    if plan.base is not None:
+        return cache_folder() / "evaluations" / base_hash(plan)
+    folder = find_folder(plan.config.model.path, plan.config.model.revision)
+    if (folder / "adapter_config.json").exists():
+        return None
+    model = OmegaConf.to_container(plan.config.model, resolve=True)
+    digest = hashlib.sha256(json.dumps(model, sort_keys=True, default=str).encode())
+    for file in (*sorted(folder.glob("*.json")), *shard_files(folder)):
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return cache_folder() / "evaluations" / digest.hexdigest()[:16]
 
 
 def keep_base(weights: Path, tokenizer: Any, home: Path) -> None:

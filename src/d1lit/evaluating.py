@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import math
+import os
 import platform
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
@@ -33,6 +36,7 @@ from d1lit.models import Policy, encode_text
 from d1lit.modules.stage_data import prompt_rows
 from d1lit.plan import Plan, decode, evaluation_rows, evaluation_sampler, shortened
 from d1lit.processes import Place, gathered, is_first, wait_for_all, world
+from d1lit.report.console import say
 from d1lit.sampling import BlockSampler
 from d1lit.statistics import pass_at_k, wilson_interval
 from d1lit.tasks import MixedTask, graded_text, prompt_protocol
@@ -52,13 +56,16 @@ class TaskEvaluator:
     flag: StopFlag
     weights: str = ""
     """What the weights were; within a run's own folder the stage says it."""
+    kept: Path | None = None
+    """Folder in which runs keep the evaluations of these very base weights for each other; None for none."""
 
     def __call__(self, policy: Policy, stage: str) -> list[dict[str, Any]]:
         """Entries of `evaluations`, one a task and length, and of `probes`, which say what was probed."""
         config = self.plan.config.evaluation
         if stage == "base" and not config.base:
             return []
-        return [*self.at_seed(policy, stage, config.seed), *self.probes(policy, stage)]
+        own = self if stage == "base" else replace(self, kept=None)
+        return [*own.at_seed(policy, stage, config.seed), *own.probes(policy, stage)]
 
     def probes(self, policy: Policy, stage: str) -> list[dict[str, Any]]:
         """Forced prefixes and pass@k, where they are asked for."""
@@ -135,8 +142,14 @@ class TaskEvaluator:
         )
         name = f"{stage}-{task.display_name}-{sampler.completion_length}-{place[:8]}.jsonl"
         file = self.folder / "evaluations" / name
+        kept = None if self.kept is None else self.kept / f"{rows_and_code(rows, protocol)}.jsonl"
+        if kept is not None and kept.exists() and not file.exists():
+            say(f"{stage}: its evaluation is taken from {kept}: the same weights, rows, settings and code")
+            copy_whole(kept, file)
         records = self._records(policy, sampler, rows, seed, file, prefix, protocol.sha256)
         check_coverage(records, len(rows))
+        if kept is not None and not kept.exists():
+            copy_whole(file, kept)
         return {
             "stage": stage,
             "task": task.display_name,
@@ -219,6 +232,31 @@ class TaskEvaluator:
         }
         task = self.plan.task
         return Protocol(task.display_name, num_rows, task.template.sha256, settings)
+
+
+def rows_and_code(rows: Sequence[EncodedRow], protocol: Protocol) -> str:
+    """Hash of what an evaluation's records depend on besides the weights."""
+    digest = hashlib.sha256((protocol.sha256 + code_sha256(".")).encode())
+    for row in rows:
+        digest.update(json.dumps([row.prompt_ids, row.example], sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def code_sha256(*names: str) -> str:
+    """Hash of the project's own code: of the named modules and packages."""
+    package, digest = Path(__file__).parent, hashlib.sha256()
+    for name in names:
+        for file in sorted([package / name] if name.endswith(".py") else (package / name).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a file so that whoever looks, another process too, finds all of it or nothing."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.copyfile(source, staging)
+    os.replace(staging, target)
 
 
 def rank_file(file: Path, here: Place) -> Path:

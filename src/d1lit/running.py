@@ -23,7 +23,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from d1lit.bases import base_policy, make_shared_base
+from d1lit.bases import base_policy, kept_evaluations, make_shared_base
 from d1lit.build import check_hub_model, plan_run
 from d1lit.callbacks import StopFlag
 from d1lit.checkpoint import differing_keys, flatten, lock_run
@@ -80,7 +80,7 @@ def run_training(config: DictConfig, overrides: Sequence[str], plan: Plan | None
         started = time.time()
         policy, tokenizer = base_policy(plan, folder, flag)
         tell_dropped(plan, tokenizer)
-        evaluator = TaskEvaluator(plan, tokenizer, folder, flag)
+        evaluator = TaskEvaluator(plan, tokenizer, folder, flag, kept=kept_evaluations(plan))
         stages = [
             make_stage(plan, parts, tokenizer, partial(make_trainer, plan, flag, tokenizer)) for parts in plan.stages
         ]

@@ -97,6 +97,7 @@ _VALUES: dict[str, tuple[Complaint, str]] = {
     "evaluation.seed": (_whole(0), "0"),
     "evaluation.batch_size": (_whole(1), "8"),
     "evaluation.base": (_truth, "true"),
+    "evaluation.reuse_base": (_truth, "true"),
     "seeds": (_each(_whole(0)), "[0]"),
     "run": (_optional(_text), "a folder that train.py has made"),
     "adapter": (_optional(_text), "a folder that holds an adapter"),

@@ -114,6 +114,32 @@ def test_scalars_have_their_fixed_names(run):
     assert {"val/accuracy", "val/loss"} <= read_scalars(run[0] / "logs" / "sft").keys()
 
 
+def test_the_bases_evaluation_is_shared_by_runs_from_the_same_base(run, tmp_path):
+    """And by no others: other rows or a refusal to reuse have it made anew, to the same records."""
+
+    def base_rows(name: str, *more: str) -> tuple[str, str]:
+        folder = tmp_path / name
+        words = [*SMALL, "recipe=sft", "task=sudoku", "debug=fast", "report=false", "logger=none", f"run_dir={folder}"]
+        done = subprocess.run(
+            [sys.executable, ROOT / "train.py", *words, *more], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        entry = json.loads((folder / "results.json").read_text())["evaluations"][0]
+        assert entry["stage"] == "base"
+        return (folder / entry["rows_file"]).read_text(), done.stderr
+
+    (first,) = [e for e in json.loads((run[0] / "results.json").read_text())["evaluations"] if e["stage"] == "base"]
+    taken, said = base_rows("taken", "evaluation.rows=6")
+    assert "its evaluation is taken from" in said
+    assert taken == (run[0] / first["rows_file"]).read_text()
+    made, said = base_rows("made", "evaluation.rows=6", "evaluation.reuse_base=false")
+    assert "is taken from" not in said
+    assert made == taken
+    fewer, said = base_rows("fewer", "evaluation.rows=4")
+    assert "is taken from" not in said
+    assert len(fewer.splitlines()) == 4
+
+
 def test_a_finished_run_is_not_run_again(run, capsys):
     folder, printed = run
     before = {file: file.read_bytes() for file in sorted(folder.rglob("*.safetensors"))}
