@@ -56,12 +56,12 @@ def cases(quick: bool) -> list[Case]:
     """The shapes whose factors are promised."""
     if quick:
         return [Case(TINY, 1, 2, 8, 8, has_group_floor=False)]
-    large = Size(126464, 512, 4)
+    large, groups = Size(126464, 512, 4), (4, 8, 16)
     return [
-        Case(large, 1, 4, 100, 128, row_floor=1.3, row_memory_floor=5.0, group_memory_floor=8.0),
-        Case(PROPORTIONAL, 1, 6, 200, 256),
-        *(Case(MIDDLE, 1, group_size, 64, 64) for group_size in (4, 8, 16)),
-        *(Case(PROPORTIONAL, 1, group_size, 64, 64) for group_size in (4, 8, 16)),
+        *(Case(large, 1, g, 100, 128, row_floor=1.3, row_memory_floor=5.0, group_memory_floor=8.0) for g in groups),
+        *(Case(PROPORTIONAL, 1, group_size, 200, 256) for group_size in (4, 6, 8, 16)),
+        *(Case(MIDDLE, 1, group_size, 64, 64) for group_size in groups),
+        *(Case(PROPORTIONAL, 1, group_size, 64, 64) for group_size in groups),
     ]
 
 
