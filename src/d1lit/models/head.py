@@ -20,6 +20,7 @@ DEFAULT_BUDGET = 16 * 2**20  # bytes for the logits of one tile
 GPU_BUDGET = 256 * 2**20  # there every tile costs launches, and nothing is gained by staying within a cache
 GPU_TAIL_BYTES = 512 * 2**20  # bytes of one softmax where tokens are drawn on a GPU
 _ROWS, _COLUMNS = 1024, 4096  # a tile of this size keeps products of matrices efficient; taller or wider gains nothing
+_FEW = 4  # positions below which the head is not worth reordering
 _SLICE = 8192  # rows of a low-precision head cast at a time where the device cannot accumulate in fp32 by itself
 
 
@@ -56,6 +57,19 @@ def _project(hidden: Tensor, weight: Tensor) -> Tensor:
     for start in range(0, len(weight), _SLICE):
         logits[:, start : start + _SLICE] = exact @ weight[start : start + _SLICE].float().T
     return logits
+
+
+def few_logits(hidden: Float[Tensor, "*M D"], weight: Float[Tensor, "V D"]) -> Float[Tensor, "*M V"] | None:
+    """Logits of two to four positions by the product the other way round; None where that gains nothing.
+
+    For `hidden @ weight.T` a CPU library first copies all of the head into its own order, which for so few positions
+    takes several times as long as the product itself.
+    """
+    count = hidden.shape[:-1].numel()
+    is_plain = hidden.device.type == "cpu" and hidden.dtype == weight.dtype == torch.float32
+    if not is_plain or torch.is_grad_enabled() or not 2 <= count <= _FEW:
+        return None
+    return (weight @ hidden.flatten(0, -2).T).T.contiguous().view(*hidden.shape[:-1], -1)
 
 
 def _mix(probabilities: Tensor, weight: Tensor) -> Tensor:

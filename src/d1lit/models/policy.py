@@ -23,7 +23,7 @@ from d1lit.costs import (
 )
 from d1lit.models.cache import KVCache
 from d1lit.models.graphs import ForwardGraphs
-from d1lit.models.head import chunked_entropy, chunked_logprobs, default_budget
+from d1lit.models.head import chunked_entropy, chunked_logprobs, default_budget, few_logits
 from d1lit.models.lora import ADAPTER, base_weight, factors, keep_exact, lora_layers, merged_weight
 from d1lit.models.quantizing import is_quantized
 from d1lit.models.transformer import MaskedDiffusionConfig, MaskedDiffusionLM
@@ -133,7 +133,9 @@ class Policy(nn.Module):
     def head(self, hidden: Float[Tensor, "*M D"]) -> Float[Tensor, "*M V"]:
         """Logits, in fp32 (fp64 for a fp64 network)."""
         self.work.flops += head_flops(self.shape, hidden.shape[:-1].numel())
-        logits = self.network.lm_head(hidden.to(self.dtype))
+        logits = few_logits(hidden, self.network.head_weight)
+        if logits is None:
+            logits = self.network.lm_head(hidden.to(self.dtype))
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def logprobs(
