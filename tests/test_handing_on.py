@@ -109,6 +109,41 @@ def test_nothing_is_sent_without_being_told_twice(tmp_path, monkeypatch):
         push(known_run(tmp_path / "bare", [True]), "me/model", yes=False, private=True)
 
 
+def adapter_run(folder: Path, stages: list[str]) -> Path:
+    """A finished run of LLaDA with adapters, as far as cards and uploads look at one."""
+    known_run(folder, [True])
+    config = {"recipe": {"stages": stages}, "model": {"name": "llada_8b", "path": "GSAI-ML/LLaDA-8B-Instruct"}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "model").mkdir()
+    (folder / "model" / "adapter_config.json").write_text("{}")
+    return folder
+
+
+def test_an_adapter_of_the_base_says_so_and_may_be_sent(tmp_path):
+    run = adapter_run(tmp_path / "run", ["sft"])
+    assert "nothing was sent" in push(run, "me/model", yes=False, private=True)
+    card = (run / "model" / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert (head["base_model"], head["base_model_relation"]) == ("GSAI-ML/LLaDA-8B-Instruct", "adapter")
+    assert "This is a LoRA adapter for `GSAI-ML/LLaDA-8B-Instruct`" in card
+
+
+def test_an_adapter_of_a_merged_model_is_not_passed_off_as_one_of_the_base(tmp_path):
+    run = adapter_run(tmp_path / "run", ["sft", "grpo"])
+    with pytest.raises(ConfigError, match=r"the stages before.*Try: d1lit export"):
+        push(run, "me/model", yes=False, private=True)
+    card = model_card(read_run(run))
+    assert "base_model" not in yaml.safe_load(card.split("---")[1])
+    assert "not for\nGSAI-ML/LLaDA-8B-Instruct" in card
+    whole = yaml.safe_load(model_card(read_run(run), merged=True).split("---")[1])
+    assert (whole["base_model"], whole["base_model_relation"]) == ("GSAI-ML/LLaDA-8B-Instruct", "finetune")
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    for name in ("config.json", "README.md", "model.safetensors"):
+        (exported / name).write_text("")
+    assert "would upload README.md, config.json, model.safetensors" in push(exported, "me/m", yes=False, private=True)
+
+
 def test_the_card_is_replaced_whole(tmp_path):
     run = copy_of(real_run(), tmp_path / "run")
     card = write_card(run)

@@ -258,7 +258,7 @@ def push(words: Sequence[str]) -> int:
     parser = _parser(
         "push", "Upload RUN/model with its card to the hub. Without --yes it only says what it would send."
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run, or what `d1lit export` wrote")
     parser.add_argument("repository", metavar="REPO", help="owner/name on the hub")
     parser.add_argument("--yes", action="store_true", help="really send")
     parser.add_argument("--public", action="store_true", help="a new repository is private unless this is said")

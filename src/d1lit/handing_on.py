@@ -31,7 +31,12 @@ tokenizer = AutoTokenizer.from_pretrained("{path}")
 ```
 """
 ADAPTER_LOADING = """\
-This is a LoRA adapter for `{base}`; `d1lit export {run} FOLDER` writes the merged model.
+This is a LoRA adapter for `{base}`: `python evaluate.py model={preset} adapter=FOLDER task=...` reads both, and
+`d1lit export {run} FOLDER` writes the merged model.
+"""
+LAST_ADAPTER_LOADING = """\
+These are the weights of the last stage alone: a LoRA adapter for the model that the stages before it made, not for
+{base}. `d1lit export {run} FOLDER` writes the whole model.
 """
 
 
@@ -52,11 +57,13 @@ def write_card(folder: Path) -> Path:
 def model_card(run: Run, merged: bool = False) -> str:
     """The card: what it is, how it was made, what it reaches and what that is worth, what it cannot do."""
     results, config = run.results, run.config
-    head = yaml.safe_dump(card_data(run), sort_keys=False, allow_unicode=True)
+    head = yaml.safe_dump(card_data(run, merged), sort_keys=False, allow_unicode=True)
     title = f"{results['model']}, {results['recipe']} on {results['task']}"
-    adapter = not merged and (run.folder / "model" / "adapter_config.json").is_file()
     base = _base(config)
-    loading = ADAPTER_LOADING.format(base=base, run=run.name) if adapter else LOADING.format(path="PATH_OR_HUB_ID")
+    loading = LOADING if merged or not _is_adapter(run) else ADAPTER_LOADING
+    if loading is ADAPTER_LOADING and not _stands_on_base(config):
+        loading = LAST_ADAPTER_LOADING
+    loading = loading.format(base=base, run=run.name, preset=results["model"], path="PATH_OR_HUB_ID")
     parts = [
         f"---\n{head}---\n\n# {title}\n",
         f"A masked diffusion language model, trained from {base} by the recipe `{results['recipe']}` of d1lit "
@@ -79,7 +86,16 @@ def model_card(run: Run, merged: bool = False) -> str:
     return "\n".join(parts)
 
 
-def card_data(run: Run) -> dict[str, Any]:
+def _is_adapter(run: Run) -> bool:
+    return (run.folder / "model" / "adapter_config.json").is_file()
+
+
+def _stands_on_base(config: Mapping[str, Any]) -> bool:
+    """Whether a run's final adapter belongs to the model that the run began with, and that others can have."""
+    return len(_stages(config)) == 1 and (config.get("model") or {}).get("path") is not None
+
+
+def card_data(run: Run, merged: bool = False) -> dict[str, Any]:
     """The machine-readable head of a card, as model hubs read it."""
     results = run.results
     data: dict[str, Any] = {
@@ -89,7 +105,10 @@ def card_data(run: Run) -> dict[str, Any]:
     }
     path = (run.config.get("model") or {}).get("path")
     if path and str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")):
-        data["base_model"] = str(path)
+        if merged or not _is_adapter(run):
+            data |= {"base_model": str(path), "base_model_relation": "finetune"}
+        elif _stands_on_base(run.config):
+            data |= {"base_model": str(path), "base_model_relation": "adapter"}
     else:
         data["license"] = "apache-2.0"
     return data
@@ -227,18 +246,15 @@ def _some_prompts(run: OpenRun, count: int = 8) -> Tensor:
 
 
 def push(folder: Path, repository: str, *, yes: bool, private: bool) -> str:
-    """Upload RUN/model to the hub; nothing leaves the machine without `yes`.
+    """Upload a run's model, or what `d1lit export` wrote, to the hub; nothing leaves the machine without `yes`.
 
     Returns:
         What was done, or would be.
 
     Raises:
-        ConfigError: without weights, or where the hub refuses.
+        ConfigError: without weights, for an adapter whose base nobody else has, or where the hub refuses.
     """
-    model = folder / "model"
-    if not model.is_dir():
-        raise ConfigError("push", f"{folder} has no model folder", "a run that has ended", "E504")
-    write_card(folder)
+    model = _to_push(folder)
     names = sorted(str(file.relative_to(model)) for file in model.rglob("*") if file.is_file())
     if not yes:
         return f"would upload {', '.join(names)} from {model} to {repository}; nothing was sent. Add --yes to send it."
@@ -253,3 +269,18 @@ def push(folder: Path, repository: str, *, yes: bool, private: bool) -> str:
         cure = "hf auth login, a name of the form owner/name, and a connection"
         raise ConfigError("push", f"the hub refused: {cause}", cure, "E801") from None
     return f"uploaded {len(names)} files: {info}"
+
+
+def _to_push(folder: Path) -> Path:
+    """The folder whose files are sent, its card written."""
+    if (folder / "config.json").is_file() and (folder / "README.md").is_file():
+        return folder
+    if not (folder / "model").is_dir():
+        cure = "a run that has ended, or the folder that d1lit export wrote"
+        raise ConfigError("push", f"{folder} has no model folder", cure, "E504")
+    run = read_run(folder)
+    if _is_adapter(run) and not _stands_on_base(run.config):
+        cause = f"{folder} ends with an adapter for the model of the stages before, which nobody else has"
+        raise ConfigError("push", cause, f"d1lit export {folder} FOLDER, and then d1lit push FOLDER", "E806")
+    write_card(folder)
+    return folder / "model"

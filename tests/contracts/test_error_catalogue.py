@@ -85,6 +85,7 @@ TYPED = {
     "E803": ["harness model.path=good"],
     "E804": ["verify --published odd --run-official-code main"],
     "E805": ["chat asks"],
+    "E806": ["push adapted me/model"],
 }
 SLOW = {"E403", "E501", "E502", "E503", "E601", "E602", "E701", "E702", "E703"}
 BROKE_OFF = {"E506", "E602", "E701", "E702", "E703", "E704"}
@@ -158,6 +159,11 @@ def kept(tmp_path_factory):
         "cost": {},
     }
     (home / "compared" / "results.json").write_text(json.dumps(results))
+    shutil.copytree(home / "compared", home / "adapted")
+    (home / "adapted" / "config.yaml").write_text(
+        "recipe: {stages: [sft, grpo]}\nmodel: {path: GSAI-ML/LLaDA-8B-Instruct}\n"
+    )
+    (home / "adapted" / "model" / "adapter_config.json").write_text("{}")
     (home / "hostile" / "config.yaml").write_text("seed: 7\n")
     (home / "hostile" / "overrides.json").write_text('["task=sudoku", "+callbacks.mine={_target_:os.getcwd}"]')
     (home / "mine" / "reward").mkdir()
