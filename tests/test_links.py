@@ -1,10 +1,13 @@
-"""Relative links of the pages lead somewhere, headings included; the site's navigation has every page."""
+"""Relative links and keys of the pages lead somewhere, headings included; the site's navigation has every page."""
 
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from d1lit.composing import compose_jobs
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -63,3 +66,35 @@ def test_every_relative_link_leads_somewhere(page):
 def test_the_navigation_has_every_page_once():
     nav = nav_pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
     assert sorted(nav) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md"))
+
+
+KEY = re.compile(r"`(\+?)([a-z_0-9]+(?:\.[a-z_0-9]+)+)=[^`]*`")
+STANDS_FOR_ANY = {"key.sub"}
+"""A word that stands for any key."""
+
+
+@pytest.fixture(scope="module")
+def configurations() -> list[DictConfig]:
+    """Between them they have every key that a page may name."""
+    asked = [
+        ("train", ["recipe=d1"]),
+        ("train", ["recipe=d1", "model=llada_8b"]),
+        ("train", ["recipe=vrpo", "task=countdown"]),
+        ("train", ["recipe=sft", "task=code"]),
+        ("train", ["recipe=d1", "task=unified"]),
+        ("evaluate", ["task=sudoku"]),
+    ]
+    return [compose_jobs(name, words).configs[0] for name, words in asked]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_key_of_the_prose_is_there(page, configurations):
+    """What is typed as `a.b=value` is taken as it stands; what is typed as `+a.b=value` is not there yet."""
+    for plus, key in KEY.findall(page.read_text(encoding="utf-8")):
+        if key.startswith("hydra.") or key in STANDS_FOR_ANY:
+            continue
+        *above, last = key.split(".")
+        nodes = [OmegaConf.select(config, ".".join(above)) for config in configurations]
+        has = [last in node for node in nodes if isinstance(node, DictConfig)]
+        assert has, f"{page.name}: nothing has {key}"
+        assert any(has) is (plus == ""), f"{page.name}: {plus}{key}"
