@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from d1lit.callbacks import progress
-from d1lit.callbacks.progress import ConsoleProgress
+from d1lit.callbacks.progress import ConsoleProgress, RowsProgress
 from d1lit.modules import DiffuGRPO
 from d1lit.report import console as console_module
 
@@ -81,3 +81,16 @@ def test_no_color_reaches_the_table(monkeypatch):
     assert isinstance(shown.file, io.StringIO)
     assert "20.0 to 80.0" in shown.file.getvalue()
     assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", shown.file.getvalue())
+
+
+def test_an_evaluation_says_how_far_it_is(monkeypatch):
+    """Rows of an earlier attempt cost nothing, so they count for nothing in the time that is left."""
+    clock, lines = 0.0, []
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock)
+    step = RowsProgress("grpo-math500", lines.append, seconds_between_lines=10.0)
+    for done in range(200, 501, 20):
+        clock += 6.0
+        step(done, 500)
+    assert lines[0] == "grpo-math500: 220/500 rows evaluated (84 s left)"
+    assert lines[1] == "grpo-math500: 260/500 rows evaluated (72 s left)"
+    assert len(lines) == 7, "a line every ten seconds at most, and none for the last rows"

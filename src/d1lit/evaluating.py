@@ -20,9 +20,11 @@ from typing import Any
 import torch
 
 from d1lit.callbacks import StopFlag
+from d1lit.callbacks.progress import RowsProgress
 from d1lit.data import EncodedRow
 from d1lit.draws import CounterDraws
 from d1lit.evaluation import (
+    Progress,
     Protocol,
     check_coverage,
     evaluate,
@@ -187,7 +189,7 @@ class TaskEvaluator:
             device=self.plan.device,
             file=None if file is None else rank_file(file, here),
             place=(here.rank, here.world_size),
-            progress=self._progress,
+            progress=self._progress(None if file is None else file.stem.rpartition("-")[0]),
             graded_prefix=prefix,
             protocol_sha256=protocol_sha256,
         )
@@ -213,8 +215,16 @@ class TaskEvaluator:
             found[name] = {key: asdict(summary)[key] for key in ("n", "correct", "accuracy", "interval", "extra")}
         return found
 
-    def _progress(self, done: int, total: int) -> None:
-        self.flag.raise_if_stopped()
+    def _progress(self, label: str | None) -> Progress:
+        """Ends the evaluation at a signal, and says how far it is where it has a name."""
+        told = None if label is None else RowsProgress(label, say)
+
+        def step(done: int, total: int) -> None:
+            self.flag.raise_if_stopped()
+            if told is not None:
+                told(done, total)
+
+        return step
 
     def _protocol(self, sampler: Any, num_rows: int, seed: int) -> Protocol:
         config = self.plan.config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -91,6 +92,28 @@ class ConsoleProgress(L.Callback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+class RowsProgress:
+    """Says now and then how many rows of an evaluation are done, and how long the others will take."""
+
+    def __init__(self, name: str, say: Callable[[str], None], seconds_between_lines: float = 10.0) -> None:
+        self.name = name
+        self.say = say
+        self.seconds_between_lines = seconds_between_lines
+        self._last_line = time.monotonic()
+        self._first: tuple[int, float] | None = None
+        """Rows there after the first batch, some perhaps from an earlier attempt, and when that was."""
+
+    def __call__(self, done: int, total: int) -> None:
+        """`done` of `total` rows are there."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (done, now)
+        elif now - self._last_line >= self.seconds_between_lines and done < total:
+            self._last_line = now
+            left = (now - self._first[1]) / (done - self._first[0]) * (total - done)
+            self.say(f"{self.name}: {done}/{total} rows evaluated ({_clock(left)} left)")
 
 
 def _clock(seconds: float) -> str:
