@@ -90,6 +90,7 @@ def test_a_hub_model_is_asked_for_its_tokenizer_before_its_weights(tmp_path, mon
         check_hub_model(plan)
 
 
+@pytest.mark.slow
 def test_demonstrations_to_validate_on_are_not_trained_on(tmp_path):
     file = tmp_path / "traces.jsonl"
     pairs = [{"question": f"What is {n}+1?", "completion": f"<answer>{n + 1}</answer>"} for n in range(300)]

@@ -134,6 +134,7 @@ def test_markdown_and_latex_have_as_many_cells_as_columns():
     assert "{lrl}" in latex
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_real_runs_numbers(tmp_path, capsys):
     run = real_run()
     assert commands.compare([str(run), "--csv"]) == 0

@@ -175,6 +175,7 @@ def test_counters_survive_a_checkpoint() -> None:
         fit(Policy(dict.fromkeys(range(3), ("reward", 0))), [other], 6)
 
 
+@pytest.mark.slow
 def test_two_ranks_decide_alike(tmp_path: Path) -> None:
     """Fault F6: seven places on each of two ranks (gloo)."""
     subprocess.run([sys.executable, __file__, str(tmp_path)], check=True, timeout=120, capture_output=True)

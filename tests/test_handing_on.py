@@ -49,6 +49,7 @@ def loaded(folder: Path) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_the_model_loads_in_a_fresh_process_and_so_does_its_export(tmp_path):
     run = open_run(real_run())
     expected = sum(p.double().sum().item() for p in run.policy.network.parameters())

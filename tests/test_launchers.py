@@ -76,6 +76,7 @@ def page_commands() -> list[str]:
     return [re.sub(r"\s+# .*$", "", line) for line in found if "train.py" in line or line.startswith("d1lit")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", page_commands())
 def test_every_command_of_the_page_composes(command):
     words = shlex.split(command)

@@ -162,6 +162,7 @@ def test_the_gif_has_a_frame_before_and_after_every_step(tmp_path):
     assert len(set(pictures)) == len(pictures)
 
 
+@pytest.mark.slow
 def test_play_writes_a_page_and_a_gif_of_a_real_run(tmp_path, capsys):
     run = copy_of(real_run(), tmp_path / "run")
     words = [str(run), "--row", "3", "--group", "2", "--gif", str(tmp_path / "a.gif"), "sampler.temperature=0.7"]

@@ -260,6 +260,7 @@ def test_run_dir_is_a_file(capsys, tmp_path):
         assert str(tmp_path) in match["cause"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that nobody may write, not even root")
 def test_run_dir_is_not_writable(capsys):
     match = refusal(capsys, train, [*FAST, "run_dir=/proc/self/run"])
@@ -267,6 +268,7 @@ def test_run_dir_is_not_writable(capsys):
     assert "/proc/self/run" in match["cause"]
 
 
+@pytest.mark.slow
 def test_resume_never_on_an_existing_run(capsys, tmp_path):
     folder = stored_run(tmp_path / "run")
     match = refusal(capsys, train, [*FAST, f"run_dir={folder}", "resume=never"])
@@ -274,6 +276,7 @@ def test_resume_never_on_an_existing_run(capsys, tmp_path):
     assert "holds a run already" in match["cause"]
 
 
+@pytest.mark.slow
 def test_a_changed_configuration_is_refused_and_its_keys_listed(capsys, tmp_path):
     folder = stored_run(tmp_path / "run")
     before = sorted(file.name for file in folder.iterdir())
@@ -285,6 +288,7 @@ def test_a_changed_configuration_is_refused_and_its_keys_listed(capsys, tmp_path
     assert sorted(file.name for file in folder.iterdir() if not file.name.startswith(".lock")) == before
 
 
+@pytest.mark.slow
 def test_what_may_change_and_what_force_does(tmp_path):
     def refuse(folder: Path, *words: str) -> None:
         (config,) = compose_jobs("train", [*FAST, *words]).configs
