@@ -98,7 +98,11 @@ class SmallNetwork(nn.Module):
         return hidden @ self.output
 
     def logprobs(
-        self, hidden: Float[Tensor, "M D"], targets: Int[Tensor, "M J"], temperature: float = 1.0
+        self,
+        hidden: Float[Tensor, "M D"],
+        targets: Int[Tensor, "M J"],
+        temperature: float = 1.0,
+        exclude_mask: bool = False,
     ) -> Float[Tensor, "M J"]:
         return (self.head(hidden) / temperature).log_softmax(-1).gather(-1, targets)
 

@@ -120,7 +120,7 @@ class StoredNetwork:
     def head(self, hidden: Tensor) -> Tensor:
         return hidden
 
-    def logprobs(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    def logprobs(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, exclude_mask: bool = False) -> Tensor:
         return (hidden / temperature).log_softmax(-1).gather(-1, targets)
 
     def reference(self) -> AbstractContextManager[None]:

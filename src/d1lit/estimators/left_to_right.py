@@ -24,7 +24,9 @@ class LeftToRightEstimator:
     fraction: float
     """Share of positions scored, those of highest entropy at rollout; 1 in the paper, 0.25 in its fast mode."""
     temperature: float
-    """The sampler's temperature, so that the likelihood is the sampling distribution's."""
+    """The sampler's temperature; with `exclude_mask` the likelihood is the sampling distribution's."""
+    exclude_mask: bool = False
+    """Leave the mask token out of the softmax, as the sampler does; published code lets it take its share."""
     unit: ClassVar[Unit] = "token"
     needs_trace: ClassVar[bool] = False
     needs_advantages: ClassVar[bool] = False
@@ -45,7 +47,13 @@ class LeftToRightEstimator:
         is_hidden = place >= scored[:, :, None]  # [N, K, C]
         noised = torch.where(is_hidden, context.mask_token_id, rollout.completion_ids[:, None, :])
         weight = (place == scored[:, :, None]) & rollout.completion_mask[:, None, :]
-        views = completion_views(rollout, noised, weight.to(torch.float32), temperature=self.temperature)
+        views = completion_views(
+            rollout,
+            noised,
+            weight.to(torch.float32),
+            temperature=self.temperature,
+            exclude_mask=self.exclude_mask,
+        )
         return drop_unscored(views)
 
     def combine(self, view_logprobs: Float[Tensor, "N K C"], corruption: Corruption, context: Context) -> LogProbs:

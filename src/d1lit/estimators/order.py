@@ -47,6 +47,8 @@ class OrderedTraceEstimator:
     """The sampler's: only positions of the active block were open."""
     order_temperature: float
     temperature: float
+    exclude_mask: bool = False
+    """Leave the mask token out of the softmax, as the sampler does; published code lets it take its share."""
     unit: ClassVar[Unit] = "step"
     parts: ClassVar[frozenset[str]] = frozenset({"tokens", "order"})
     needs_trace: ClassVar[bool] = True
@@ -57,7 +59,9 @@ class OrderedTraceEstimator:
         step, num_steps = commit_segments(context)
         steps = torch.arange(max(int(num_steps.max()), 1), device=step.device)
         chosen = steps.expand(len(step), -1)
-        views = segment_views(context, step, chosen, score_all_hidden=True, temperature=self.temperature)
+        views = segment_views(
+            context, step, chosen, score_all_hidden=True, temperature=self.temperature, exclude_mask=self.exclude_mask
+        )
         block = torch.arange(step.shape[1], device=step.device) // self.block_length
         fixed = step[:, None, :] == chosen[:, :, None]
         active = torch.where(fixed, block, -1).amax(2, keepdim=True)

@@ -31,6 +31,8 @@ class SampledStepsEstimator:
 
     num_steps: int
     temperature: float
+    exclude_mask: bool = False
+    """Leave the mask token out of the softmax, as the sampler does; published code lets it take its share."""
     unit: ClassVar[Unit] = "token"
     needs_trace: ClassVar[bool] = True
     needs_advantages: ClassVar[bool] = False
@@ -44,7 +46,8 @@ class SampledStepsEstimator:
         keys, chosen = torch.where(exists, keys, -1.0).topk(min(self.num_steps, exists.shape[1]), dim=1)
         chosen = torch.where(keys > 0, chosen, -1)
         share = exists.sum(1, keepdim=True) / (chosen >= 0).sum(1, keepdim=True).clamp(min=1)
-        return segment_views(context, step, chosen, share.expand(chosen.shape), temperature=self.temperature)
+        share = share.expand(chosen.shape)
+        return segment_views(context, step, chosen, share, temperature=self.temperature, exclude_mask=self.exclude_mask)
 
     def combine(self, view_logprobs: Float[Tensor, "N K C"], corruption: Corruption, context: Context) -> LogProbs:
         """The log-probabilities as they are; steps / K goes into the weight, so that ratios stay ratios."""
@@ -58,6 +61,8 @@ class EntropyStepsEstimator:
 
     num_steps: int
     temperature: float
+    exclude_mask: bool = False
+    """Leave the mask token out of the softmax, as the sampler does; published code lets it take its share."""
     unit: ClassVar[Unit] = "token"
     needs_trace: ClassVar[bool] = True
     needs_advantages: ClassVar[bool] = False
@@ -69,7 +74,7 @@ class EntropyStepsEstimator:
         entropy = mean_over_steps(context.rollout.entropy, context, max(total, 1))
         value, chosen = entropy.topk(min(self.num_steps, entropy.shape[1]), dim=1)
         chosen = torch.where(torch.isfinite(value), chosen, -1)
-        return segment_views(context, step, chosen, temperature=self.temperature)
+        return segment_views(context, step, chosen, temperature=self.temperature, exclude_mask=self.exclude_mask)
 
     def combine(self, view_logprobs: Float[Tensor, "N K C"], corruption: Corruption, context: Context) -> LogProbs:
         """The tokens of the chosen steps; the others count for nothing."""
