@@ -15,6 +15,7 @@ from torch import Tensor
 
 from d1lit import advantages as adv
 from d1lit.losses import ClippedPolicyLoss, SequenceClippedLoss, terms
+from d1lit.losses.clipped import completion_tokens
 from d1lit.losses.filters import OffPolicyFilter, TopEntropyLoss
 from d1lit.losses.policy_gradient import (
     CISPOLoss,
@@ -170,7 +171,8 @@ def trl_loss(case: Case, t: Tensors) -> None:
         _vespo(case, t)
         return
     if kind == "luspo" or s["importance_sampling_level"] == "sequence":
-        loss: Any = SequenceClippedLoss(low, high, beta, terms.k3, terms.completion_length, kind == "luspo")
+        row_weight = completion_tokens if kind == "luspo" else None
+        loss: Any = SequenceClippedLoss(low, high, beta, terms.k3, terms.completion_length, row_weight)
     elif kind == "cispo":
         loss = CISPOLoss(high, beta, terms.k3, aggregate)
     elif kind == "sapo":

@@ -102,6 +102,11 @@ class SPGEstimator:
         if not 0 <= self.mix_weight <= 1:
             raise ValueError(f"estimator.mix_weight: must be in [0, 1], got {self.mix_weight}. Try: 0.5")
 
+    @property
+    def is_upper_bound(self) -> bool:
+        """Whether nothing but the EUBO speaks for rollouts without a positive advantage."""
+        return self.mix_weight == 1 and not self.ignore_negative
+
     def corrupt(self, context: Context) -> Corruption:
         """m views of each rollout; everything after the end of the sequence is hidden in all of them."""
         rollout, num_masks, prob = context.rollout, self.num_masks, self.context_mask_prob
