@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
+from d1lit.composing import CONF
 from d1lit.draws import CounterDraws
 from d1lit.estimators import spg
 from d1lit.estimators.block_elbo import BlockELBOEstimator
@@ -22,9 +24,12 @@ from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.estimators.paired import CoupledEstimator, ESPOEstimator, PairScoreEstimator
 from d1lit.estimators.sampled_steps import EntropyStepsEstimator, SampledStepsEstimator, SurprisalStepsEstimator
 from d1lit.estimators.step_merge import StepMergeEstimator, TraceEstimator
+from d1lit.losses import terms
+from d1lit.losses.policy_gradient import ReinforceLoss
 from d1lit.scoring import score as score_with_network
-from d1lit.types import Context, Corruption, LogProbs, Rollout
+from d1lit.types import Context, Corruption, LogProbs, LossInputs, Rollout
 from tests.end_to_end.small import small_policy
+from tests.golden.replay import ReplayDraws
 
 VOCAB, MASK, EOS = 5, 4, 3
 
@@ -436,6 +441,32 @@ def test_sampled_steps_are_unbiased_for_the_whole_trajectory() -> None:
     got = likelihood(SampledStepsEstimator(2, 0.9), make_context(many))
     value = (got.value * got.weight).sum(1)
     assert abs(float(value.mean() - whole)) < 4 * float(value.std()) / math.sqrt(len(value))
+
+
+def test_agrpo_is_unbiased_where_the_loss_divides_by_a_constant() -> None:
+    """Every single step drawn once, of 1, 2 and 3 tokens: the mean gradient is the trajectory's, but not by a token mean."""
+    recipe = OmegaConf.load(CONF / "recipe" / "agrpo.yaml").loss.aggregate._target_
+    assert recipe == "d1lit.losses.terms.constant_length"
+    rollout = replace(make_rollout().rows(2, 3), group_size=1)
+    valid = torch.ones(1, 6, dtype=torch.bool)
+    rollout = replace(rollout, completion_mask=valid, commit_step=torch.tensor([[0, 1, 1, 2, 2, 2]]))
+
+    def gradient(estimator: Any, step: int, aggregate: Any) -> Tensor:
+        keys = torch.full((1, 3), 0.1).index_fill(1, torch.tensor(step), 0.9)
+        context = replace(make_context(rollout), draws=ReplayDraws({"step": keys}))
+        corruption = estimator.corrupt(context)
+        said = torch.zeros_like(corruption.weight).requires_grad_()
+        logprobs = estimator.combine(said, corruption, context)
+        inputs = LossInputs(
+            logprobs, None, None, torch.ones(1), torch.ones(1), 1, valid, None, float(logprobs.weight.sum()), 1.0
+        )
+        (pull,) = torch.autograd.grad(ReinforceLoss(aggregate)(inputs)[0], said)
+        return pull.sum(1)
+
+    for aggregate, is_unbiased in ((terms.constant_length, True), (terms.token_mean, False)):
+        whole = gradient(TraceEstimator(1, 1.0), 0, aggregate)
+        mean = torch.stack([gradient(SampledStepsEstimator(1, 1.0), step, aggregate) for step in range(3)]).mean(0)
+        assert torch.allclose(mean, whole) == is_unbiased
 
 
 def test_tokens_never_committed_are_hidden_everywhere_and_not_scored() -> None:

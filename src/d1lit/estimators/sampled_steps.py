@@ -26,7 +26,8 @@ def mean_over_steps(value: Float[Tensor, "N C"], context: Context, num_steps: in
 class SampledStepsEstimator:
     """AGRPO (arXiv 2510.04019): K steps drawn at random without replacement, each weighing steps / K.
 
-    The gradient of the summed log-probability of the whole trajectory is met without bias.
+    The gradient of the summed log-probability of the whole trajectory is met without bias by a loss that divides by
+    something not drawn: `constant_length` or `sequence_sum`. A mean over the drawn weights is a quotient of two draws.
     """
 
     num_steps: int

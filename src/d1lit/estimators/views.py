@@ -134,6 +134,7 @@ def segment_views(
     chosen: Int[Tensor, "N K"],
     share: Float[Tensor, "N K"] | None = None,
     score_all_hidden: bool = False,
+    score_padding: bool = False,
     temperature: float = 1.0,
     exclude_mask: bool = False,
 ) -> Corruption:
@@ -145,6 +146,7 @@ def segment_views(
         chosen: which segment each view replays; -1 for none.
         share: weight of each view's tokens; 1 where None.
         score_all_hidden: score all hidden tokens instead of those of the segment.
+        score_padding: score what stands behind the end of the sequence too.
         temperature: logits are divided by it.
         exclude_mask: leave the mask token out of the softmax.
     """
@@ -152,7 +154,9 @@ def segment_views(
     is_hidden = segment[:, None, :] >= chosen[:, :, None]
     noised = torch.where(is_hidden, context.mask_token_id, rollout.completion_ids[:, None, :])
     scored = is_hidden if score_all_hidden else segment[:, None, :] == chosen[:, :, None]
-    scored = scored & rollout.completion_mask[:, None, :] & (chosen >= 0)[:, :, None]
+    scored = scored & (chosen >= 0)[:, :, None]
+    if not score_padding:
+        scored = scored & rollout.completion_mask[:, None, :]
     weight = scored.to(torch.float32)
     if share is not None:
         weight = weight * share[:, :, None]
