@@ -481,6 +481,47 @@ def test_tokens_never_committed_are_hidden_everywhere_and_not_scored() -> None:
                 assert bool((canvas[never[n]] == MASK).all())
 
 
+# ----------------------------------------------------------------------------------------- as published, where we differ
+
+
+def test_coupled_pairs_of_one_ratio() -> None:
+    def ratios(estimator: Any) -> set[float]:
+        corruption = estimator.corrupt(make_context(make_rollout()))
+        first = corruption.weight[:, 1]
+        return {round(float(0.5 / row.max()), 5) for row in first if row.max() > 0}
+
+    assert len(ratios(CoupledEstimator(0.2, 0.8))) > 6
+    assert len(ratios(CoupledEstimator(0.2, 0.8, one_ratio=True))) == 1
+
+
+def test_left_to_right_may_score_what_stands_behind_the_end() -> None:
+    context = make_context(make_rollout())
+    valid = likelihood(LeftToRightEstimator(1.0, 0.9), context)
+    whole = likelihood(LeftToRightEstimator(1.0, 0.9, score_padding=True), context)
+    assert bool((whole.weight == 1).all()) and torch.equal(valid.weight > 0, context.rollout.completion_mask)
+    torch.testing.assert_close(valid.value[valid.weight > 0], whole.value[valid.weight > 0])
+
+
+def test_drift_may_score_a_steps_own_tokens_only() -> None:
+    context = make_context(make_rollout())
+    estimator = SurprisalStepsEstimator(2, step_temperature=1.0, min_prob=0.0)
+    both = likelihood(estimator, context)
+    own = likelihood(replace(estimator, score_later=False), context)
+    assert torch.equal(own.weight > 0, both.parts["of_step"] > 0)
+    assert torch.equal(own.parts["of_step"], own.weight)
+    assert int((both.weight > 0).sum()) > int((own.weight > 0).sum())
+
+
+def test_spg_may_leave_hidden_context_unscored() -> None:
+    context = make_context(make_rollout())
+    law = partial(spg.hide_in_block, block_length=2)
+    estimator = spg.SPGEstimator(law, 2, 0.9, eubo_beta=1.5, mix_weight=0.5)
+    with_context, without = estimator.corrupt(context), replace(estimator, score_context=False).corrupt(context)
+    assert torch.equal(with_context.noised_ids, without.noised_ids)
+    assert torch.equal(without.weight > 0, law(context, 2)[0])
+    assert int((with_context.weight > 0).sum()) > int((without.weight > 0).sum())
+
+
 # --------------------------------------------------------------------------------------------------------------- pairs
 
 

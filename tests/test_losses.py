@@ -328,6 +328,34 @@ def test_wd1_longhand() -> None:
     assert float(loss) == pytest.approx(total / (N / GROUP), abs=1e-5)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_softmax_over_groups_or_over_the_micro_batch(whole: bool) -> None:
+    """As wd1's and StableDRL's codes have it, equal where the micro-batch is one group."""
+    inputs, value = make_inputs(sequence=True)
+    rows, size = value[:, 0], N if whole else GROUP
+
+    def share(scores: Tensor) -> Tensor:
+        return scores.view(-1, size).softmax(1).flatten()
+
+    wd1 = (share(-inputs.advantages) - share(inputs.advantages)) * rows
+    got = WD1Loss(1.0, False, over_micro_batch=whole)(inputs)[0]
+    torch.testing.assert_close(got, wd1.sum() * size / N)
+    assert inputs.old is not None
+    ratio = (rows - inputs.old.value[:, 0]).exp().clamp(0.8, 1.2)
+    stable = ratio / ratio.view(-1, size).sum(1).repeat_interleave(size) * inputs.advantages * rows
+    got = StableDRLLoss(1.2, ratio_floor=0.8, over_micro_batch=whole)(inputs)[0]
+    torch.testing.assert_close(got, -stable.sum() * size / N)
+
+
+def test_vespos_weight_is_held_out_of_the_gradient_unless_asked_for() -> None:
+    inputs, leaf = make_inputs()
+    held = LOSSES["vespo"]
+    through = replace(held, through_weight=True)
+    torch.testing.assert_close(held(inputs)[0], through(inputs)[0])
+    assert not torch.allclose(_gradient(held(inputs)[0], leaf), _gradient(through(inputs)[0], leaf))
+    assert not any(value.requires_grad for value in through(inputs)[1].values())
+
+
 def test_preference_loss_longhand_and_ties() -> None:
     inputs, leaf = make_inputs(sequence=True)
     rewards = torch.tensor([1.0, 0, 0, 1, 0.5, 0.5, 1, 0, 0, 1, 1, 0])

@@ -84,7 +84,7 @@ class EntropyStepsEstimator:
 
 @dataclass(frozen=True)
 class SurprisalStepsEstimator:
-    """Drift (arXiv 2605.25638): K steps drawn by surprisal, and ALL tokens still hidden at them scored, as it is coded.
+    """Drift (arXiv 2605.25638): K steps drawn by surprisal, and all tokens still hidden at them scored, as it is coded.
 
     A step is drawn with probability softmax(-mean log p / step_temperature) of what the sampler recorded. A hidden
     token committed later counts only where its sampled probability reached `min_prob`. One unit a (step, token).
@@ -93,6 +93,8 @@ class SurprisalStepsEstimator:
     num_steps: int
     step_temperature: float
     min_prob: float
+    score_later: bool = True
+    """Score the hidden tokens of later steps too; False: a step's own tokens, as the paper says it."""
     unit: ClassVar[Unit] = "token"
     parts: ClassVar[frozenset[str]] = frozenset({"of_step"})
     needs_trace: ClassVar[bool] = True
@@ -109,7 +111,7 @@ class SurprisalStepsEstimator:
         keys = torch.where(torch.isfinite(logprob), keys, -torch.inf)
         value, chosen = keys.topk(min(self.num_steps, total), dim=1)
         chosen = torch.where(torch.isfinite(value), chosen, -1)
-        views = segment_views(context, step, chosen, score_all_hidden=True)
+        views = segment_views(context, step, chosen, score_all_hidden=self.score_later)
         likely = torch.exp(rollout.sampled_logprobs)[:, None, :] >= self.min_prob
         return replace(views, weight=views.weight * (likely | (step[:, None, :] == chosen[:, :, None])))
 
