@@ -46,7 +46,7 @@ def has_parts(estimator: Any, loss: Any) -> bool:
 
 
 MEAN_FIELD = {"one_step", "one_step_fixed", "one_step_shared"}
-SEQUENCE_RATIO = {"espo", "gdpo", "gspo"}
+SEQUENCE_RATIO = {"espo", "gdpo", "gspo", "luspo"}
 BOUNDS = {"bgpo", "dmpo", "ebpo", "elbo", "espo", "gdpo", "gdsd", "spg", "spg_elbo", "vrpo"}
 WITH_K3 = {"coupled", "d1_micro_batch", "drift", "grpo"}  # of weight above 0 at the tiny scale
 
