@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
+from d1lit.composing import CONF
 from d1lit.draws import CounterDraws
 from d1lit.estimators import spg
 from d1lit.estimators.block_elbo import BlockELBOEstimator
@@ -22,9 +24,12 @@ from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.estimators.paired import CoupledEstimator, ESPOEstimator, PairScoreEstimator
 from d1lit.estimators.sampled_steps import EntropyStepsEstimator, SampledStepsEstimator, SurprisalStepsEstimator
 from d1lit.estimators.step_merge import StepMergeEstimator, TraceEstimator
+from d1lit.losses import terms
+from d1lit.losses.policy_gradient import ReinforceLoss
 from d1lit.scoring import score as score_with_network
-from d1lit.types import Context, Corruption, LogProbs, Rollout
+from d1lit.types import Context, Corruption, LogProbs, LossInputs, Rollout
 from tests.end_to_end.small import small_policy
+from tests.golden.replay import ReplayDraws
 
 VOCAB, MASK, EOS = 5, 4, 3
 
@@ -438,6 +443,32 @@ def test_sampled_steps_are_unbiased_for_the_whole_trajectory() -> None:
     assert abs(float(value.mean() - whole)) < 4 * float(value.std()) / math.sqrt(len(value))
 
 
+def test_agrpo_is_unbiased_where_the_loss_divides_by_a_constant() -> None:
+    """Every single step drawn once, of 1, 2 and 3 tokens: the mean gradient is the trajectory's, but not by a token mean."""
+    recipe = OmegaConf.load(CONF / "recipe" / "agrpo.yaml").loss.aggregate._target_
+    assert recipe == "d1lit.losses.terms.constant_length"
+    rollout = replace(make_rollout().rows(2, 3), group_size=1)
+    valid = torch.ones(1, 6, dtype=torch.bool)
+    rollout = replace(rollout, completion_mask=valid, commit_step=torch.tensor([[0, 1, 1, 2, 2, 2]]))
+
+    def gradient(estimator: Any, step: int, aggregate: Any) -> Tensor:
+        keys = torch.full((1, 3), 0.1).index_fill(1, torch.tensor(step), 0.9)
+        context = replace(make_context(rollout), draws=ReplayDraws({"step": keys}))
+        corruption = estimator.corrupt(context)
+        said = torch.zeros_like(corruption.weight).requires_grad_()
+        logprobs = estimator.combine(said, corruption, context)
+        inputs = LossInputs(
+            logprobs, None, None, torch.ones(1), torch.ones(1), 1, valid, None, float(logprobs.weight.sum()), 1.0
+        )
+        (pull,) = torch.autograd.grad(ReinforceLoss(aggregate)(inputs)[0], said)
+        return pull.sum(1)
+
+    for aggregate, is_unbiased in ((terms.constant_length, True), (terms.token_mean, False)):
+        whole = gradient(TraceEstimator(1, 1.0), 0, aggregate)
+        mean = torch.stack([gradient(SampledStepsEstimator(1, 1.0), step, aggregate) for step in range(3)]).mean(0)
+        assert torch.allclose(mean, whole) == is_unbiased
+
+
 def test_tokens_never_committed_are_hidden_everywhere_and_not_scored() -> None:
     rollout = make_rollout()
     never = ~rollout.completion_mask
@@ -448,6 +479,47 @@ def test_tokens_never_committed_are_hidden_everywhere_and_not_scored() -> None:
             if corruption.view_of[n, k] >= 0:
                 canvas = corruption.noised_ids[corruption.view_of[n, k], 4:]
                 assert bool((canvas[never[n]] == MASK).all())
+
+
+# ----------------------------------------------------------------------------------------- as published, where we differ
+
+
+def test_coupled_pairs_of_one_ratio() -> None:
+    def ratios(estimator: Any) -> set[float]:
+        corruption = estimator.corrupt(make_context(make_rollout()))
+        first = corruption.weight[:, 1]
+        return {round(float(0.5 / row.max()), 5) for row in first if row.max() > 0}
+
+    assert len(ratios(CoupledEstimator(0.2, 0.8))) > 6
+    assert len(ratios(CoupledEstimator(0.2, 0.8, one_ratio=True))) == 1
+
+
+def test_left_to_right_may_score_what_stands_behind_the_end() -> None:
+    context = make_context(make_rollout())
+    valid = likelihood(LeftToRightEstimator(1.0, 0.9), context)
+    whole = likelihood(LeftToRightEstimator(1.0, 0.9, score_padding=True), context)
+    assert bool((whole.weight == 1).all()) and torch.equal(valid.weight > 0, context.rollout.completion_mask)
+    torch.testing.assert_close(valid.value[valid.weight > 0], whole.value[valid.weight > 0])
+
+
+def test_drift_may_score_a_steps_own_tokens_only() -> None:
+    context = make_context(make_rollout())
+    estimator = SurprisalStepsEstimator(2, step_temperature=1.0, min_prob=0.0)
+    both = likelihood(estimator, context)
+    own = likelihood(replace(estimator, score_later=False), context)
+    assert torch.equal(own.weight > 0, both.parts["of_step"] > 0)
+    assert torch.equal(own.parts["of_step"], own.weight)
+    assert int((both.weight > 0).sum()) > int((own.weight > 0).sum())
+
+
+def test_spg_may_leave_hidden_context_unscored() -> None:
+    context = make_context(make_rollout())
+    law = partial(spg.hide_in_block, block_length=2)
+    estimator = spg.SPGEstimator(law, 2, 0.9, eubo_beta=1.5, mix_weight=0.5)
+    with_context, without = estimator.corrupt(context), replace(estimator, score_context=False).corrupt(context)
+    assert torch.equal(with_context.noised_ids, without.noised_ids)
+    assert torch.equal(without.weight > 0, law(context, 2)[0])
+    assert int((with_context.weight > 0).sum()) > int((without.weight > 0).sum())
 
 
 # --------------------------------------------------------------------------------------------------------------- pairs

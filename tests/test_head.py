@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from d1lit.models import head
-from d1lit.models.head import chunked_logprobs, tile_shape
+from d1lit.models.head import chunked_entropy, chunked_logprobs, tile_shape
 
 POSITIONS, VOCABULARY, WIDTH, TARGETS = 11, 53, 6, 3
 
@@ -44,6 +44,31 @@ def test_any_tile_gives_the_full_log_softmax(
         torch.testing.assert_close(mine, theirs, atol=1e-11, rtol=1e-11)
     with torch.no_grad():
         torch.testing.assert_close(chunked_logprobs(hidden, weight, targets, 0.7, 8 * room), full)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 4096])
+@pytest.mark.parametrize("excluded", [0, 20, VOCABULARY - 1])
+@pytest.mark.parametrize("trains_head", [False, True])
+def test_an_excluded_token_has_no_share_of_the_softmax(
+    columns: int, excluded: int, trains_head: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a log-softmax whose column stands at -inf, in values, gradients and entropies."""
+    monkeypatch.setattr(head, "_COLUMNS", columns)
+    hidden, weight, targets = case(torch.float64)
+    targets = torch.where(targets == excluded, 5, targets)
+    hidden.requires_grad_(True)
+    weight.requires_grad_(trains_head)
+    inputs = (hidden, weight) if trains_head else (hidden,)
+    ours = chunked_logprobs(hidden, weight, targets, 0.7, 8 * 60, excluded)
+    column = torch.arange(VOCABULARY) == excluded
+    full = (hidden @ weight.T / 0.7).masked_fill(column, -torch.inf).log_softmax(-1)
+    torch.testing.assert_close(ours, full.gather(1, targets), atol=1e-12, rtol=1e-12)
+    assert not torch.allclose(ours, chunked_logprobs(hidden, weight, targets, 0.7), atol=1e-4)
+    for mine, theirs in zip(gradients(ours, *inputs), gradients(full.gather(1, targets), *inputs), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-11, rtol=1e-11)
+    entropy = chunked_entropy(hidden.detach(), weight.detach(), 0.7, 8 * 60, excluded)
+    rest = full.detach()[:, ~column]
+    torch.testing.assert_close(entropy, -(rest.exp() * rest).sum(-1), atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("scale", [1.0, 300.0])

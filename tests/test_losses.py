@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 from d1lit.estimators.elbo import ELBOEstimator, MaskwiseELBOEstimator
+from d1lit.estimators.left_to_right import LeftToRightEstimator
 from d1lit.estimators.one_step import OneStepEstimator
+from d1lit.estimators.same_views import SameViews
+from d1lit.estimators.spg import SPGEstimator, hide_all
 from d1lit.losses import ClippedPolicyLoss, MaskedCrossEntropy, SequenceClippedLoss, check_pair, terms, tree
+from d1lit.losses.clipped import completion_tokens, inverse_length
 from d1lit.losses.filters import LikelyTokenFilter, OffPolicyFilter, TopEntropyLoss
 from d1lit.losses.joint import OrderClippedLoss, WithSupervised, scored_units
 from d1lit.losses.policy_gradient import (
@@ -44,7 +48,7 @@ TOKEN_LOSSES: dict[str, Any] = {
     "dual_clip": clipped(dual_clip=3.0),
     "ratio_cap": clipped(ratio_cap=1.5, weigh_kl=True),
     "gspo": SequenceClippedLoss(3e-4, 4e-4, 0.04, terms.k3, terms.completion_length),
-    "luspo": SequenceClippedLoss(2e-3, 3e-3, 0.0, terms.k3, terms.completion_length, weigh_by_length=True),
+    "luspo": SequenceClippedLoss(2e-3, 3e-3, 0.0, terms.k3, terms.completion_length, row_weight=completion_tokens),
     "cispo": CISPOLoss(1.3, 0.02, terms.k3, terms.token_mean),
     "soft_gate": SoftGateLoss(1.0, 1.05, terms.sequence_mean),
     "reinforce": ReinforceLoss(terms.sequence_sum),
@@ -273,6 +277,18 @@ def test_clipped_loss_longhand() -> None:
     assert float(metrics["clip_fraction"]) == pytest.approx(stopped / count, abs=1e-6)
 
 
+def test_gdpo_divides_by_the_length_outside_its_ratio() -> None:
+    inputs, value = make_inputs(sequence=True)
+    assert inputs.old is not None
+    ratio = torch.exp(value[:, 0] - inputs.old.value[:, 0])
+    clipped_rows = torch.minimum(ratio * inputs.advantages, ratio.clamp(0.5, 1.5) * inputs.advantages)
+    expected = -(clipped_rows / inputs.completion_mask.sum(1)).mean()
+    gdpo = SequenceClippedLoss(0.5, 0.5, 0.0, terms.k2, terms.unit_length, inverse_length)
+    loss, _ = gdpo(inputs)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(_gradient(loss, value), _gradient(expected, value))
+
+
 def test_aggregations_longhand() -> None:
     inputs, _ = make_inputs()
     values, weight = torch.randn(N, C), inputs.logprobs.weight
@@ -310,6 +326,34 @@ def test_wd1_longhand() -> None:
             total += (-up[k] / sum(up) + down[k] / sum(down)) * logp
     loss, _ = WD1Loss(1.0, positive_only=False)(inputs)
     assert float(loss) == pytest.approx(total / (N / GROUP), abs=1e-5)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_softmax_over_groups_or_over_the_micro_batch(whole: bool) -> None:
+    """As wd1's and StableDRL's codes have it, equal where the micro-batch is one group."""
+    inputs, value = make_inputs(sequence=True)
+    rows, size = value[:, 0], N if whole else GROUP
+
+    def share(scores: Tensor) -> Tensor:
+        return scores.view(-1, size).softmax(1).flatten()
+
+    wd1 = (share(-inputs.advantages) - share(inputs.advantages)) * rows
+    got = WD1Loss(1.0, False, over_micro_batch=whole)(inputs)[0]
+    torch.testing.assert_close(got, wd1.sum() * size / N)
+    assert inputs.old is not None
+    ratio = (rows - inputs.old.value[:, 0]).exp().clamp(0.8, 1.2)
+    stable = ratio / ratio.view(-1, size).sum(1).repeat_interleave(size) * inputs.advantages * rows
+    got = StableDRLLoss(1.2, ratio_floor=0.8, over_micro_batch=whole)(inputs)[0]
+    torch.testing.assert_close(got, -stable.sum() * size / N)
+
+
+def test_vespos_weight_is_held_out_of_the_gradient_unless_asked_for() -> None:
+    inputs, leaf = make_inputs()
+    held = LOSSES["vespo"]
+    through = replace(held, through_weight=True)
+    torch.testing.assert_close(held(inputs)[0], through(inputs)[0])
+    assert not torch.allclose(_gradient(held(inputs)[0], leaf), _gradient(through(inputs)[0], leaf))
+    assert not any(value.requires_grad for value in through(inputs)[1].values())
 
 
 def test_preference_loss_longhand_and_ties() -> None:
@@ -394,6 +438,29 @@ def test_supervised_loss_ignores_what_is_not_hidden_even_if_infinite() -> None:
 # --------------------------------------------------------------------------------------------------------------- pairs
 
 
+def test_pairs_known_not_to_learn_are_refused_with_reason_and_override() -> None:
+    bound, upper = ELBOEstimator(2, False), SPGEstimator(hide_all, 2, 0.0, eubo_beta=1.5, mix_weight=1.0)
+    mean_field = OneStepEstimator(0.1, 1, False)
+    k3_on_bound = SequenceClippedLoss(0.2, 0.2, 0.1, partial(terms.k3), terms.canvas_length)
+    cases = [
+        (mean_field, LOSSES["gspo"], "mean-field"),
+        (SameViews(mean_field), LOSSES["espo"], "mean-field"),
+        (mean_field, WithSupervised(LOSSES["gspo"], 0.1), "mean-field"),
+        (bound, k3_on_bound, "k1 and k3 fail"),
+        (MaskwiseELBOEstimator(2, False), clipped(beta=0.1), "k1 and k3 fail"),
+        (upper, LOSSES["spg"], "upper bound alone"),
+    ]
+    for estimator, loss, reason in cases:
+        with pytest.raises(ValueError, match=rf"^loss: .* is refused: .*{reason}.* Try: .*allow_unsound_pair=true"):
+            check_pair(estimator, loss)
+        check_pair(estimator, loss, allow=True)
+    check_pair(bound, replace(k3_on_bound, beta=0.0))
+    check_pair(bound, replace(k3_on_bound, kl=partial(terms.k2)))
+    check_pair(replace(upper, mix_weight=0.5), LOSSES["spg"])
+    check_pair(replace(upper, ignore_negative=True), LOSSES["spg"])
+    check_pair(LeftToRightEstimator(1.0, 1.0), LOSSES["gspo"])
+
+
 def test_token_clipping_on_a_sequence_bound_is_refused_by_name() -> None:
     bound = ELBOEstimator(2, score_padding=False)
     with pytest.raises(ValueError, match=r"^loss: ClippedPolicyLoss with ELBOEstimator is refused: .* Try: loss=espo"):
@@ -406,6 +473,8 @@ def test_token_clipping_on_a_sequence_bound_is_refused_by_name() -> None:
 def test_other_impossible_pairs_are_refused_too() -> None:
     with pytest.raises(ValueError, match="not token ones"):
         check_pair(OneStepEstimator(0.1, 1, False), SEQUENCE_LOSSES["stable_drl"])
+    with pytest.raises(ValueError, match=r"VESPOLoss weighs .* likelihoods; one ELBO a sequence has none"):
+        check_pair(ELBOEstimator(2, False), LOSSES["vespo"])
     with pytest.raises(ValueError, match="not view ones"):
         check_pair(MaskwiseELBOEstimator(2, False), SEQUENCE_LOSSES["dmpo"])
 

@@ -23,6 +23,7 @@ from d1lit.masking import (
     complementary_mask,
     context_adaptive_weight,
 )
+from tests.golden.replay import ReplayDraws
 
 DRAWS = CounterDraws(seed=7)
 ROWS = torch.arange(64)
@@ -92,7 +93,7 @@ def test_exact_counts_have_no_binomial_noise_and_never_zero() -> None:
     allowed[:, 10:] = True
     prob = torch.linspace(0.001, 1, 64)
     hidden = ExactCountMask()(DRAWS, ROWS, prob, allowed)
-    assert torch.equal(hidden.sum(1), torch.round(prob * 20).long().clamp(min=1))
+    assert torch.equal(hidden.sum(1), torch.ceil(prob * 20).long().clamp(min=1))
     assert not bool((hidden & ~allowed).any())
 
 
@@ -123,6 +124,35 @@ def test_block_mask_noises_one_block_and_hides_the_later_ones() -> None:
     for row, masks, place in zip(chosen.tolist(), tail, block, strict=True):
         assert bool(masks[place >= row].all()) or row == 0
     assert len(set(chosen.tolist())) == 4
+
+
+def _expected_weight(mask: Any, draws: ReplayDraws, prob: torch.Tensor, maskable: torch.Tensor) -> torch.Tensor:
+    """Mean over rows of each token's weight under the linear schedule."""
+    where = draws, torch.arange(len(prob)), prob, maskable
+    return (mask(*where) * mask.weight(*where) / prob[:, None]).mean(0)
+
+
+def test_an_exact_number_of_hidden_tokens_weighs_one_in_expectation() -> None:
+    """Over all times and all rotations of the row; rounded numbers at 1/t gave 1.36 at ten tokens."""
+    size, steps = 10, 200
+    prob = ((torch.arange(steps) + 0.5) / steps).repeat_interleave(size)
+    rotated = (torch.arange(size)[None] + torch.arange(size)[:, None]) % size / size + 0.01
+    draws = ReplayDraws({"mask": rotated.repeat(steps, 1)})
+    maskable = torch.ones(len(prob), size, dtype=torch.bool)
+    counts = torch.bincount(ExactCountMask()(draws, torch.arange(len(prob)), prob, maskable).sum(1))
+    assert counts.tolist() == [0] + [steps] * size  # every number equally often
+    draws = ReplayDraws({"mask": rotated.repeat(steps, 1)})
+    torch.testing.assert_close(_expected_weight(ExactCountMask(), draws, prob, maskable), torch.ones(size))
+
+
+def test_a_noised_block_weighs_one_in_expectation() -> None:
+    """Over all choices of the block and of who is hidden in it."""
+    blocks, levels, prob = 3, 20, 0.35
+    each = torch.cartesian_prod(torch.arange(blocks), torch.arange(levels))
+    uniforms = {"block": (each[:, :1] + 0.5) / blocks, "mask": ((each[:, 1:] + 0.5) / levels).expand(-1, 13)}
+    maskable = torch.arange(13).expand(len(each), -1) >= 3  # blocks of 4, 4 and 2 tokens
+    found = _expected_weight(BlockMask(4), ReplayDraws(uniforms), torch.full((len(each),), prob), maskable)
+    torch.testing.assert_close(found, maskable[0].float())
 
 
 def _sizes(round_sums: bool) -> list[int]:

@@ -68,11 +68,31 @@ def test_estimator_longhand():
     assert views.noised_ids.tolist() == [[1, 2, 9, 9, 9, 9], [1, 2, 1, 2, 9, 9], [1, 2, 1, 2, 9, 0]]
     assert (views.weight[0] > 0).tolist() == [
         [True, True, False, False],
-        [False, False, True, False],
+        [False, False, True, True],
         [False, False, True, False],
     ]
-    said = torch.tensor([[[-0.3, -1.0, 0.0, 0.0], [0.0, 0.0, -2.0, 0.0], [0.0, 0.0, -0.7, 0.0]]])
+    said = torch.tensor([[[-0.3, -1.0, 0.0, 0.0], [0.0, 0.0, -2.0, -0.5], [0.0, 0.0, -0.7, 0.0]]])
     got = estimator.combine(said, views, context)
     first = -0.3 - 1.0 + order_logprob([-0.6, -2.0], (1, 0), range(2))
-    torch.testing.assert_close(got.value, torch.tensor([[first, 0.0, -0.7]]))
-    assert got.weight.tolist() == [[1.0, 0.0, 1.0]]
+    second = order_logprob([-4.0, -1.0], (1,), range(2))  # the last position was drawn, its token does not count
+    torch.testing.assert_close(got.value, torch.tensor([[first, second, -0.7]]))
+    assert got.weight.tolist() == [[1.0, 1.0, 1.0]]
+
+
+def test_steps_after_the_last_valid_token_say_nothing():
+    """The end stands in the first block; what the second block does changes no reward."""
+    rollout = Rollout(
+        prompt_ids=torch.tensor([[1]]),
+        prompt_mask=torch.ones(1, 1, dtype=torch.bool),
+        completion_ids=torch.tensor([[0, 3, 3, 3]]),
+        completion_mask=torch.tensor([[True, False, False, False]]),
+        row_ids=torch.tensor([0]),
+        group_size=1,
+        commit_step=torch.tensor([[1, 0, 2, 3]]),
+        sampled_logprobs=torch.zeros(1, 4),
+        confidence=torch.zeros(1, 4),
+        entropy=torch.zeros(1, 4),
+    )
+    context = Context(rollout, torch.ones(1), 0, 1, 9, CounterDraws(0))
+    views = OrderedTraceEstimator(block_length=2, order_temperature=1.0, temperature=1.0).corrupt(context)
+    assert (views.weight[0] > 0).sum(1).tolist() == [2, 1, 0, 0]

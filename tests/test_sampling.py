@@ -98,7 +98,11 @@ class SmallNetwork(nn.Module):
         return hidden @ self.output
 
     def logprobs(
-        self, hidden: Float[Tensor, "M D"], targets: Int[Tensor, "M J"], temperature: float = 1.0
+        self,
+        hidden: Float[Tensor, "M D"],
+        targets: Int[Tensor, "M J"],
+        temperature: float = 1.0,
+        exclude_mask: bool = False,
     ) -> Float[Tensor, "M J"]:
         return (self.head(hidden) / temperature).log_softmax(-1).gather(-1, targets)
 
@@ -365,6 +369,23 @@ def test_inverse_cdf_is_the_inverse_of_the_cumulative_sum(vocabulary: int) -> No
             if probability > 0 and total > float(u[row]):
                 break
         assert int(choice.tokens[row]) == token
+
+
+@pytest.mark.parametrize(("fixes_last", "expected"), [(False, [1, 1, 3]), (True, [1, 2, 3])])
+def test_the_factor_rule_and_its_published_end(fixes_last: bool, expected: list[int]) -> None:
+    """c_(n) >= 1 - f / (n + 1) with f = 1: the second must reach 2/3, the third 3/4. The published code fixes a lone last."""
+    scores = torch.tensor([[0.9, 0.5, 0.4], [0.9, 0.5, -torch.inf], [0.9, 0.8, 0.76]])
+    cells = Cells(
+        candidates=scores > -torch.inf,
+        positions=torch.arange(3).expand(3, -1),
+        row_ids=torch.arange(3),
+        completion_length=3,
+        step=0,
+        num_steps=1,
+        quota=None,
+        draws=CounterDraws(0),
+    )
+    assert Factor(1.0, fixes_last).select(scores, cells).sum(1).tolist() == expected
 
 
 def test_plackett_luce_order() -> None:

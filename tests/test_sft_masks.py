@@ -12,7 +12,7 @@ from d1lit.data import CompletionBatch, EncodedRow, canvas_layout, completion_ba
 from d1lit.draws import CounterDraws
 from d1lit.losses import MaskedCrossEntropy
 from d1lit.losses.supervised import token_mean
-from d1lit.masking import BernoulliMask, UniformTimes, context_adaptive_weight
+from d1lit.masking import BernoulliMask, BlockMask, ExactCountMask, UniformTimes, context_adaptive_weight
 from d1lit.modules import MaskedSFT
 from d1lit.modules.optimizing import constant
 from d1lit.schedules import CosineSchedule, LinearSchedule
@@ -69,6 +69,23 @@ def test_weights_by_token_stand_in_the_place_of_the_schedules() -> None:
     t = module.times(draws, batch.row_ids, batch.row_ids, 4)
     hidden = module.mask(draws, batch.row_ids, t, batch.is_target)
     assert float(got) == pytest.approx(longhand(module, batch, hidden, cart(hidden)), rel=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mask", [ExactCountMask(), BlockMask(3)])
+def test_the_weight_of_a_mask_reaches_the_loss(mask: Any) -> None:
+    module, batch, draws = module_with(mask=mask), rows(), CounterDraws(5)
+    got, _ = module.masked_loss(batch, draws, module.times)
+    t = module.times(draws, batch.row_ids, batch.row_ids, 4)
+    where = draws, batch.row_ids, t, batch.is_target
+    weight = mask.weight(*where)
+    assert float(got) == pytest.approx(longhand(module, batch, mask(*where), weight / t[:, None]), rel=1e-5)
+    assert not torch.equal(weight, torch.ones_like(weight))
+
+
+def test_only_independent_masks_have_a_complement() -> None:
+    with pytest.raises(ValueError, match=r"^module\.complementary: .* ExactCountMask .*Try: "):
+        module_with(complementary=True, mask=ExactCountMask())
 
 
 def test_a_schedule_without_mirror_has_no_complement() -> None:

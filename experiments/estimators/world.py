@@ -50,7 +50,10 @@ class World(nn.Module):
             torch.manual_seed(seed)
             self.policy = Policy(MaskedDiffusionLM(config)).double()
         self.predicts_mask = predicts_mask
-        """True: the mask token takes its share of the softmax, as it does in every published estimator."""
+        """True: the mask token takes its share of the softmax, as it does in every published estimator.
+
+        Without it every estimator scores as with `exclude_mask`.
+        """
 
     mask_token_id, eos_token_id, pad_token_id = MASK, EOS, MASK
 
@@ -63,9 +66,12 @@ class World(nn.Module):
         logits = self.policy.head(hidden)
         return logits if self.predicts_mask else logits.masked_fill(torch.arange(TOKENS + 1) == MASK, -100.0)
 
-    def logprobs(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    def logprobs(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, exclude_mask: bool = False) -> Tensor:
         """Straight from the logits."""
-        return (self.head(hidden) / temperature).log_softmax(-1).gather(-1, targets)
+        logits = self.head(hidden) / temperature
+        if exclude_mask:
+            logits = logits.masked_fill(torch.arange(TOKENS + 1) == MASK, -torch.inf)
+        return logits.log_softmax(-1).gather(-1, targets)
 
     def reference(self) -> AbstractContextManager[None]:
         """As the network."""

@@ -60,9 +60,9 @@ class Watched:
         """The policy's."""
         return self.policy.head(hidden)
 
-    def logprobs(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    def logprobs(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, exclude_mask: bool = False) -> Tensor:
         """The policy's."""
-        return self.policy.logprobs(hidden, targets, temperature)
+        return self.policy.logprobs(hidden, targets, temperature, exclude_mask)
 
     def reference(self) -> Any:
         """The policy's."""

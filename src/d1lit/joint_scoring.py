@@ -46,12 +46,13 @@ def _joined_rows(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def may_join(corruptions: Sequence[Corruption]) -> bool:
-    """Whether one call of `score` can serve all: the same canvas, temperature, guidance and kind of mask."""
+    """Whether one call of `score` can serve all: the same canvas, softmax, guidance and kind of mask."""
 
     def kind(c: Corruption) -> tuple[object, ...]:
         attention = None if c.attention is None else c.attention.shape[1:]
         canvas, places = c.noised_ids.shape[1], (c.target_ids.shape[0], c.target_ids.shape[2])
-        return c.score_from, c.temperature, c.guidance, canvas, places, attention, c.position_ids is None
+        softmax = c.temperature, c.exclude_mask, c.guidance
+        return c.score_from, softmax, canvas, places, attention, c.position_ids is None
 
     return len({kind(corruption) for corruption in corruptions}) == 1
 

@@ -6,6 +6,9 @@ Times and masks are separate choices, and both draw through `Draws` alone. A sam
 
 where `row_ids` identify the rows for their own random numbers, and `places` are their places 0 .. num_places - 1 in the
 GLOBAL batch, which stratified samplers need; so one process and eight see the same times.
+
+A mask says which tokens it hides, and by its `weight` what the schedule's weight of each is multiplied by: so chosen
+that a token's weight has the expectation 1, as the likelihood bound wants it.
 """
 
 from __future__ import annotations
@@ -152,10 +155,24 @@ class BernoulliMask:
         """Which tokens are hidden."""
         return bernoulli_mask(draws, "mask", row_ids, mask_prob, is_maskable)
 
+    def weight(
+        self,
+        draws: Draws,
+        row_ids: Int[Tensor, " n"],
+        mask_prob: Float[Tensor, " n"],
+        is_maskable: Bool[Tensor, "n T"],
+    ) -> Float[Tensor, "n T"]:
+        """The schedule's weight as it is."""
+        return torch.ones_like(is_maskable, dtype=mask_prob.dtype)
+
 
 @dataclass(frozen=True)
 class ExactCountMask:
-    """round(mask_prob * maskable tokens) tokens are hidden, at least one: no row goes without a loss."""
+    """ceil(mask_prob * maskable tokens) tokens are hidden, at least one: no row goes without a loss.
+
+    Under the linear schedule every number from 1 to all is equally probable and weighs (all / number): LLaDA's discrete
+    form of the bound (arXiv 2502.09992).
+    """
 
     def __call__(
         self,
@@ -165,13 +182,30 @@ class ExactCountMask:
         is_maskable: Bool[Tensor, "n T"],
     ) -> Bool[Tensor, "n T"]:
         """Which tokens are hidden."""
-        count = torch.round(mask_prob * is_maskable.sum(1)).to(torch.int64).clamp(min=1)
+        count = self._count(mask_prob, is_maskable)
         return random_subset(draws.uniform("mask", row_ids, (is_maskable.shape[1],)), count, is_maskable)
+
+    def weight(
+        self,
+        draws: Draws,
+        row_ids: Int[Tensor, " n"],
+        mask_prob: Float[Tensor, " n"],
+        is_maskable: Bool[Tensor, "n T"],
+    ) -> Float[Tensor, "n T"]:
+        """Expected number of hidden tokens over their real number."""
+        real = self._count(mask_prob, is_maskable)
+        return (mask_prob * is_maskable.sum(1) / real)[:, None].expand(is_maskable.shape)
+
+    def _count(self, mask_prob: Float[Tensor, " n"], is_maskable: Bool[Tensor, "n T"]) -> Int[Tensor, " n"]:
+        return torch.ceil(mask_prob * is_maskable.sum(1)).to(torch.int64).clamp(min=1)
 
 
 @dataclass(frozen=True)
 class BlockMask:
-    """One random block of the maskable tokens is noised; earlier tokens stay clean, later ones are all hidden."""
+    """One random block of the maskable tokens is noised; earlier tokens stay clean, later ones are all hidden.
+
+    Only the noised block is scored, for all blocks: its weight is times their number.
+    """
 
     block_length: int
 
@@ -182,12 +216,30 @@ class BlockMask:
         mask_prob: Float[Tensor, " n"],
         is_maskable: Bool[Tensor, "n T"],
     ) -> Bool[Tensor, "n T"]:
-        """Which tokens are hidden; blocks are counted from each row's first maskable token."""
+        """Which tokens are hidden."""
+        block, chosen, _ = self._blocks(draws, row_ids, is_maskable)
+        inside = bernoulli_mask(draws, "mask", row_ids, mask_prob, block == chosen)
+        return inside | (block > chosen)
+
+    def weight(
+        self,
+        draws: Draws,
+        row_ids: Int[Tensor, " n"],
+        mask_prob: Float[Tensor, " n"],
+        is_maskable: Bool[Tensor, "n T"],
+    ) -> Float[Tensor, "n T"]:
+        """The number of blocks in the noised one, 0 outside it: later blocks, all hidden, say nothing at this time."""
+        block, chosen, num_blocks = self._blocks(draws, row_ids, is_maskable)
+        return (block == chosen) * num_blocks.to(mask_prob.dtype)
+
+    def _blocks(
+        self, draws: Draws, row_ids: Int[Tensor, " n"], is_maskable: Bool[Tensor, "n T"]
+    ) -> tuple[Int[Tensor, "n T"], Int[Tensor, "n 1"], Int[Tensor, "n 1"]]:
+        """Block of each token, counted from the row's first maskable one; the one to noise; how many there are."""
         block = torch.where(is_maskable, (is_maskable.cumsum(1) - 1) // self.block_length, -1)
-        num_blocks = block.amax(1).clamp(min=0) + 1
-        chosen = (draws.uniform("block", row_ids, ()) * num_blocks).to(torch.int64)
-        inside = bernoulli_mask(draws, "mask", row_ids, mask_prob, block == chosen[:, None])
-        return inside | (block > chosen[:, None])
+        num_blocks = block.amax(1, keepdim=True).clamp(min=0) + 1
+        chosen = (draws.uniform("block", row_ids, (1,)) * num_blocks).to(torch.int64)
+        return block, chosen, num_blocks
 
 
 def apply_mask(ids: Int[Tensor, "n T"], is_masked: Bool[Tensor, "n T"], mask_token_id: int) -> Int[Tensor, "n T"]:

@@ -111,12 +111,13 @@ def score(
         flat = hidden.flatten(0, 1)
         place = (chunk.pairs[:, None, :] * num_tokens + position[..., None]).clamp(min=0)
         targets = corruption.target_ids.flatten()[place]
-        values = policy.logprobs(flat, targets.flatten(0, 1), corruption.temperature).view(place.shape)
+        values = policy.logprobs(flat, targets.flatten(0, 1), corruption.temperature, corruption.exclude_mask)
+        values = values.view(place.shape)
         wanted = is_real[..., None] & (chunk.pairs[:, None] >= 0) & (corruption.weight.flatten()[place] != 0)
         logprobs.append(values[wanted])
         places.append(place[wanted])
         if want_entropy:
-            entropy = _entropy(policy, flat, corruption.temperature).view(position.shape)
+            entropy = _entropy(policy, flat, corruption).view(position.shape)
             entropies.append(entropy[..., None].expand(place.shape)[wanted])
     index = (torch.cat(places),)
     return Scores(
@@ -181,12 +182,15 @@ def _hidden(
 
 
 @torch.no_grad()
-def _entropy(policy: MaskPredictor, hidden: Float[Tensor, "M D"], temperature: float) -> Float[Tensor, " M"]:
+def _entropy(policy: MaskPredictor, hidden: Float[Tensor, "M D"], corruption: Corruption) -> Float[Tensor, " M"]:
     """Entropy in nats, a few positions at a time."""
     first = policy.head(hidden[:1])
     rows = max(1, _ENTROPY_BUDGET // (3 * first.shape[-1] * first.element_size()))
     parts = []
     for part in hidden.split(rows):
-        logprobs = (policy.head(part) / temperature).log_softmax(-1)
+        logits = policy.head(part) / corruption.temperature
+        if corruption.exclude_mask:
+            logits[:, policy.mask_token_id] = torch.finfo(logits.dtype).min  # not -inf, which times 0 is NaN
+        logprobs = logits.log_softmax(-1)
         parts.append(-(logprobs.exp() * logprobs).sum(-1))
     return torch.cat(parts)

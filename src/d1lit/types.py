@@ -174,6 +174,8 @@ class Corruption:
     """Logits are divided by it before the log-softmax."""
     guidance: float = 0.0
     """Classifier-free guidance scale s: logits become u + (s + 1)(c - u), u seen with the whole prompt masked."""
+    exclude_mask: bool = False
+    """The mask token takes no part in the softmax, as in the samplers; published estimators let it."""
 
 
 @dataclass(frozen=True)
@@ -388,7 +390,11 @@ class MaskPredictor(Protocol):
         ...
 
     def logprobs(
-        self, hidden: Float[Tensor, "M D"], targets: Int[Tensor, "M J"], temperature: float = 1.0
+        self,
+        hidden: Float[Tensor, "M D"],
+        targets: Int[Tensor, "M J"],
+        temperature: float = 1.0,
+        exclude_mask: bool = False,
     ) -> Float[Tensor, "M J"]:
         """Log-probabilities of J targets at each position, without a [M, V] tensor in memory."""
         ...

@@ -45,6 +45,17 @@ def has_parts(estimator: Any, loss: Any) -> bool:
     )
 
 
+MEAN_FIELD = {"one_step", "one_step_fixed", "one_step_shared"}
+SEQUENCE_RATIO = {"espo", "gdpo", "gspo", "luspo"}
+BOUNDS = {"bgpo", "dmpo", "ebpo", "elbo", "espo", "gdpo", "gdsd", "spg", "spg_elbo", "vrpo"}
+WITH_K3 = {"coupled", "d1_micro_batch", "drift", "grpo"}  # of weight above 0 at the tiny scale
+
+
+def is_known_not_to_learn(estimator: str, loss: str) -> bool:
+    """Written out by name: what others have seen fail though the units fit."""
+    return (estimator in MEAN_FIELD and loss in SEQUENCE_RATIO) or (estimator in BOUNDS and loss in WITH_K3)
+
+
 class CountingPolicy(Policy):
     """Counts the passes of the network."""
 
@@ -95,7 +106,8 @@ def test_estimator_with_every_loss(name, trainer):
     learnt, refused = [], []
     for loss_name in LOSSES:
         loss = component("loss", loss_name)
-        if estimator.unit not in loss.units or not has_parts(estimator, loss):
+        unsound = estimator.unit not in loss.units or is_known_not_to_learn(name, loss_name)
+        if unsound or not has_parts(estimator, loss):
             with pytest.raises(ValueError, match=r"^loss: .* is refused: .* Try: ") as refusal:
                 check_pair(estimator, loss)
             assert type(estimator).__name__ in str(refusal.value)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from d1lit import advantages as adv
 from d1lit.losses import ClippedPolicyLoss, SequenceClippedLoss, terms
+from d1lit.losses.clipped import completion_tokens
 from d1lit.losses.filters import OffPolicyFilter, TopEntropyLoss
 from d1lit.losses.policy_gradient import (
     CISPOLoss,
@@ -170,7 +171,8 @@ def trl_loss(case: Case, t: Tensors) -> None:
         _vespo(case, t)
         return
     if kind == "luspo" or s["importance_sampling_level"] == "sequence":
-        loss: Any = SequenceClippedLoss(low, high, beta, terms.k3, terms.completion_length, kind == "luspo")
+        row_weight = completion_tokens if kind == "luspo" else None
+        loss: Any = SequenceClippedLoss(low, high, beta, terms.k3, terms.completion_length, row_weight)
     elif kind == "cispo":
         loss = CISPOLoss(high, beta, terms.k3, aggregate)
     elif kind == "sapo":
@@ -191,19 +193,9 @@ def trl_loss(case: Case, t: Tensors) -> None:
 
 def _vespo(case: Case, t: Tensors) -> None:
     """The stored gradient runs through the weight too: it was made without TRL's no_grad decorator around it."""
-    loss = VESPOLoss(2.0, 3.0, 3.0, 2.0, terms.token_mean)  # TRL's defaults
-    count = float(t["in.num_items_in_batch"])
-    inputs, leaf = token_inputs(t, num_units=count)
-    value, _ = loss(inputs)
-    assert_near(case["name"], value, t["out.loss"])
-    value.backward()
-    assert leaf.grad is not None
-    through = t["in.logp"].clone().requires_grad_()
-    mask = t["in.completion_mask"]
-    phi = loss.weight(((through - t["in.old_logp"]) * mask).sum(1), t["in.advantages"])
-    (-(phi * t["in.advantages"])[:, None] * through.detach() * mask).sum().div(count).backward()
-    assert through.grad is not None
-    assert_near(f"{case['name']} gradient", leaf.grad + through.grad, t["out.grad_logp"])
+    loss = VESPOLoss(2.0, 3.0, 3.0, 2.0, terms.token_mean, through_weight=True)  # TRL's defaults
+    inputs, leaf = token_inputs(t, num_units=float(t["in.num_items_in_batch"]))
+    _check(case, loss, inputs, leaf, t["out.loss"], t["out.grad_logp"])
 
 
 def trl_rloo(case: Case, t: Tensors) -> None:

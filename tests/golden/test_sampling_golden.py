@@ -120,7 +120,7 @@ class StoredNetwork:
     def head(self, hidden: Tensor) -> Tensor:
         return hidden
 
-    def logprobs(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    def logprobs(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, exclude_mask: bool = False) -> Tensor:
         return (hidden / temperature).log_softmax(-1).gather(-1, targets)
 
     def reference(self) -> AbstractContextManager[None]:
@@ -244,7 +244,7 @@ def test_fast_dllm(entry: dict[str, Any]) -> None:
         if settings["threshold"] is not None:
             commit = Threshold(settings["threshold"])
         if settings["factor"] is not None:
-            commit = Factor(settings["factor"])
+            commit = Factor(settings["factor"], fixes_last=True)
         policy = Counting(golden_policy(entry))
         rollout = sampler(settings, commit=commit, cache=caches[settings["cache"]])(
             policy, prompts(tensors[f"{case}.prompt_ids"]), 1, CounterDraws(0)
@@ -550,7 +550,7 @@ def check_dinfer(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         if rule.startswith("threshold"):
             commit = Threshold(float(rule.removeprefix("threshold")))
         elif rule.startswith("factor"):
-            commit = Factor(float(rule.removeprefix("factor")))
+            commit = Factor(float(rule.removeprefix("factor")), fixes_last=True)
         elif rule.startswith("hier"):
             high, low = (part.removeprefix("thr").removeprefix("low") for part in setting.split("_"))
             commit = Hierarchical(None if high == "None" else float(high), 0.0 if low == "None" else float(low))

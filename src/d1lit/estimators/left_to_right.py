@@ -18,13 +18,18 @@ class LeftToRightEstimator:
     """Exact log-probabilities of the left-to-right policy (JustGRPO, arXiv 2601.15165): one view a token.
 
     View k shows the prompt and the tokens before position k and hides the rest; only token k is scored in it.
-    Differs from the paper's code: tokens after the end of the sequence are not scored, nor are their views computed.
+    Differs from the paper's code: tokens after the end of the sequence are not scored, nor are their views computed;
+    `score_padding` scores them.
     """
 
     fraction: float
     """Share of positions scored, those of highest entropy at rollout; 1 in the paper, 0.25 in its fast mode."""
     temperature: float
-    """The sampler's temperature, so that the likelihood is the sampling distribution's."""
+    """The sampler's temperature; with `exclude_mask` the likelihood is the sampling distribution's."""
+    exclude_mask: bool = False
+    """Leave the mask token out of the softmax, as the sampler does; published code lets it take its share."""
+    score_padding: bool = False
+    """Score the whole canvas, what stands behind the end too."""
     unit: ClassVar[Unit] = "token"
     needs_trace: ClassVar[bool] = False
     needs_advantages: ClassVar[bool] = False
@@ -39,13 +44,20 @@ class LeftToRightEstimator:
         rollout = context.rollout
         length = rollout.completion_ids.shape[1]
         num_views = max(1, round(self.fraction * length))
-        entropy = torch.where(rollout.completion_mask, rollout.entropy, -torch.inf)
+        valid = torch.ones_like(rollout.completion_mask) if self.score_padding else rollout.completion_mask
+        entropy = torch.where(valid, rollout.entropy, -torch.inf)
         scored = entropy.topk(num_views, dim=1).indices.sort(dim=1).values  # [N, K]
         place = torch.arange(length, device=rollout.device)
         is_hidden = place >= scored[:, :, None]  # [N, K, C]
         noised = torch.where(is_hidden, context.mask_token_id, rollout.completion_ids[:, None, :])
-        weight = (place == scored[:, :, None]) & rollout.completion_mask[:, None, :]
-        views = completion_views(rollout, noised, weight.to(torch.float32), temperature=self.temperature)
+        weight = (place == scored[:, :, None]) & valid[:, None, :]
+        views = completion_views(
+            rollout,
+            noised,
+            weight.to(torch.float32),
+            temperature=self.temperature,
+            exclude_mask=self.exclude_mask,
+        )
         return drop_unscored(views)
 
     def combine(self, view_logprobs: Float[Tensor, "N K C"], corruption: Corruption, context: Context) -> LogProbs:

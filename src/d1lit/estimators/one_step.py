@@ -32,6 +32,7 @@ class OneStepEstimator:
     temperature: float = 1.0
     guidance: float = 0.0
     unit: ClassVar[Unit] = "token"
+    is_mean_field: ClassVar[bool] = True
     needs_trace: ClassVar[bool] = False
     needs_advantages: ClassVar[bool] = False
 

@@ -47,29 +47,48 @@ class OrderedTraceEstimator:
     """The sampler's: only positions of the active block were open."""
     order_temperature: float
     temperature: float
+    exclude_mask: bool = False
+    """Leave the mask token out of the softmax, as the sampler does; published code lets it take its share."""
     unit: ClassVar[Unit] = "step"
     parts: ClassVar[frozenset[str]] = frozenset({"tokens", "order"})
     needs_trace: ClassVar[bool] = True
     needs_advantages: ClassVar[bool] = False
 
     def corrupt(self, context: Context) -> Corruption:
-        """A view a step, which scores everything still hidden in the step's block."""
+        """A view a step, which scores everything still hidden in the step's block, behind the end too.
+
+        The sampler could have fixed those positions instead. Where no valid token is open any more nothing is scored.
+        """
         step, num_steps = commit_segments(context)
         steps = torch.arange(max(int(num_steps.max()), 1), device=step.device)
         chosen = steps.expand(len(step), -1)
-        views = segment_views(context, step, chosen, score_all_hidden=True, temperature=self.temperature)
+        views = segment_views(
+            context,
+            step,
+            chosen,
+            score_all_hidden=True,
+            score_padding=True,
+            temperature=self.temperature,
+            exclude_mask=self.exclude_mask,
+        )
         block = torch.arange(step.shape[1], device=step.device) // self.block_length
         fixed = step[:, None, :] == chosen[:, :, None]
         active = torch.where(fixed, block, -1).amax(2, keepdim=True)
-        return replace(views, weight=views.weight * (block == active))
+        weight = views.weight * (block == active)
+        matters = (weight * context.rollout.completion_mask[:, None, :]).any(2, keepdim=True)
+        return replace(views, weight=weight * matters)
 
     def combine(self, view_logprobs: Float[Tensor, "N K C"], corruption: Corruption, context: Context) -> LogProbs:
-        """Token and order likelihood of each step, and both apart; steps that fixed no valid token weigh 0."""
+        """Token and order likelihood of each step, and both apart; steps without an open valid token weigh 0.
+
+        Tokens behind the end have no likelihood, but that their positions were chosen has.
+        """
         step = context.rollout.commit_step[:, None, :]
         steps = torch.arange(view_logprobs.shape[1], device=step.device)[None, :, None]
         open_ = corruption.weight > 0
         chosen = open_ & (step == steps)
-        tokens = torch.where(chosen, view_logprobs, 0.0).sum(2)
+        valid = context.rollout.completion_mask[:, None, :]
+        tokens = torch.where(chosen & valid, view_logprobs, 0.0).sum(2)
         scores = view_logprobs / self.order_temperature
         order = plackett_luce(scores, context.rollout.confidence.to(scores.dtype), chosen, open_)
         return LogProbs(tokens + order, chosen.any(2).to(tokens.dtype), {"tokens": tokens, "order": order})

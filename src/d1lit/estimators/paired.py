@@ -21,12 +21,13 @@ class CoupledEstimator:
 
         log p_i = (1 / 2) [ log p_i(all hidden) + w_i log p_i(whichever of S, S^c hides i) ],  w = 1 / ratio, mirrored
 
-    The rollouts of a prompt share the fully masked view. The mask ratio is drawn for each rollout (the authors' code
-    draws one for all). Not a log-probability: the weights reach 5.
+    The rollouts of a prompt share the fully masked view. Not a log-probability: the weights reach 5.
     """
 
     ratio_low: float
     ratio_high: float
+    one_ratio: bool = False
+    """One mask ratio for the whole batch, as the authors' code draws it, instead of one for each rollout."""
     unit: ClassVar[Unit] = "token"
     needs_trace: ClassVar[bool] = False
     needs_advantages: ClassVar[bool] = False
@@ -44,7 +45,10 @@ class CoupledEstimator:
         rollout, mask_id = context.rollout, context.mask_token_id
         n, c = rollout.completion_ids.shape
         rows, owners = rollout.row_ids, slice(None, None, rollout.group_size)
-        ratio = self.ratio_low + (self.ratio_high - self.ratio_low) * context.draws.uniform("mask_ratio", rows, ())
+        uniform = context.draws.uniform("mask_ratio", rows, ())
+        if self.one_ratio:
+            uniform = context.draws.batch("mask_ratio", ()).to(uniform.device).expand(n)
+        ratio = self.ratio_low + (self.ratio_high - self.ratio_low) * uniform
         chosen = context.draws.uniform("mask", rows, (c,)) < ratio[:, None]
         pair = torch.stack([chosen, ~chosen], dim=1)  # [N, 2, C]
         pair_ids = torch.where(pair, mask_id, rollout.completion_ids[:, None, :]).flatten(0, 1)

@@ -35,6 +35,16 @@ class SameViews:
         return getattr(self.inner, "needs_advantages", False)
 
     @property
+    def is_mean_field(self) -> bool:
+        """As the wrapped estimator."""
+        return getattr(self.inner, "is_mean_field", False)
+
+    @property
+    def is_upper_bound(self) -> bool:
+        """As the wrapped estimator."""
+        return getattr(self.inner, "is_upper_bound", False)
+
+    @property
     def parts(self) -> frozenset[str]:
         """As the wrapped estimator."""
         return getattr(self.inner, "parts", frozenset())

@@ -26,11 +26,14 @@ def mean_over_steps(value: Float[Tensor, "N C"], context: Context, num_steps: in
 class SampledStepsEstimator:
     """AGRPO (arXiv 2510.04019): K steps drawn at random without replacement, each weighing steps / K.
 
-    The gradient of the summed log-probability of the whole trajectory is met without bias.
+    The gradient of the summed log-probability of the whole trajectory is met without bias by a loss that divides by
+    something not drawn: `constant_length` or `sequence_sum`. A mean over the drawn weights is a quotient of two draws.
     """
 
     num_steps: int
     temperature: float
+    exclude_mask: bool = False
+    """Leave the mask token out of the softmax, as the sampler does; published code lets it take its share."""
     unit: ClassVar[Unit] = "token"
     needs_trace: ClassVar[bool] = True
     needs_advantages: ClassVar[bool] = False
@@ -44,7 +47,8 @@ class SampledStepsEstimator:
         keys, chosen = torch.where(exists, keys, -1.0).topk(min(self.num_steps, exists.shape[1]), dim=1)
         chosen = torch.where(keys > 0, chosen, -1)
         share = exists.sum(1, keepdim=True) / (chosen >= 0).sum(1, keepdim=True).clamp(min=1)
-        return segment_views(context, step, chosen, share.expand(chosen.shape), temperature=self.temperature)
+        share = share.expand(chosen.shape)
+        return segment_views(context, step, chosen, share, temperature=self.temperature, exclude_mask=self.exclude_mask)
 
     def combine(self, view_logprobs: Float[Tensor, "N K C"], corruption: Corruption, context: Context) -> LogProbs:
         """The log-probabilities as they are; steps / K goes into the weight, so that ratios stay ratios."""
@@ -58,6 +62,8 @@ class EntropyStepsEstimator:
 
     num_steps: int
     temperature: float
+    exclude_mask: bool = False
+    """Leave the mask token out of the softmax, as the sampler does; published code lets it take its share."""
     unit: ClassVar[Unit] = "token"
     needs_trace: ClassVar[bool] = True
     needs_advantages: ClassVar[bool] = False
@@ -69,7 +75,7 @@ class EntropyStepsEstimator:
         entropy = mean_over_steps(context.rollout.entropy, context, max(total, 1))
         value, chosen = entropy.topk(min(self.num_steps, entropy.shape[1]), dim=1)
         chosen = torch.where(torch.isfinite(value), chosen, -1)
-        return segment_views(context, step, chosen, temperature=self.temperature)
+        return segment_views(context, step, chosen, temperature=self.temperature, exclude_mask=self.exclude_mask)
 
     def combine(self, view_logprobs: Float[Tensor, "N K C"], corruption: Corruption, context: Context) -> LogProbs:
         """The tokens of the chosen steps; the others count for nothing."""
@@ -78,7 +84,7 @@ class EntropyStepsEstimator:
 
 @dataclass(frozen=True)
 class SurprisalStepsEstimator:
-    """Drift (arXiv 2605.25638): K steps drawn by surprisal, and ALL tokens still hidden at them scored, as it is coded.
+    """Drift (arXiv 2605.25638): K steps drawn by surprisal, and all tokens still hidden at them scored, as it is coded.
 
     A step is drawn with probability softmax(-mean log p / step_temperature) of what the sampler recorded. A hidden
     token committed later counts only where its sampled probability reached `min_prob`. One unit a (step, token).
@@ -87,6 +93,8 @@ class SurprisalStepsEstimator:
     num_steps: int
     step_temperature: float
     min_prob: float
+    score_later: bool = True
+    """Score the hidden tokens of later steps too; False: a step's own tokens, as the paper says it."""
     unit: ClassVar[Unit] = "token"
     parts: ClassVar[frozenset[str]] = frozenset({"of_step"})
     needs_trace: ClassVar[bool] = True
@@ -103,7 +111,7 @@ class SurprisalStepsEstimator:
         keys = torch.where(torch.isfinite(logprob), keys, -torch.inf)
         value, chosen = keys.topk(min(self.num_steps, total), dim=1)
         chosen = torch.where(torch.isfinite(value), chosen, -1)
-        views = segment_views(context, step, chosen, score_all_hidden=True)
+        views = segment_views(context, step, chosen, score_all_hidden=self.score_later)
         likely = torch.exp(rollout.sampled_logprobs)[:, None, :] >= self.min_prob
         return replace(views, weight=views.weight * (likely | (step[:, None, :] == chosen[:, :, None])))
 

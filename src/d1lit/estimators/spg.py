@@ -77,7 +77,7 @@ class SPGEstimator:
                 EUBO = mean_i (1 / beta) log( (1 / m) sum_{j hides i} p_ij^beta / (hidden share of j) )
 
     Both bounds are per-token means, and the unit's weight is the length, so the loss is `-sum A l |o| / sum |o|`.
-    Hidden clean-context tokens and later blocks are scored too, as in the authors' code.
+    Later blocks are scored too, as in the authors' code.
     """
 
     mask: MaskLaw
@@ -90,6 +90,8 @@ class SPGEstimator:
     """omega: 1 for the EUBO alone, 0 for the ELBO alone."""
     ignore_negative: bool = False
     """Give rollouts without a positive advantage the constant likelihood 0 (the ablation without negative rows)."""
+    score_context: bool = True
+    """Score context tokens of the completion that were hidden at random too, as in the authors' code."""
     unit: ClassVar[Unit] = "sequence"
     parts: ClassVar[frozenset[str]] = frozenset({"elbo", "eubo"})
     needs_trace: ClassVar[bool] = False
@@ -102,10 +104,16 @@ class SPGEstimator:
         if not 0 <= self.mix_weight <= 1:
             raise ValueError(f"estimator.mix_weight: must be in [0, 1], got {self.mix_weight}. Try: 0.5")
 
+    @property
+    def is_upper_bound(self) -> bool:
+        """Whether nothing but the EUBO speaks for rollouts without a positive advantage."""
+        return self.mix_weight == 1 and not self.ignore_negative
+
     def corrupt(self, context: Context) -> Corruption:
         """m views of each rollout; everything after the end of the sequence is hidden in all of them."""
         rollout, num_masks, prob = context.rollout, self.num_masks, self.context_mask_prob
-        hidden, clean = self.mask(context, num_masks)
+        scored, clean = self.mask(context, num_masks)
+        hidden = scored
         prompts = rollout.prompt_ids[:, None, :].expand(-1, num_masks, -1)
         if prob > 0:
             rows, length = rollout.row_ids, hidden.shape[2]
@@ -116,7 +124,8 @@ class SPGEstimator:
             prompts = torch.where(hidden_prompt, context.mask_token_id, prompts)
         shown = ~hidden & rollout.completion_mask[:, None, :]
         noised = torch.where(shown, rollout.completion_ids[:, None, :], context.mask_token_id)
-        return completion_views(rollout, noised, hidden.to(torch.float32), prompts)
+        scored = hidden if self.score_context else scored
+        return completion_views(rollout, noised, scored.to(torch.float32), prompts)
 
     def combine(self, view_logprobs: Float[Tensor, "N K C"], corruption: Corruption, context: Context) -> LogProbs:
         """The bound that fits the sign of the advantage; both bounds are in `parts`."""

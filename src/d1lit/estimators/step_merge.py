@@ -23,6 +23,8 @@ class StepMergeEstimator:
 
     num_segments: int
     temperature: float
+    exclude_mask: bool = False
+    """Leave the mask token out of the softmax, as the sampler does; published code lets it take its share."""
     unit: ClassVar[Unit] = "token"
     needs_trace: ClassVar[bool] = True
     needs_advantages: ClassVar[bool] = False
@@ -41,7 +43,7 @@ class StepMergeEstimator:
         never = step == torch.iinfo(step.dtype).max
         segment = torch.where(never, self.num_segments, segment)
         chosen = index.expand(len(step), -1)
-        return segment_views(context, segment, chosen, temperature=self.temperature)
+        return segment_views(context, segment, chosen, temperature=self.temperature, exclude_mask=self.exclude_mask)
 
     def combine(self, view_logprobs: Float[Tensor, "N K C"], corruption: Corruption, context: Context) -> LogProbs:
         """Each token from the view of its segment."""
@@ -59,6 +61,8 @@ class TraceEstimator:
 
     shrink: int
     temperature: float
+    exclude_mask: bool = False
+    """Leave the mask token out of the softmax, as the sampler does; published code lets it take its share."""
     unit: ClassVar[Unit] = "token"
     needs_trace: ClassVar[bool] = True
     needs_advantages: ClassVar[bool] = False
@@ -77,7 +81,7 @@ class TraceEstimator:
         rank = (happened.cumsum(1) - 1).gather(1, step.clamp(max=total))
         segment = torch.where(step < total, rank // self.shrink, total)
         chosen = torch.arange(-(-total // self.shrink), device=step.device).expand(len(step), -1)
-        return segment_views(context, segment, chosen, temperature=self.temperature)
+        return segment_views(context, segment, chosen, temperature=self.temperature, exclude_mask=self.exclude_mask)
 
     def combine(self, view_logprobs: Float[Tensor, "N K C"], corruption: Corruption, context: Context) -> LogProbs:
         """Each token from the view of its step."""

@@ -60,6 +60,7 @@ def completion_views(
     temperature: float = 1.0,
     guidance: float = 0.0,
     attend_padding: bool = True,
+    exclude_mask: bool = False,
 ) -> Corruption:
     """A corruption with K views of each rollout's own, the completion being scored in each of them.
 
@@ -71,6 +72,7 @@ def completion_views(
         temperature: logits are divided by it.
         guidance: classifier-free guidance scale.
         attend_padding: whether tokens after the end of the sequence may be attended.
+        exclude_mask: leave the mask token out of the softmax.
     """
     n, k, c = noised_completions.shape
     prompts = rollout.prompt_ids[:, None, :].expand(n, k, -1) if noised_prompts is None else noised_prompts
@@ -87,6 +89,7 @@ def completion_views(
         ),
         temperature=temperature,
         guidance=guidance,
+        exclude_mask=exclude_mask,
     )
 
 
@@ -131,7 +134,9 @@ def segment_views(
     chosen: Int[Tensor, "N K"],
     share: Float[Tensor, "N K"] | None = None,
     score_all_hidden: bool = False,
+    score_padding: bool = False,
     temperature: float = 1.0,
+    exclude_mask: bool = False,
 ) -> Corruption:
     """One view for each chosen segment of the trajectory: earlier tokens shown, this and later segments hidden.
 
@@ -141,17 +146,22 @@ def segment_views(
         chosen: which segment each view replays; -1 for none.
         share: weight of each view's tokens; 1 where None.
         score_all_hidden: score all hidden tokens instead of those of the segment.
+        score_padding: score what stands behind the end of the sequence too.
         temperature: logits are divided by it.
+        exclude_mask: leave the mask token out of the softmax.
     """
     rollout = context.rollout
     is_hidden = segment[:, None, :] >= chosen[:, :, None]
     noised = torch.where(is_hidden, context.mask_token_id, rollout.completion_ids[:, None, :])
     scored = is_hidden if score_all_hidden else segment[:, None, :] == chosen[:, :, None]
-    scored = scored & rollout.completion_mask[:, None, :] & (chosen >= 0)[:, :, None]
+    scored = scored & (chosen >= 0)[:, :, None]
+    if not score_padding:
+        scored = scored & rollout.completion_mask[:, None, :]
     weight = scored.to(torch.float32)
     if share is not None:
         weight = weight * share[:, :, None]
-    return drop_unscored(completion_views(rollout, noised, weight, temperature=temperature))
+    views = completion_views(rollout, noised, weight, temperature=temperature, exclude_mask=exclude_mask)
+    return drop_unscored(views)
 
 
 def commit_segments(context: Context) -> tuple[Int[Tensor, "N C"], Int[Tensor, " N"]]:

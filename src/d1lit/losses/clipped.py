@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from d1lit.losses.terms import Aggregation, KLEstimator, Scalar, log_ratio, per_unit, weighted_mean
+from d1lit.losses.terms import Aggregation, KLEstimator, Scalar, completion_length, log_ratio, per_unit, weighted_mean
 from d1lit.types import LossInputs, Metrics
 
 
@@ -91,8 +91,8 @@ class SequenceClippedLoss:
     """The clipped surrogate on one ratio a sequence, s = exp(sum of log-ratios / length).
 
     With token likelihoods and the completion's length it is GSPO (arXiv 2507.18071); with an ELBO and the canvas length
-    it is ESPO (arXiv 2512.03759); with no normalisation, the raw ratio of GDPO (arXiv 2510.08554). epsilon has to fit
-    the normalisation: 3e-4 in GSPO, 0.2 in ESPO.
+    it is ESPO (arXiv 2512.03759); with no normalisation and `row_weight=inverse_length`, the raw ratio of GDPO (arXiv
+    2510.08554). epsilon has to fit the normalisation: 3e-4 in GSPO, 0.2 in ESPO.
     """
 
     epsilon_low: float
@@ -101,8 +101,8 @@ class SequenceClippedLoss:
     kl: KLEstimator
     length: Callable[[LossInputs], Float[Tensor, " N"]]
     """What a sequence's log-ratio and KL are divided by: `canvas_length`, `completion_length` or `unit_length`."""
-    weigh_by_length: bool = False
-    """Multiply each sequence's loss by its length (LUSPO in TRL)."""
+    row_weight: Callable[[LossInputs], Float[Tensor, " N"]] | None = None
+    """What each sequence's loss is multiplied by: `completion_tokens` (LUSPO in TRL), `inverse_length` (GDPO)."""
     units: ClassVar[frozenset[str]] = frozenset({"token", "sequence", "view", "step"})
     needs_old: ClassVar[bool] = True
     needs_entropy: ClassVar[bool] = False
@@ -129,11 +129,16 @@ class SequenceClippedLoss:
             units = self.kl(log_ratio(inputs.logprobs, inputs.ref)) * inputs.logprobs.weight
             rows = rows + self.beta * units.sum(1) / length
             metrics["kl"] = (units.sum(1) / length).mean().detach()
-        if self.weigh_by_length:
-            rows = rows * completion_tokens(inputs)
+        if self.row_weight is not None:
+            rows = rows * self.row_weight(inputs)
         return rows.sum() / inputs.num_rollouts, metrics
 
 
 def completion_tokens(inputs: LossInputs) -> Float[Tensor, " N"]:
     """Tokens of each completion, as a weight."""
     return inputs.completion_mask.sum(1).to(inputs.rewards.dtype)
+
+
+def inverse_length(inputs: LossInputs) -> Float[Tensor, " N"]:
+    """1 / tokens of each completion, as a weight: GDPO's 1/|o| stands outside the ratio."""
+    return 1 / completion_length(inputs)

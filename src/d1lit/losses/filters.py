@@ -45,7 +45,8 @@ class TopEntropyLoss:
         """The wrapped loss, the other tokens weighing 0."""
         assert inputs.entropy is not None
         counted = inputs.logprobs.weight > 0
-        entropy = inputs.entropy.sum(1)  # one view scores a token
+        # A unit is a token, which one view scores, or a (view, token).
+        entropy = inputs.entropy.sum(1) if counted.shape[1] == inputs.entropy.shape[2] else inputs.entropy.flatten(1)
         threshold = torch.quantile(entropy[counted].float(), 1 - self.share)
         return self.loss(_with_weight(inputs, entropy >= threshold))
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
+from d1lit.losses.clipped import SequenceClippedLoss
+from d1lit.losses.terms import k1, k3
+
 
 @runtime_checkable
 class GivesParts(Protocol):
@@ -58,30 +61,65 @@ def check_trajectory(estimator: Any, sampler: Any) -> None:
 
 
 def check_pair(estimator: Any, loss: Any, allow: bool = False) -> None:
-    """Refuse a loss that treats the estimator's likelihood as something it is not.
+    """Refuse a loss that treats the estimator's likelihood as something it is not, and pairs known not to learn.
 
-    A loss that clips every token needs token likelihoods. On one ELBO a sequence it is the combination that ESPO's
-    ablation (arXiv 2512.03759) shows to collapse; a loss over whole sequences makes no sense of single steps.
+    A loss over tokens needs token likelihoods. On one ELBO a sequence it is the combination that ESPO's ablation (arXiv
+    2512.03759) shows to collapse; a loss over whole sequences makes no sense of single steps.
 
     Args:
-        estimator: anything with `unit`.
+        estimator: anything with `unit`; it may call itself `is_mean_field` or `is_upper_bound`.
         loss: anything with `units`, the units it accepts.
         allow: put them together all the same.
 
     Raises:
         ValueError: if the pair is refused and not allowed, or if the loss reads a part that the estimator lacks.
     """
-    if allow or estimator.unit in loss.units:
+    unsound = None if allow else _wrong_unit(estimator, loss) or _known_not_to_learn(estimator, loss)
+    if unsound is None:
         _check_parts(estimator, loss)
         return
-    loss_name, estimator_name = type(loss).__name__, type(estimator).__name__
-    if estimator.unit == "sequence":
-        reason = "clips token by token; on one ELBO a sequence that is known to collapse (ESPO, arXiv 2512.03759)"
-        cure = "loss=espo, loss=gspo or loss=reinforce, or allow_unsound_pair=true"
-    else:
-        reason = f"takes {' or '.join(sorted(loss.units))} likelihoods, which are not {estimator.unit} ones"
-        cure = "an estimator of that unit, or allow_unsound_pair=true"
-    raise ValueError(f"loss: {loss_name} with {estimator_name} is refused: {loss_name} {reason}. Try: {cure} [E207]")
+    reason, cure = unsound
+    raise ValueError(
+        f"loss: {type(loss).__name__} with {type(estimator).__name__} is refused: {reason}. "
+        f"Try: {cure}, or allow_unsound_pair=true [E207]"
+    )
+
+
+def _wrong_unit(estimator: Any, loss: Any) -> tuple[str, str] | None:
+    """Reason and cure where the loss does not take what the estimator gives."""
+    if estimator.unit in loss.units:
+        return None
+    name = type(loss).__name__
+    if estimator.unit != "sequence":
+        units = " or ".join(sorted(loss.units))
+        return f"{name} takes {units} likelihoods, which are not {estimator.unit} ones", "an estimator of that unit"
+    cure = "loss=espo, loss=gspo or loss=reinforce"
+    if hasattr(_innermost(loss), "epsilon_low"):
+        collapse = "on one ELBO a sequence that is known to collapse (ESPO, arXiv 2512.03759)"
+        return f"{name} clips token by token; {collapse}", cure
+    return f"{name} weighs {' or '.join(sorted(loss.units))} likelihoods; one ELBO a sequence has none", cure
+
+
+def _known_not_to_learn(estimator: Any, loss: Any) -> tuple[str, str] | None:
+    """Reason and cure for a pair whose units fit and that others have seen fail."""
+    inner, kl = _innermost(loss), getattr(_innermost(loss), "kl", None)
+    if isinstance(inner, SequenceClippedLoss) and getattr(estimator, "is_mean_field", False):
+        reason = "a ratio of sequences from mean-field log-probs does not learn (ESPO's ablation, arXiv 2512.03759)"
+        return reason, "estimator=espo, or loss=clipped"
+    if estimator.unit in ("sequence", "view") and inner.needs_reference and getattr(kl, "func", kl) in (k1, k3):
+        reason = "the KL estimators k1 and k3 fail on likelihood bounds (ESPO's ablation, arXiv 2512.03759)"
+        return reason, "loss.kl._target_=d1lit.losses.terms.k2, or loss.beta=0"
+    if getattr(estimator, "is_upper_bound", False):
+        reason = "an upper bound alone for A <= 0 collapses after some hundred steps (SPG's authors and users)"
+        return reason, "estimator.mix_weight=0.5"
+    return None
+
+
+def _innermost(loss: Any) -> Any:
+    """The loss inside all wrappers."""
+    while hasattr(loss, "loss"):
+        loss = loss.loss
+    return loss
 
 
 _WITH_PART = {"elbo": "spg", "of_step": "drift", "order": "ordered_trace", "tokens": "ordered_trace"}

@@ -17,6 +17,7 @@ from d1lit.losses.terms import (
     Scalar,
     log_ratio,
     per_unit,
+    softmax_in_group,
     weighted_mean,
 )
 from d1lit.types import LossInputs, Metrics
@@ -123,6 +124,8 @@ class VESPOLoss:
     negative_shape: float
     negative_rate: float
     aggregate: Aggregation
+    through_weight: bool = False
+    """Let the gradient run through phi as well, which TRL's `no_grad` prevents."""
     units: ClassVar[frozenset[str]] = frozenset({"token", "view", "step"})
     needs_old: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = False
@@ -137,27 +140,29 @@ class VESPOLoss:
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """This micro-batch's share of the loss, and detached metrics."""
         counted = inputs.logprobs.weight
-        difference = (log_ratio(inputs.logprobs, inputs.old) * (counted > 0)).sum(1).detach()
-        phi = self.weight(difference, inputs.advantages)
+        difference = (log_ratio(inputs.logprobs, inputs.old) * (counted > 0)).sum(1)
+        phi = self.weight(difference if self.through_weight else difference.detach(), inputs.advantages)
         terms = -(phi * inputs.advantages)[:, None] * _plain(inputs)
-        return self.aggregate(terms, counted, inputs), {"weight_mean": phi.mean(), "weight_max": phi.max()}
-
-
-def _in_groups(values: Float[Tensor, " N"], group_size: int) -> Float[Tensor, "B G"]:
-    return values.view(-1, group_size)
+        metrics = {"weight_mean": phi.mean().detach(), "weight_max": phi.max().detach()}
+        return self.aggregate(terms, counted, inputs), metrics
 
 
 @dataclass(frozen=True)
 class StableDRLLoss:
     """Self-normalised, capped importance weights on SPG's bound (StableDRL, arXiv 2603.06743).
 
-        loss = -mean over groups of sum_i w_i A_i bound_i,   w = softmax over the group of min(ELBO - ELBO_old, log cap)
+        loss = -mean over groups of sum_i w_i A_i bound_i,   w = softmax over the group of clip(ELBO - ELBO_old)
 
-    Differs from the authors' code: it normalises over the
-    micro-batch, whatever the groups; the two agree where a micro-batch is one group.
+    The ratio is clipped whatever the sign of A.
+    Differs from the paper: its code clips from above only, which is the default here too.
     """
 
     ratio_cap: float
+    """The largest ratio; in the paper 1.2."""
+    ratio_floor: float | None = None
+    """The smallest ratio; in the paper 0.8, in its code none."""
+    over_micro_batch: bool = False
+    """Normalise over the micro-batch, whatever the groups, as the authors' code does."""
     units: ClassVar[frozenset[str]] = frozenset({"sequence"})
     needs_parts: ClassVar[frozenset[str]] = frozenset({"elbo"})
     needs_old: ClassVar[bool] = True
@@ -172,10 +177,12 @@ class StableDRLLoss:
             )
         old = inputs.logprobs if inputs.old is None else inputs.old
         difference = (inputs.logprobs.parts["elbo"] - old.parts["elbo"]).detach()
-        capped = difference.clamp(max=float(torch.log(torch.tensor(self.ratio_cap))))
-        weight = torch.softmax(_in_groups(capped, inputs.group_size), dim=1).flatten()
+        floor = None if self.ratio_floor is None else math.log(self.ratio_floor)
+        clipped = difference.clamp(min=floor, max=math.log(self.ratio_cap))
+        size = len(clipped) if self.over_micro_batch else inputs.group_size
+        weight = softmax_in_group(clipped, size)
         loss = -(weight * inputs.advantages * inputs.logprobs.value[:, 0]).sum()
-        return loss * inputs.group_size / inputs.num_rollouts, {"weight_max": weight.max().detach()}
+        return loss * size / inputs.num_rollouts, {"weight_max": weight.max().detach()}
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,11 @@ def weighted_mean(values: Units, weight: Units) -> Scalar:
     return ((values * weight).sum() / weight.sum().clamp(min=1e-8)).detach()
 
 
+def softmax_in_group(values: Float[Tensor, " N"], group_size: int) -> Float[Tensor, " N"]:
+    """Softmax over each group of adjacent rollouts."""
+    return torch.softmax(values.view(-1, group_size), dim=1).flatten()
+
+
 # ------------------------------------------------------------------------------------------------------------------- KL
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from d1lit.losses.terms import KLEstimator, Scalar, log_ratio
+from d1lit.losses.terms import KLEstimator, Scalar, log_ratio, softmax_in_group
 from d1lit.types import LogProbs, LossInputs, Metrics
 
 Rows = Float[Tensor, " N"]
@@ -22,24 +22,20 @@ def sequence_value(logprobs: LogProbs) -> Rows:
     return (torch.where(logprobs.weight > 0, logprobs.value, 0.0) * logprobs.weight).sum(1)
 
 
-def softmax_in_group(values: Rows, group_size: int) -> Rows:
-    """Softmax over each group of adjacent rollouts."""
-    return torch.softmax(values.view(-1, group_size), dim=1).flatten()
-
-
 @dataclass(frozen=True)
 class WD1Loss:
     """Weighted likelihoods without old or reference policy (wd1, arXiv 2507.08838).
 
         loss = sum_i (-w+_i + w-_i) log p_i,   w+- = softmax over the group of +-psi A_i
 
-    Differs from the authors' code: it takes the softmax over the local micro-batch, which is right only where that is
-    one group. Groups are averaged.
+    Groups are averaged.
     """
 
     psi: float
     positive_only: bool
     """Drop w-."""
+    over_micro_batch: bool = False
+    """Softmax over the micro-batch, as in the authors' code: right only where that is one group."""
     units: ClassVar[frozenset[str]] = frozenset({"token", "sequence"})
     needs_old: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
@@ -47,11 +43,12 @@ class WD1Loss:
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """This micro-batch's share of the loss, and detached metrics."""
-        weight = -softmax_in_group(self.psi * inputs.advantages, inputs.group_size)
+        size = len(inputs.advantages) if self.over_micro_batch else inputs.group_size
+        weight = -softmax_in_group(self.psi * inputs.advantages, size)
         if not self.positive_only:
-            weight = weight + softmax_in_group(-self.psi * inputs.advantages, inputs.group_size)
+            weight = weight + softmax_in_group(-self.psi * inputs.advantages, size)
         value = sequence_value(inputs.logprobs)
-        loss = (weight * value).sum() * inputs.group_size / inputs.num_rollouts
+        loss = (weight * value).sum() * size / inputs.num_rollouts
         return loss, {"logprob": value.mean().detach(), "weight_abs": weight.abs().mean().detach()}
 
 

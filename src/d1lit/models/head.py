@@ -91,9 +91,15 @@ def tile_shape(positions: int, vocab_size: int, budget: int, itemsize: int = 4) 
     return rows, max(1, min(vocab_size, room // rows))
 
 
-def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, temperature: float, start: int, excluded: int | None) -> Tensor:
+    """Logits of a tile that begins with token `start`; that of an excluded token is the lowest there is."""
     logits = _project(hidden, weight)
-    return logits if temperature == 1.0 else logits.div_(temperature)
+    if temperature != 1.0:
+        logits.div_(temperature)
+    if excluded is not None and start <= excluded < start + len(weight):
+        # Not -inf: a tile that holds nothing else would turn the running sum into NaN.
+        logits[:, excluded - start] = torch.finfo(logits.dtype).min
+    return logits
 
 
 def _tiles(weight: Tensor, columns: int) -> Iterator[tuple[int, Tensor]]:
@@ -109,7 +115,13 @@ def _within(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _walk(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, columns: int, expectation: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    excluded: int | None,
+    columns: int,
+    expectation: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Logits of the targets and log of the normaliser; fills `expectation` with E_p[W] where it is given.
 
@@ -120,7 +132,7 @@ def _walk(
     top = hidden.new_full((len(hidden), 1), -torch.inf, dtype=exact)
     total = torch.zeros_like(top)
     for start, part in _tiles(weight, columns):
-        logits = _logits(hidden, part, temperature)
+        logits = _logits(hidden, part, temperature, start, excluded)
         inside, place = _within(targets, start, len(part))
         chosen = torch.where(inside, logits.gather(1, place), chosen)
         higher = torch.maximum(top, logits.amax(-1, keepdim=True))
@@ -140,7 +152,14 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, tile: tuple[int, int], keep: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        excluded: int | None,
+        tile: tuple[int, int],
+        keep: bool,
     ) -> Tensor:
         rows, columns = tile
         with torch.autocast(hidden.device.type, enabled=False):
@@ -149,7 +168,7 @@ class _FrozenHead(torch.autograd.Function):
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
                 mean = None if expectation is None else expectation[part]
-                chosen, normaliser = _walk(hidden[part], weight, targets[part], temperature, columns, mean)
+                chosen, normaliser = _walk(hidden[part], weight, targets[part], temperature, excluded, columns, mean)
                 values[part] = chosen - normaliser
         if expectation is not None:
             ctx.save_for_backward(weight, targets, expectation)
@@ -170,7 +189,7 @@ class _FrozenHead(torch.autograd.Function):
             for j in range(targets.shape[1]):
                 pull += share[:, j, None] * weight[targets[part, j]].to(pull.dtype)
             result[part] = pull / ctx.temperature
-        return result, None, None, None, None, None
+        return result, None, None, None, None, None, None
 
 
 class _TrainableHead(torch.autograd.Function):
@@ -178,7 +197,13 @@ class _TrainableHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, tile: tuple[int, int]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        excluded: int | None,
+        tile: tuple[int, int],
     ) -> Tensor:
         rows, columns = tile
         with torch.autocast(hidden.device.type, enabled=False):
@@ -186,10 +211,11 @@ class _TrainableHead(torch.autograd.Function):
             normaliser = hidden.new_empty((len(hidden), 1), dtype=values.dtype)
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
-                chosen, normaliser[part] = _walk(hidden[part], weight, targets[part], temperature, columns, None)
+                place = hidden[part], weight, targets[part]
+                chosen, normaliser[part] = _walk(*place, temperature, excluded, columns, None)
                 values[part] = chosen - normaliser[part]
         ctx.save_for_backward(hidden, weight, targets, normaliser)
-        ctx.temperature, ctx.tile = temperature, tile
+        ctx.temperature, ctx.excluded, ctx.tile = temperature, excluded, tile
         return values
 
     @staticmethod
@@ -206,11 +232,12 @@ class _TrainableHead(torch.autograd.Function):
             share = gradient[part].to(exact) / ctx.temperature
             for start, tokens in _tiles(weight, columns):
                 inside, place = _within(targets[part], start, len(tokens))
-                pull = _logits(hidden[part], tokens, ctx.temperature).sub_(normaliser[part]).exp_()
+                logits = _logits(hidden[part], tokens, ctx.temperature, start, ctx.excluded)
+                pull = logits.sub_(normaliser[part]).exp_()
                 pull.mul_(-share.sum(-1, keepdim=True)).scatter_add_(1, place, share * inside)
                 to_hidden[part] += _mix(pull, tokens)
                 to_weight[start : start + len(tokens)].addmm_(pull.T, hidden[part].to(exact))
-        return to_hidden.to(hidden.dtype), to_weight.to(weight.dtype), None, None, None
+        return to_hidden.to(hidden.dtype), to_weight.to(weight.dtype), None, None, None, None
 
 
 def chunked_logprobs(
@@ -219,6 +246,7 @@ def chunked_logprobs(
     targets: Int[Tensor, "M J"],
     temperature: float = 1.0,
     budget: int = DEFAULT_BUDGET,
+    excluded: int | None = None,
 ) -> Float[Tensor, "M J"]:
     """log softmax(hidden @ weight.T / temperature) at J targets a position, in fp32.
 
@@ -228,16 +256,17 @@ def chunked_logprobs(
         targets: token ids.
         temperature: divides the logits.
         budget: bytes that the logits of one tile may take.
+        excluded: a token that takes no part in the softmax and is no target.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be positive to score tokens, got {temperature}. Use 1 for the plain model.")
     tile = tile_shape(len(hidden), len(weight), budget, torch.finfo(_exact(weight.dtype)).bits // 8)
     wants_gradient = torch.is_grad_enabled()
     if wants_gradient and weight.requires_grad:
-        values = _TrainableHead.apply(hidden, _working_weight(weight), targets, temperature, tile)
+        values = _TrainableHead.apply(hidden, _working_weight(weight), targets, temperature, excluded, tile)
     else:
         keep = wants_gradient and hidden.requires_grad
-        values = _FrozenHead.apply(hidden, _working_weight(weight), targets, temperature, tile, keep)
+        values = _FrozenHead.apply(hidden, _working_weight(weight), targets, temperature, excluded, tile, keep)
     assert isinstance(values, Tensor)
     return values
 
@@ -251,16 +280,20 @@ def _softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def chunked_entropy(
-    hidden: Float[Tensor, "M D"], weight: Float[Tensor, "V D"], temperature: float = 1.0, budget: int = DEFAULT_BUDGET
+    hidden: Float[Tensor, "M D"],
+    weight: Float[Tensor, "V D"],
+    temperature: float = 1.0,
+    budget: int = DEFAULT_BUDGET,
+    excluded: int | None = None,
 ) -> Float[Tensor, " M"]:
-    """Entropy in nats of softmax(hidden @ weight.T / temperature); no gradient."""
+    """Entropy in nats of softmax(hidden @ weight.T / temperature), without the `excluded` token; no gradient."""
     weight = _working_weight(weight)
     exact = _exact(weight.dtype)
     rows = max(1, rows_per_chunk(len(weight), budget, torch.finfo(exact).bits // 8) // 2)
     entropy = hidden.new_empty(len(hidden), dtype=exact)
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(hidden), rows):
-            logits = _project(hidden[start : start + rows], weight).div_(temperature)
+            logits = _logits(hidden[start : start + rows], weight, temperature, 0, excluded)
             probabilities, normaliser = _softmax_(logits.clone())
             entropy[start : start + rows] = normaliser - probabilities.mul_(logits).sum(-1)
     return entropy

@@ -139,20 +139,28 @@ class Policy(nn.Module):
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def logprobs(
-        self, hidden: Float[Tensor, "M D"], targets: Int[Tensor, "M J"], temperature: float = 1.0
+        self,
+        hidden: Float[Tensor, "M D"],
+        targets: Int[Tensor, "M J"],
+        temperature: float = 1.0,
+        exclude_mask: bool = False,
     ) -> Float[Tensor, "M J"]:
-        """Log-probabilities of J targets at each position, chunked over positions."""
-        values = chunked_logprobs(hidden, self.network.head_weight, targets, temperature, self._head_bytes)
+        """Log-probabilities of J targets at each position, chunked over positions; of all tokens or all but [MASK]."""
+        excluded = self.mask_token_id if exclude_mask else None
+        values = chunked_logprobs(hidden, self.network.head_weight, targets, temperature, self._head_bytes, excluded)
         trains_head = self.network.head_weight.requires_grad
         forward, backward = logprob_flops(self.shape, len(hidden), values.requires_grad, trains_head)
         self.work.flops += forward
         self._count_when_differentiated(values, backward)
         return values
 
-    def entropy(self, hidden: Float[Tensor, "M D"], temperature: float = 1.0) -> Float[Tensor, " M"]:
+    def entropy(
+        self, hidden: Float[Tensor, "M D"], temperature: float = 1.0, exclude_mask: bool = False
+    ) -> Float[Tensor, " M"]:
         """Entropy of the prediction at each position, in nats; no gradient."""
         self.work.flops += head_flops(self.shape, len(hidden))
-        return chunked_entropy(hidden, self.network.head_weight, temperature, self._head_bytes)
+        excluded = self.mask_token_id if exclude_mask else None
+        return chunked_entropy(hidden, self.network.head_weight, temperature, self._head_bytes, excluded)
 
     @property
     def _head_bytes(self) -> int:

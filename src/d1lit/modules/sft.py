@@ -12,7 +12,7 @@ from torch import Tensor
 from d1lit.data import CompletionBatch, EncodedRow, Layout, completion_batch, moved
 from d1lit.draws import CounterDraws
 from d1lit.losses import MaskedCrossEntropy
-from d1lit.masking import apply_mask, complementary_mask
+from d1lit.masking import BlockMask, ExactCountMask, apply_mask, complementary_mask
 from d1lit.models import Policy
 from d1lit.modules.accounting import Meter, StageCost, UpdateMetrics, cost_metrics, machine_peak, over_ranks
 from d1lit.modules.optimizing import (
@@ -57,6 +57,11 @@ class MaskedSFT(L.LightningModule):
                 f"module.complementary: {type(schedule).__name__} does not hide at 1 - t what it shows at t, so the "
                 "complement of a mask has no weight. Try: schedule=linear"
             )
+        if complementary and isinstance(mask, BlockMask | ExactCountMask):
+            raise ValueError(
+                f"module.complementary: what {type(mask).__name__} leaves visible follows another law than what it "
+                "hides. Try: module.mask._target_=d1lit.masking.BernoulliMask"
+            )
         self.policy = policy
         self.schedule = schedule
         self.times = times
@@ -89,24 +94,32 @@ class MaskedSFT(L.LightningModule):
     def masked_loss(self, batch: CompletionBatch, draws: CounterDraws, times: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted cross-entropy of the hidden tokens; with complements, the mean over both masks of the pair."""
         t = times(draws, batch.row_ids, batch.row_ids, batch.num_rows)
-        is_masked = self.mask(draws, batch.row_ids, self.schedule.mask_prob(t), batch.is_target)
-        loss, metrics = self._view_loss(batch, is_masked, t)
+        where = draws, batch.row_ids, self.schedule.mask_prob(t), batch.is_target
+        is_masked, factor = self.mask(*where), self.mask.weight(*where)
+        loss, metrics = self._view_loss(batch, is_masked, t, factor)
         if not self.complementary:
             return loss, metrics
         # 1 - t = 0 hides nothing there, but its weight must stay finite
-        rest, _ = self._view_loss(batch, complementary_mask(is_masked, batch.is_target), (1 - t).clamp(min=1e-3))
+        rest, _ = self._view_loss(
+            batch, complementary_mask(is_masked, batch.is_target), (1 - t).clamp(min=1e-3), factor
+        )
         return (loss + rest) / 2, metrics
 
-    def _view_loss(self, batch: CompletionBatch, is_masked: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss under one mask; the head sees hidden positions only."""
+    def _view_loss(
+        self, batch: CompletionBatch, is_masked: Tensor, t: Tensor, factor: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss under one mask; the head sees the positions that are hidden and scored."""
         noised_ids = apply_mask(batch.ids, is_masked, self.policy.mask_token_id)
         hidden = self.policy.hidden(noised_ids, batch.attention)
-        logprobs = self.policy.logprobs(hidden[is_masked], batch.ids[is_masked][:, None])[:, 0]
-        nll = logprobs.new_zeros(batch.ids.shape).masked_scatter(is_masked, -logprobs)
-        weight = self.schedule.weight(t) if self.token_weight is None else self.token_weight(is_masked)
-        loss = self.loss(nll, weight, is_masked, batch.is_target, batch.num_targets, batch.num_rows)
+        is_scored = is_masked & (factor > 0)
+        logprobs = self.policy.logprobs(hidden[is_scored], batch.ids[is_scored][:, None])[:, 0]
+        nll = logprobs.new_zeros(batch.ids.shape).masked_scatter(is_scored, -logprobs)
+        weight = (
+            self.schedule.weight(t)[:, None] * factor if self.token_weight is None else self.token_weight(is_masked)
+        )
+        loss = self.loss(nll, weight, is_scored, batch.is_target, batch.num_targets, batch.num_rows)
         return loss, {
-            "nll_per_masked_token": nll.detach().sum() / is_masked.sum().clamp(min=1),
+            "nll_per_masked_token": nll.detach().sum() / is_scored.sum().clamp(min=1),
             "masked_fraction": is_masked.sum() / batch.is_target.sum(),
         }
 

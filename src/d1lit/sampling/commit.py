@@ -119,25 +119,28 @@ class Threshold:
 class Factor:
     """The best n - 1 positions before the first c_(n) < 1 - factor / (n + 1) (Fast-dLLM, arXiv 2505.22618).
 
-    The best one is always fixed. Differs from the paper: like the published code, when the first failure is the very
-    last candidate that one is fixed too, so of two candidates both always are.
+    The best one is always fixed.
+    Differs from the published code: there a first failure that is the very last candidate is fixed too, so of two
+    candidates both always are; `fixes_last` does so.
     """
 
     factor: float
+    fixes_last: bool = False
 
     def quotas(self, block_length: int, num_steps: int) -> None:
         """The predictions decide."""
         return None
 
     def select(self, scores: Float[Tensor, "n M"], cells: Cells) -> Bool[Tensor, "n M"]:
-        """The longest prefix of the sorted confidences that passes, with the published code's rule for the end."""
+        """The longest prefix of the sorted confidences that passes."""
         places = ranks(scores)
         count = cells.candidates.sum(1, keepdim=True)
         fails = (scores < 1 - self.factor / (places + 2)) & (places > 0) & cells.candidates
         width = scores.shape[1]
         first = torch.where(fails, places, width).amin(1, keepdim=True)
-        taken = torch.where(first >= count - 1, count, first)
-        return (places < taken) & cells.candidates
+        if self.fixes_last:
+            first = torch.where(first == count - 1, count, first)
+        return (places < first) & cells.candidates
 
 
 @dataclass(frozen=True)
