@@ -55,8 +55,11 @@ def ddp(setting: Setting) -> Strategy | str:
 
 
 def fsdp(setting: Setting, offload: bool) -> Strategy | str:
-    """Parameters, gradients and optimizer state are spread over the processes (FSDP2), in host memory if `offload`."""
-    return "auto" if setting.world_size == 1 else FullySharded(setting.world_size, offload)
+    """Parameters, gradients and optimizer state are spread over the processes (FSDP2), in host memory if `offload`.
+
+    One process has nothing to spread; with `offload` its one shard stays in host memory.
+    """
+    return "auto" if setting.world_size == 1 and not offload else FullySharded(setting.world_size, offload)
 
 
 class FullySharded(ModelParallelStrategy):

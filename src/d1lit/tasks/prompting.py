@@ -176,7 +176,7 @@ def encode_prompts(
         elif overlong == "error":
             raise ValueError(
                 f"{key}: row {row.get('id')} has a prompt of {len(ids)} tokens, more than "
-                f"{max_prompt_length}. Try: {key}={len(ids)}, or task.overlong=drop for training rows [E307]"
+                f"{max_prompt_length}. Try: {key}={len(ids)}, or {key.split('.')[0]}.overlong=drop for training rows [E307]"
             )
     if rows and not kept:
         raise ValueError(
