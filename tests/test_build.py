@@ -120,7 +120,9 @@ def test_demonstrations_of_the_8b_preset_have_their_own_limit(task, tmp_path):
     (config,) = compose_jobs("train", [*words, *data, f"task.demonstration_data={demonstrations}"]).configs
     plan, tokenizer = plan_run(config), build_tiny_tokenizer()
     found = plan.rows_of(plan.stages[0], tokenizer)
-    assert (found.asked, found.dropped, found.cut) == (4, 1, 1), "the prompt of over 4096 tokens leaves nothing to learn"
+    assert (found.asked, found.dropped, found.cut) == (4, 1, 1), (
+        "the prompt of over 4096 tokens leaves nothing to learn"
+    )
     (long,) = (row for row in found.rows if row.example["question"] == LONG)
     text = tokenizer.decode(long.prompt_ids)
     assert LONG in text

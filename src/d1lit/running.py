@@ -227,7 +227,8 @@ def tell_dropped(plan: Plan, tokenizer: Any) -> None:
     for parts in plan.stages:
         rows, own = plan.rows_of(parts, tokenizer), getattr(parts.data, "max_prompt_length", None)
         if rows.dropped:
-            limit = f"task.max_prompt_length={plan.task.max_prompt_length}" if own is None else f"prompts of {own} tokens"
+            limit = f"task.max_prompt_length={plan.task.max_prompt_length}"
+            limit = limit if own is None else f"data.max_prompt_length={own}"
             say(f"{parts.name}: {rows.dropped} of {rows.asked} rows left out: longer than {limit} or the canvas")
         if rows.cut:
             say(f"{parts.name}: {rows.cut} of {len(rows.rows)} rows cut on the right at the layout's max_length")

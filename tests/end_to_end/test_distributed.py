@@ -144,6 +144,14 @@ def test_twenty_updates_in_two_processes_are_those_of_one(strategy, singles, tmp
 
 
 @pytest.mark.slow
+def test_one_process_that_offloads_is_one_that_does_not(singles, tmp_path):
+    names = ("sft-lora-fsdp_offload-float64-20", "grpo-full-fsdp_offload-float64-20")
+    together(1, tmp_path, *names)
+    for name in names:
+        check_same(read(singles / name.replace("fsdp_offload", "single")), read(tmp_path / name), name, 1e-12)
+
+
+@pytest.mark.slow
 def test_four_processes_are_one(singles, tmp_path):
     names = ("grpo-full-ddp-float64-20", "grpo-lora-fsdp-float64-20")
     together(4, tmp_path, *names)

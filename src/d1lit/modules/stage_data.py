@@ -131,8 +131,8 @@ def encoded_demonstrations(
 ) -> list[EncodedRow]:
     """Prompt and completion of each row as ids; a prefill of the template is taken off the completion's front.
 
-    No prompt is cut, whatever becomes of the task's own (`task.overlong`): a row whose prompt is too long is left out or
-    refused. Its limit is `max_prompt_length`, or the task's.
+    No prompt is cut, whatever `task.overlong` says of the task's own: a row whose prompt is too long is left out or
+    refused. The limit is `max_prompt_length`, or the task's.
 
     Raises:
         ValueError: if no row fits.
