@@ -145,7 +145,13 @@ def test_a_sharded_model_is_whole_before_and_after_its_stage():
 
 
 def test_an_evaluation_that_does_not_fit_is_refused():
-    plan = plan_for("recipe=sft", "hardware.memory_gib=60", "evaluation.batch_size=512", "task.val_rows=0")
+    plan = plan_for(
+        "recipe=sft",
+        "hardware.memory_gib=60",
+        "evaluation.batch_size=512",
+        "task.val_rows=0",
+        "evaluation.lengths=null",
+    )
     plan = replace(plan, sampler=replace(plan.sampler, rows_per_forward=None, block_length=256))
     with pytest.raises(ConfigError, match=r"^evaluation: at 256 tokens it needs about \d+\.\d GiB") as caught:
         estimate_run(plan, world_size=1)
