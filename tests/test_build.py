@@ -103,3 +103,28 @@ def test_demonstrations_to_validate_on_are_not_trained_on(tmp_path):
     own = plan_run(composed("train", "task.val_rows=5")).task
     assert [row["question"] for row in own.validation_demonstrations()] == [row["question"] for row in own.rows("val")]
     assert all(row["completion"].endswith("</answer>") for row in own.validation_demonstrations())
+
+
+LONG = "Let x be a real number. " * 100 + "Why?"
+"""About as long as the longest question of s1K, which has 2,423 characters."""
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "math500", "countdown", "sudoku", "code"])
+def test_demonstrations_of_the_8b_preset_have_their_own_limit(task, tmp_path):
+    """s1K's questions are longer than the task's prompts; d1 cut prompt and completion together on the right."""
+    demonstrations = tmp_path / "s1k.jsonl"
+    texts = [("Short?", "So."), (LONG, "So."), ("Short too?", "So. " * 1200), (LONG * 2, "So.")]
+    lines = [{"question": q, "thinking_trajectories": [thinking], "attempt": "1"} for q, thinking in texts]
+    demonstrations.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = [f"task={task}", "model=llada_8b", "task.num_builtin.train=200", "task.overlong=cut_left"]
+    data = [f"task.{name}=builtin" for name in ("train_data", "test_data")]
+    (config,) = compose_jobs("train", [*words, *data, f"task.demonstration_data={demonstrations}"]).configs
+    plan, tokenizer = plan_run(config), build_tiny_tokenizer()
+    found = plan.rows_of(plan.stages[0], tokenizer)
+    assert (found.asked, found.dropped, found.cut) == (4, 1, 1), (
+        "the prompt of over 4096 tokens leaves nothing to learn"
+    )
+    (long,) = (row for row in found.rows if row.example["question"] == LONG)
+    text = tokenizer.decode(long.prompt_ids)
+    assert LONG in text
+    assert text.index("Let x") == tokenizer.decode(found.rows[0].prompt_ids).index("Short"), "no head is cut"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from d1lit.models.cache import KVCache
 from d1lit.models.transformer import MaskedDiffusionConfig, MaskedDiffusionLM
 from d1lit.modules.accounting import Meter, StageCost, cost_metrics, peak_memory_mb, reset_peak_memory
 from d1lit.recipes import StageFolder, read_costs, write_cost
-from d1lit.sampling import BlockSampler, DualCache, EvenSchedule, FixedQuota, InverseCDF, TokenProbability
+from d1lit.sampling import BlockSampler, DualCache, EvenSchedule, FixedQuota, InverseCDF, PrefixCache, TokenProbability
 from d1lit.scoring import score
 from d1lit.types import Corruption, PromptBatch, Rollout
 
@@ -148,6 +149,13 @@ def test_reference_and_merged_passes_do_without_the_adapter() -> None:
         assert cost() == plain
 
 
+def test_a_rollout_with_a_prefix_cache_costs_what_its_formula_says() -> None:
+    network, cache = policy(), PrefixCache(KVCache)
+    sampler(cache=cache)(network, prompts(3), 2, CounterDraws(0))
+    plan = RolloutPlan(6, PROMPT, COMPLETION, 8, 3, cache.span)
+    assert network.work.flops == costs.rollout_flops(network.shape, plan)
+
+
 @pytest.mark.parametrize("cache", [None, DualCache(KVCache)])
 def test_a_rollout_costs_what_its_formula_says(cache: Any) -> None:
     network = policy()
@@ -155,6 +163,8 @@ def test_a_rollout_costs_what_its_formula_says(cache: Any) -> None:
     plan = RolloutPlan(6, PROMPT, COMPLETION, 8, 3)
     formula = costs.exact_rollout_flops if cache is None else costs.dual_cache_rollout_flops
     assert network.work.flops == formula(network.shape, plan)
+    span = None if cache is None else cache.span
+    assert costs.rollout_flops(network.shape, replace(plan, span=span)) == network.work.flops
     assert (network.work.forwards, network.work.tokens) == (rollout.num_forwards, rollout.num_tokens_forward)
     assert network.work.flops < costs.textbook_rollout_flops(network.shape, plan)
 

@@ -95,7 +95,7 @@ def test_a_card_too_small_for_bfloat16_is_told_of_four_bits():
     plan = plan_for("hardware.memory_gib=17")
     with pytest.raises(ConfigError, match=r"stages.sft: needs about 18\.\d GiB") as caught:
         estimate_run(plan, world_size=1)
-    assert caught.value.cure.startswith("lora.quantize=nf4")
+    assert caught.value.cure.startswith("scale.sft.lora.quantize=nf4")
     nf4 = ("scale.sft.lora.quantize=nf4", "scale.grpo.lora.quantize=nf4", "sampler.rows_per_forward=4")
     sft, grpo = estimate_run(plan_for("hardware.memory_gib=17", "dry_run=true", *nf4), world_size=1)[0]
     whole, packed = 8_015_581_184, 32 * (4 * 4096**2 + 3 * 4096 * 12288)
@@ -103,6 +103,67 @@ def test_a_card_too_small_for_bfloat16_is_told_of_four_bits():
     expected = 2 * (whole - packed) + packed * (0.5 + 1 / 64 + 4 / (64 * 256)) + 4 * 167_772_160
     assert grpo.memory.weights == pytest.approx(expected)
     assert sft.memory.peak < 17 * GIB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("recipe=grpo", "scale.grpo.lora=null"),
+        ("recipe=grpo", "hardware.memory_gib=20", "scale.grpo.micro_batch_size=4"),
+        ("recipe=sft", "hardware.memory_gib=19", "scale.sft.micro_batch_size=8"),
+        ("recipe=grpo", "hardware.memory_gib=20", "model.gradient_checkpointing=false"),
+        ("recipe=grpo", "hardware.memory_gib=45", "scale.grpo.lora=null", "scale.grpo.batch_size=6"),
+    ],
+)
+def test_every_cure_that_is_named_works(words):
+    with pytest.raises(ConfigError) as caught:
+        estimate_run(plan_for(*words), world_size=1)
+    for cure in caught.value.cure.split("; or "):
+        cured = plan_for(*words, "dry_run=true", *cure.split())
+        estimate_run(cured, cured.config.trainer.devices)
+
+
+def test_an_adapter_is_not_told_to_take_one():
+    with pytest.raises(ConfigError, match="needs about") as caught:
+        estimate_run(plan_for("recipe=grpo", "hardware.memory_gib=4"), world_size=1)
+    assert caught.value.cure == "larger devices"
+
+
+def test_a_sharded_model_is_whole_before_and_after_its_stage():
+    full, base = plan_for("recipe=grpo", "scale.grpo.lora=null", "strategy=fsdp_offload"), 2 * 8_015_581_184
+    for devices in (2, 8):
+        (stage,), _ = estimate_run(full, devices)
+        assert stage.memory.start == 2 * base, "beside its copy, the reference"
+        assert stage.memory.weights == stage.memory.optimizer == 0
+        # Weights, gradients and reference in bfloat16; two moments and a copy of the weights in float32.
+        assert stage.memory.host == pytest.approx(base * (3 + 3 * 2) / devices)
+    assert stage.checkpoint_bytes == 3 * base * (2 + 3 * 2) + base, "the kept reference is in every checkpoint"
+    (sft,), _ = estimate_run(plan_for("recipe=sft", "scale.sft.lora=null", "strategy=fsdp"), 8)
+    assert sft.memory.start == base + base // 8, "the shards still stand when all is put together"
+    assert sft.memory.rollout > base, "and validation gathers it"
+
+
+def test_an_evaluation_that_does_not_fit_is_refused():
+    plan = plan_for(
+        "recipe=sft",
+        "hardware.memory_gib=60",
+        "evaluation.batch_size=512",
+        "task.val_rows=0",
+        "evaluation.lengths=null",
+    )
+    plan = replace(plan, sampler=replace(plan.sampler, rows_per_forward=None, block_length=256))
+    with pytest.raises(ConfigError, match=r"^evaluation: at 256 tokens it needs about \d+\.\d GiB") as caught:
+        estimate_run(plan, world_size=1)
+    rows = int(caught.value.cure.removeprefix("sampler.rows_per_forward="))
+    estimate_run(replace(plan, sampler=replace(plan.sampler, rows_per_forward=rows)), world_size=1)
+
+
+def test_hours_are_those_of_the_sampler_that_is_chosen():
+    exact, cached = (estimate_run(plan_for("recipe=grpo", *words), 1) for words in ((), ("sampler=dual_cache",)))
+    assert cached[0][0].hours < exact[0][0].hours / 2
+    _, lines = estimate_run(plan_for("recipe=grpo", "sampler=threshold"), 1)
+    assert any("Threshold decides itself how many steps" in line for line in lines)
 
 
 def test_evaluation_and_merge_are_estimated_at_every_length():

@@ -218,8 +218,14 @@ def test_the_budget_decides_the_chunks() -> None:
         score(policy, rollout, corruption, views_per_chunk=0)
 
 
-def test_nothing_to_score_is_zero_and_needs_no_forward() -> None:
+def test_nothing_to_score_is_zero_and_needs_no_forward_but_has_gradients() -> None:
+    """A micro-batch in which no token was masked: its loss has a backward pass, for which other processes wait."""
     policy = CountingPolicy(small_policy())
     rollout, corruption = random_case(12)
-    scores = score(policy, rollout, replace(corruption, view_of=torch.full_like(corruption.view_of, -1)), True)
+    corruption = replace(corruption, view_of=torch.full_like(corruption.view_of, -1))
+    with torch.no_grad():
+        scores = score(policy, rollout, corruption, True)
     assert not policy.shapes and not scores.logprobs.any()
+    scores = score(policy, rollout, corruption, True)
+    assert not scores.logprobs.any()
+    assert not any(gradient.any() for gradient in gradients(policy, scores.logprobs))

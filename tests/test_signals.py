@@ -262,6 +262,8 @@ def test_requeue_minds_arrays_and_strange_ids(tmp_path: Path, monkeypatch: pytes
     assert not requeue({"SLURM_JOB_ID": "1; rm -rf /"})
     assert requeue({"SLURM_JOB_ID": "5", "SLURM_ARRAY_JOB_ID": "4", "SLURM_ARRAY_TASK_ID": "7"})
     assert asked.read_text() == "requeue 4_7\n"
+    assert not requeue({"SLURM_JOB_ID": "5", "SUBMITIT_EXECUTOR": "slurm"}), "submitit asks"
+    assert asked.read_text() == "requeue 4_7\n"
     monkeypatch.setenv("FAIL", "1")
     assert not requeue({"SLURM_JOB_ID": "5"})
     scontrol.unlink()

@@ -128,7 +128,13 @@ def test_auto_shards_only_a_large_model_that_trains_whole():
     assert auto(Setting(1, CPU, True)) == "auto"
     assert type(auto(Setting(2, CPU, False))).__name__ == "DDPStrategy"
     assert isinstance(auto(Setting(2, CPU, True)), FullySharded)
-    assert ddp(Setting(1, CPU, True)) == fsdp(Setting(1, CPU, True), offload=True) == "auto"
+    assert ddp(Setting(1, CPU, True)) == fsdp(Setting(1, CPU, True), offload=False) == "auto"
+
+
+def test_one_process_may_keep_its_weights_in_host_memory():
+    strategy = fsdp(Setting(1, CPU, True), offload=True)
+    assert isinstance(strategy, FullySharded)
+    assert strategy.offload
 
 
 def test_single_refuses_several():

@@ -7,6 +7,7 @@ operation, as is usual for model-FLOPs utilisation (PaLM, arXiv 2204.02311, appe
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -129,6 +130,8 @@ class RolloutPlan:
     completion_length: int
     block_length: int
     steps_per_block: int
+    span: Callable[[int, int, int], tuple[int, int]] | None = None
+    """Under a cache, which positions the steps of a block after its first compute: of start, stop, canvas length."""
 
     @property
     def length(self) -> int:
@@ -164,6 +167,20 @@ def exact_rollout_flops(shape: NetworkShape, plan: RolloutPlan) -> int:
         body_flops(shape, replace(extent, kept=masked)) + head_flops(shape, plan.rows * masked)
         for masked in plan.masked
     )
+
+
+def rollout_flops(shape: NetworkShape, plan: RolloutPlan) -> int:
+    """As the sampler works: the first step of a block as `exact_rollout_flops`, later ones on the plan's span."""
+    if plan.span is None:
+        return exact_rollout_flops(shape, plan)
+    total = 0
+    for start in range(plan.prompt_length, plan.length, plan.block_length):
+        first, last = plan.span(start, start + plan.block_length, plan.length)
+        for step, masked in enumerate(plan.masked):
+            queries = plan.length if step == 0 else last - first
+            body = body_flops(shape, Extent(plan.rows, queries, plan.length, masked))
+            total += body + head_flops(shape, plan.rows * masked)
+    return total
 
 
 def dual_cache_rollout_flops(shape: NetworkShape, plan: RolloutPlan) -> int:

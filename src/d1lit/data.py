@@ -227,7 +227,16 @@ def right_padded_layout(
 
     d1's SFT (SFT/sft_trainer.py) pads every row to 4096 and learns the padding, as LLaDA was trained; with
     `learn_padding` false only the first end-of-sequence is learnt and the rest is hidden from attention.
+
+    Raises:
+        ValueError: for a prompt that leaves no token to learn (d1 trains on such a row, which teaches nothing).
     """
+    for row in rows:
+        if len(row.prompt_ids) >= max_length:
+            raise ValueError(
+                f"max_length: {max_length} tokens cannot hold the prompt of row {row.example.get('id')!r} "
+                f"({len(row.prompt_ids)} tokens) and a token to learn. Try: a longer one, or data.overlong=drop [E307]"
+            )
     joined = [(list(r.prompt_ids) + list(r.completion_ids) + [eos_id])[:max_length] for r in rows]
     length = max_length if pad_to_max else max(map(len, joined))
     ids = torch.full((len(rows), length), eos_id, dtype=torch.int64)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 from omegaconf import OmegaConf
 
 from d1lit.components import build
-from d1lit.costs import RolloutPlan, exact_rollout_flops, matmul_peak
+from d1lit.costs import RolloutPlan, matmul_peak, rollout_flops
+from d1lit.data import BatchPlan
 from d1lit.draws import CounterDraws
 from d1lit.errors import ConfigError
 from d1lit.footprint import Memory, Work, count_parameters, cycle_flops, memory, network_shape, update_flops
@@ -30,6 +32,7 @@ from d1lit.models.presets import tiny_config
 from d1lit.modules import Prompts
 from d1lit.modules.muon import MuonWithAdamW
 from d1lit.plan import Plan, StageParts, evaluation_sampler
+from d1lit.sampling import BlockSampler
 from d1lit.strategies import FullySharded, Setting
 from d1lit.types import Context, Rollout
 
@@ -73,6 +76,8 @@ def stage_work(plan: Plan, parts: StageParts, world_size: int) -> Work:
     strategy = build(plan.config, "strategy")(setting)
     keywords: Mapping[str, Any] = parts.module.keywords if isinstance(parts.module, partial) else {}
     loss = keywords["loss"]
+    # Stated numbers are those of GPUs.
+    on_gpu = plan.device.type == "cuda" or plan.config.hardware.peak_tflops is not None
     muon = isinstance(parts.optimizer, partial) and parts.optimizer.func is MuonWithAdamW
     slots = 2.0 - counts.matrices / counts.trainable if muon else 2.0
     common = Work(
@@ -82,7 +87,7 @@ def stage_work(plan: Plan, parts: StageParts, world_size: int) -> Work:
         optimizer_slots=slots,
         world_size=world_size,
         is_sharded=isinstance(strategy, FullySharded),
-        is_offloaded=isinstance(strategy, FullySharded) and strategy.offload,
+        is_offloaded=isinstance(strategy, FullySharded) and strategy.offload and on_gpu,
         recomputes_blocks=model.gradient_checkpointing,
         num_micro=parts.batch_size // (parts.micro_batch_size * world_size),
         views=parts.micro_batch_size,
@@ -90,8 +95,10 @@ def stage_work(plan: Plan, parts: StageParts, world_size: int) -> Work:
         scored=0,
         views_per_chunk=keywords.get("views_per_chunk"),
         keeps_reference=False,
-        on_gpu=plan.device.type == "cuda" or plan.config.hardware.peak_tflops is not None,  # stated ones are GPUs
+        on_gpu=on_gpu,
         is_quantized=parts.lora is not None and parts.lora.quantize is not None,
+        caches=plan.sampler.cache is not None,
+        validation=_evaluation_plan(plan, None) if parts.validate_every is not None and plan.task.val_rows else None,
     )
     if isinstance(parts.data, Prompts):
         return _rl_work(plan, parts, common, keywords, bool(getattr(loss, "needs_reference", False)))
@@ -106,7 +113,6 @@ def _rl_work(plan: Plan, parts: StageParts, common: Work, keywords: Mapping[str,
     prompt, completion = plan.task.max_prompt_length, sampler.completion_length
     rows = parts.batch_size // common.world_size * group
     views, length = _views(keywords["estimator"], parts.micro_batch_size, group, prompt, completion, inner)
-    rows_at_once = min(rows, sampler.rows_per_forward or rows)
     exact_weights = common.itemsize >= 4
     needs_old = keywords["loss"].needs_old
     view_bytes = bytes_without_gradient(common.config, length, common.itemsize)
@@ -117,14 +123,27 @@ def _rl_work(plan: Plan, parts: StageParts, common: Work, keywords: Mapping[str,
         views=views,
         length=length,
         scored=completion,
-        keeps_reference=needs_reference and parts.lora is None,
-        rollout=RolloutPlan(rows_at_once, prompt, completion, sampler.block_length, sampler.steps_per_block),
-        rollout_rows=rows,
+        keeps_reference=(needs_reference or bool(keywords.get("kl_in_reward"))) and parts.lora is None,
+        rollout=_rollout_plan(sampler, rows, prompt),
+        rollout_rows=rows * (2 if sampler.guidance else 1),
         passes=(inner - 1 if needs_old else 0) + (inner if needs_reference else 0),
         corruptions_at_once=at_once,
-        caches=sampler.cache is not None,
         merges=parts.lora is not None and (exact_weights or keywords["merge_for_rollouts"]),
     )
+
+
+def _rollout_plan(sampler: BlockSampler, rows: int, prompt_length: int) -> RolloutPlan:
+    """A sampler's work on what one forward holds of some rows; a guided row counts twice."""
+    rows *= 2 if sampler.guidance else 1
+    at_once, span = min(rows, sampler.rows_per_forward or rows), None if sampler.cache is None else sampler.cache.span
+    canvas = (sampler.completion_length, sampler.block_length, sampler.steps_per_block)
+    return RolloutPlan(at_once, prompt_length, *canvas, span)
+
+
+def _evaluation_plan(plan: Plan, length: int | None) -> RolloutPlan:
+    """What one forward holds in an evaluation or a look at the validation rows."""
+    prompt = max(max(part.max_prompt_length, part.max_test_prompt_length) for part, _ in plan.task.portions(None))
+    return _rollout_plan(evaluation_sampler(plan, length), plan.config.evaluation.batch_size, prompt)
 
 
 def _views(estimator: Any, prompts: int, group: int, prompt: int, completion: int, inner: int) -> tuple[int, int]:
@@ -182,6 +201,7 @@ def estimate_stage(plan: Plan, parts: StageParts, world_size: int, peak: float, 
     own = work.itemsize if work.counts.adapter == 0 else work.wide
     copies = work.wide if half and work.counts.adapter == 0 else 0
     kept = work.counts.trainable * (own + copies + work.wide * work.optimizer_slots)
+    kept += work.counts.total * own if work.keeps_reference else 0
     return StageEstimate(
         name=parts.name,
         work=work,
@@ -220,19 +240,21 @@ def estimate_evaluations(
     """
     settings, task = plan.config.evaluation, plan.task
     count = len(task.rows(settings.split)[: settings.rows])
-    prompt = max(max(part.max_prompt_length, part.max_test_prompt_length) for part, _ in task.portions(None))
     found = []
     for length in settings.lengths or [plan.sampler.completion_length]:
-        sampler = evaluation_sampler(plan, length)
-        at_once = min(settings.batch_size, sampler.rows_per_forward or settings.batch_size)
-        rollout = RolloutPlan(at_once, prompt, length, sampler.block_length, sampler.steps_per_block)
-        whole = replace(work, rollout=rollout, merges=False, is_sharded=False, is_offloaded=False)
-        need = memory(whole)
-        share = -(-count // world_size)
-        flops = exact_rollout_flops(network_shape(work.config), replace(rollout, rows=share))
+        rollout = _evaluation_plan(plan, length)
+        share = -(-count // world_size) * (2 if plan.sampler.guidance else 1)
+        flops = rollout_flops(network_shape(work.config), replace(rollout, rows=share))
         hours = flops / (peak * utilisation) / 3600
-        found.append(EvaluationEstimate(length, count, need.weights + need.rollout, hours))
+        found.append(EvaluationEstimate(length, count, _evaluation_bytes(work, rollout), hours))
     return found
+
+
+def _evaluation_bytes(work: Work, rollout: RolloutPlan) -> int:
+    """The whole model on every device, and a forward of the rollout."""
+    whole = replace(work, rollout=rollout, validation=None, merges=False, is_sharded=False, is_offloaded=False)
+    need = memory(whole)
+    return need.weights + need.rollout
 
 
 # --------------------------------------------------------------------------------- micro-batches from a memory budget
@@ -266,32 +288,55 @@ def with_micro_batches(plan: Plan, sizes: Mapping[str, int]) -> Plan:
     return replace(plan, stages=stages)
 
 
-def smaller(work: Work) -> Iterator[tuple[str, Work]]:
-    """Ways to need less memory, the cheapest first, each with what it is set by."""
-    if not work.recomputes_blocks:
-        yield "model.gradient_checkpointing=true", replace(work, recomputes_blocks=True)
-    if work.rollout is not None:
-        yield "views_per_chunk=1 (in the stage's module)", replace(work, recomputes_blocks=True, views_per_chunk=1)
-        few = replace(work.rollout, rows=min(4, work.rollout.rows))
-        yield (
-            "views_per_chunk=1 and sampler.rows_per_forward=4",
-            replace(work, recomputes_blocks=True, views_per_chunk=1, rollout=few),
-        )
+def smaller(plan: Plan, parts: StageParts, work: Work) -> Iterator[tuple[str, Work]]:
+    """Ways for a stage to need less memory, the cheapest first, each with the words of the command line that ask it."""
+    few = None if work.rollout is None else replace(work.rollout, rows=min(4, work.rollout.rows))
+    recompute = "" if work.recomputes_blocks else "model.gradient_checkpointing=true "
+    if recompute:
+        yield recompute.strip(), replace(work, recomputes_blocks=True)
+    if parts.micro_batch_size > 1:
+        one = replace(stage_work(plan, replace(parts, micro_batch_size=1), work.world_size), recomputes_blocks=True)
+        yield f"{recompute}{_key(plan, parts, 'micro_batch_size')}=1", one
+    if few is not None:
+        chunks = f"+stages.{parts.name}.module.views_per_chunk=1"
+        cut = replace(work, recomputes_blocks=True, views_per_chunk=1)
+        yield f"{recompute}{chunks}", cut
+        yield f"{recompute}{chunks} sampler.rows_per_forward=4", replace(cut, rollout=few)
     if work.counts.adapter and not work.is_quantized and not work.is_sharded:
-        few = None if work.rollout is None else replace(work.rollout, rows=min(4, work.rollout.rows))
         packed = replace(work, recomputes_blocks=True, is_quantized=True, rollout=few)
         rows = "" if few is None else " sampler.rows_per_forward=4"
-        yield f"lora.quantize=nf4 (in the stage){rows}", packed
-    for devices in (2, 4, 8, 16, 32, 64):
-        if not work.is_quantized and (devices > work.world_size or not work.is_sharded):
-            sharded = replace(work, recomputes_blocks=True, is_sharded=True, world_size=max(devices, work.world_size))
-            yield f"strategy=fsdp trainer.devices={sharded.world_size}", sharded
+        yield f"{recompute}{_key(plan, parts, 'lora')}.quantize=nf4{rows}", packed
+    if any(stage.lora is not None and stage.lora.quantize is not None for stage in plan.stages):
+        return  # fsdp cannot shard four bits
+    sizes = [devices for devices in (1, 2, 4, 8, 16, 32, 64) if devices >= work.world_size and _divides(plan, devices)]
+    for devices, offload in [(d, False) for d in sizes if d > 1] + [(d, True) for d in sizes if work.on_gpu]:
+        size = min(parts.micro_batch_size, parts.batch_size // devices)
+        there = stage_work(plan, replace(parts, micro_batch_size=size), devices)
+        sharded = replace(there, recomputes_blocks=True, is_sharded=True, is_offloaded=offload)
+        yield f"{recompute}strategy=fsdp{'_offload' if offload else ''} trainer.devices={devices}", sharded
 
 
-def cures(work: Work, limit: float) -> list[str]:
+def _key(plan: Plan, parts: StageParts, name: str) -> str:
+    """The key that a setting of a stage is set by: where its YAML refers to another, that one."""
+    stage: Any = OmegaConf.to_container(plan.config.stages[parts.name], resolve=False)
+    raw = stage[name]
+    return raw[2:-1] if isinstance(raw, str) and raw.startswith("${") else f"stages.{parts.name}.{name}"
+
+
+def _divides(plan: Plan, devices: int) -> bool:
+    """Whether every stage's batch can be cut for so many devices."""
+    for parts in plan.stages:
+        try:
+            BatchPlan(parts.batch_size, min(parts.micro_batch_size, max(1, parts.batch_size // devices)), devices)
+        except ValueError:
+            return False
+    return True
+
+
+def cures(plan: Plan, parts: StageParts, work: Work, limit: float) -> list[str]:
     """What would make the stage fit: up to two ways."""
-    found = [words for words, changed in smaller(work) if memory(changed).peak <= limit]
-    return found[:2]
+    found = (words for words, changed in smaller(plan, parts, work) if memory(changed).peak <= limit)
+    return list(islice(found, 2))
 
 
 def device_memory(plan: Plan) -> float:
@@ -336,33 +381,67 @@ def estimate_run(plan: Plan, world_size: int) -> tuple[list[StageEstimate], list
         for e in evaluations
     ]
     if stages:
-        lines.append(describe_merge(stages[-1].work))
+        need = merge_bytes(stages[-1].work) / GIB
+        lines.append(f"merging an adapter, or export: {need:.3g} GiB for a moment, and the model's size on disk")
     total = sum(stage.hours for stage in stages) + models * sum(e.hours for e in evaluations)
-    lines.append(f"everything: {total:.3g} hours, judging apart")
-    for stage in stages:
-        if stage.memory.peak > limit:
-            print("\n".join(lines))
-            found = cures(stage.work, limit)
-            raise ConfigError(
-                f"stages.{stage.name}",
-                f"needs about {stage.memory.peak / GIB:.1f} GiB on each device, which has {limit / GIB:.1f}",
-                "; or ".join(found) if found else "an adapter (LoRA) instead of full training, or larger devices",
-                "E602",
-            )
+    lines.append(f"everything: {total:.3g} hours, judging and looks at the validation rows apart")
+    if stages and plan.sampler.commit.quotas(plan.sampler.block_length, plan.sampler.steps_per_block) is None:
+        rule, steps = type(plan.sampler.commit).__name__, plan.sampler.steps_per_block
+        lines.append(f"rollouts: {rule} decides itself how many steps a block takes; hours are those of {steps}")
+    try:
+        for stage, parts in zip(stages, plan.stages, strict=True):
+            _check_stage(plan, parts, stage, limit)
+        for entry in evaluations:
+            _check_evaluation(plan, entry, stages[-1].work, limit)
+    except ConfigError:
+        print("\n".join(lines))
+        raise
     return stages, lines
 
 
-def describe_merge(work: Work) -> str:
-    """What `d1lit export` and the hand-over between stages need."""
+def _check_stage(plan: Plan, parts: StageParts, stage: StageEstimate, limit: float) -> None:
+    """Refuse a stage that does not fit its device, this machine's memory where that is known, or its merge."""
+    key, other = f"stages.{stage.name}", "larger devices"
+    if stage.work.counts.adapter == 0:
+        other = "an adapter (LoRA) instead of full training, or larger devices"
+    if stage.memory.peak > limit:
+        cause = f"needs about {stage.memory.peak / GIB:.1f} GiB on each device, which has {limit / GIB:.1f}"
+        raise ConfigError(key, cause, "; or ".join(cures(plan, parts, stage.work, limit)) or other, "E602")
+    is_last = parts.name == plan.stages[-1].name
+    if parts.lora is not None and not is_last and merge_bytes(stage.work) > limit:
+        cause = f"merging its adapter needs about {merge_bytes(stage.work) / GIB:.1f} GiB on each device"
+        raise ConfigError(key, f"{cause}, which has {limit / GIB:.1f}", "larger devices", "E602")
+    here = stage.work.world_size // plan.config.trainer.num_nodes * stage.memory.host
+    there = psutil.virtual_memory().total
+    if plan.config.hardware.memory_gib is None and here > there:
+        cause = f"needs about {here / GIB:.1f} GiB of host memory on each machine, which has {there / GIB:.1f}"
+        raise ConfigError(key, cause, f"strategy=fsdp, more machines, or {other}", "E602")
+
+
+def _check_evaluation(plan: Plan, entry: EvaluationEstimate, work: Work, limit: float) -> None:
+    """Refuse an evaluation that does not fit, naming how many rows of a forward would."""
+    if entry.memory <= limit:
+        return
+    rollout = _evaluation_plan(plan, entry.completion_length)
+    streams = 2 if plan.sampler.guidance else 1
+    fits = [n for n in (32, 16, 8, 4, 2, 1) if streams <= n < rollout.rows]
+    fits = [n for n in fits if _evaluation_bytes(work, replace(rollout, rows=n)) <= limit]
+    cause = f"at {entry.completion_length} tokens it needs about {entry.memory / GIB:.1f} GiB on each device"
+    cure = f"sampler.rows_per_forward={fits[0]}" if fits else "larger devices"
+    raise ConfigError("evaluation", f"{cause}, which has {limit / GIB:.1f}", cure, "E602")
+
+
+def merge_bytes(work: Work) -> int:
+    """What `d1lit export` and the hand-over between stages hold: the model, and one matrix three times in float32."""
     widest = max(work.config.intermediate_size, work.config.hidden_size) * work.config.hidden_size
-    need = (work.counts.total - work.counts.adapter) * work.itemsize + 3 * widest * work.wide
-    return f"merging an adapter, or export: {need / GIB:.3g} GiB for a moment, and the model's size on disk"
+    return (work.counts.total - work.counts.adapter) * work.itemsize + 3 * widest * work.wide
 
 
 def describe(stage: StageEstimate) -> list[str]:
     """A stage in a few lines."""
     work, need = stage.work, stage.memory
     parts = {
+        "whole model": need.start,
         "weights": need.weights,
         "gradients": need.gradients,
         "optimizer": need.optimizer,
@@ -372,10 +451,11 @@ def describe(stage: StageEstimate) -> list[str]:
         "scoring": need.scoring,
     }
     sizes = ", ".join(f"{name} {size / GIB:.3g}" for name, size in parts.items() if size)
+    host = f"; of the host for each device: {need.host / GIB:.3g}" if need.host else ""
     steps = f"{stage.updates} updates" + (f" on {stage.rollouts} rollouts" if stage.rollouts else "")
     return [
         f"{stage.name}: {work.counts.total:,} parameters, {work.counts.trainable:,} of them trained; {steps}",
-        f"  memory of each device, GiB: {need.peak / GIB:.3g} at most ({sizes})",
+        f"  memory of each device, GiB: {need.peak / GIB:.3g} at most ({sizes}){host}",
         f"  {work.num_micro} micro-batches of {work.views} views x {work.length} tokens on each device",
         f"  {stage.tokens:.3g} tokens in updates, {stage.flops:.3g} operations, {stage.hours:.3g} hours; "
         f"checkpoints and weights {stage.checkpoint_bytes / GIB:.3g} GiB of disk",

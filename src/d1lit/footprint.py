@@ -9,9 +9,9 @@ from d1lit.costs import (
     RolloutPlan,
     body_backward_flops,
     body_flops,
-    exact_rollout_flops,
     full,
     logprob_flops,
+    rollout_flops,
     scoring_flops,
 )
 from d1lit.models import LoraSettings, MaskedDiffusionConfig
@@ -84,6 +84,7 @@ class Work:
     world_size: int
     is_sharded: bool
     is_offloaded: bool
+    """Shards stand in host memory, beside a GPU."""
     recomputes_blocks: bool
     num_micro: int
     views: int
@@ -106,6 +107,8 @@ class Work:
     caches: bool = False
     """Rollouts keep keys and values of the canvas."""
     on_gpu: bool = False
+    validation: RolloutPlan | None = None
+    """Rows of one look at the validation rows that one forward holds."""
 
     @property
     def wide(self) -> int:
@@ -136,13 +139,16 @@ class Memory:
     update_end: int
     """The same where the backward pass ends, beside all gradients."""
     rollout: int
+    """The same in a rollout or a look at the validation rows, parameters gathered where they are sharded."""
     scoring: int
     gradients_first: bool
     """Gradients of an earlier micro-batch stand beside the activations."""
     scratch: int
     """The optimizer's, at its step."""
     start: int
-    """Before the stage, where the base is loaded whole and then quantised."""
+    """Before the stage, where the base is loaded whole to be quantised or sharded; where sharded, after it too."""
+    host: int
+    """In host memory, where shards are offloaded."""
 
     @property
     def fixed(self) -> int:
@@ -171,21 +177,35 @@ def memory(work: Work) -> Memory:
     if work.is_sharded:  # the block at work, the one fetched ahead, and what belongs to no block
         blocks = counts.block * work.config.num_hidden_layers
         gathered = (2 * counts.block + counts.total - blocks) * item
-    on_host = 0 if work.is_offloaded else 1
     largest = max(counts.head, counts.block // 3)
+    gradients = counts.trainable * own // share
+    optimizer = (int(counts.trainable * work.optimizer_slots * work.wide) + copies) // share
+    reference = base * item // share if work.keeps_reference else 0
+    on_device = 0 if work.is_offloaded else 1
+    looks = [_rollout_bytes(work, plan) for plan in (work.rollout, work.validation) if plan is not None]
     return Memory(
-        weights=weights * on_host,
-        gradients=counts.trainable * own // share * on_host,
-        optimizer=(int(counts.trainable * work.optimizer_slots * work.wide) + copies) // share * on_host,
-        reference=(counts.total - counts.adapter) * item // share * on_host if work.keeps_reference else 0,
+        weights=weights * on_device,
+        gradients=gradients * on_device,
+        optimizer=optimizer * on_device,
+        reference=reference * on_device,
         update=_update_bytes(work) + gathered,
         update_end=work.tokens * (kept_by_block(work) + block_scratch(work, with_gradient=True)) + gathered,
-        rollout=_rollout_bytes(work) + (counts.total * item if work.is_sharded else 0),
+        rollout=max(looks) + (counts.total * item if work.is_sharded else 0) if looks else 0,
         scoring=_scoring_bytes(work) + gathered if work.passes else 0,
         gradients_first=work.num_micro > 1,
         scratch=(2 * min(largest, counts.trainable) * work.wide + copies) // share,
-        start=base * item if work.is_quantized else 0,
+        start=_whole_bytes(work, (weights + reference) * on_device),
+        host=0 if on_device else weights + gradients + optimizer + reference,
     )
+
+
+def _whole_bytes(work: Work, shards: int) -> int:
+    """The whole model, beside its copy of reference before it is cut, and beside its shards at the end of the stage."""
+    base = (work.counts.total - work.counts.adapter) * work.itemsize
+    if not work.is_sharded:
+        return base if work.is_quantized else 0
+    model = base + work.counts.adapter * work.wide
+    return model + max(base if work.keeps_reference else 0, shards)
 
 
 def kept_by_block(work: Work) -> int:
@@ -240,10 +260,8 @@ def _update_bytes(work: Work) -> int:
     return finals + max(kept + moment, head if chunked else kept + head)
 
 
-def _rollout_bytes(work: Work) -> int:
-    if work.rollout is None:
-        return 0
-    plan, config = work.rollout, work.config
+def _rollout_bytes(work: Work, plan: RolloutPlan) -> int:
+    config = work.config
     body = plan.rows * plan.length * block_scratch(work, with_gradient=False)
     logits = plan.rows * plan.block_length * config.vocab_size * work.wide
     # Beside them two softmaxes and the tempered logits: on a GPU of many rows at a time, on a CPU of few.
@@ -291,7 +309,7 @@ def cycle_flops(work: Work) -> int:
     if work.rollout is None:
         return 0
     shape = network_shape(work.config)
-    rollout = exact_rollout_flops(shape, replace(work.rollout, rows=work.rollout_rows))
+    rollout = rollout_flops(shape, replace(work.rollout, rows=work.rollout_rows))
     completion = work.rollout.completion_length
     once = scoring_flops(shape, work.views, work.length - completion, completion)
     return rollout + work.passes * work.num_micro * once

@@ -223,12 +223,15 @@ def tell_rows(plan: Plan) -> None:
 
 
 def tell_dropped(plan: Plan, tokenizer: Any) -> None:
-    """Print how many rows no stage trains on because they are too long."""
+    """Print how many rows no stage trains on because they are too long, and how many lose their end."""
     for parts in plan.stages:
-        rows = plan.rows_of(parts, tokenizer)
+        rows, own = plan.rows_of(parts, tokenizer), getattr(parts.data, "max_prompt_length", None)
         if rows.dropped:
-            limits = f"task.max_prompt_length={plan.task.max_prompt_length} or the canvas"
-            say(f"{parts.name}: {rows.dropped} of {rows.asked} rows left out: longer than {limits}")
+            limit = f"task.max_prompt_length={plan.task.max_prompt_length}"
+            limit = limit if own is None else f"data.max_prompt_length={own}"
+            say(f"{parts.name}: {rows.dropped} of {rows.asked} rows left out: longer than {limit} or the canvas")
+        if rows.cut:
+            say(f"{parts.name}: {rows.cut} of {len(rows.rows)} rows cut on the right at the layout's max_length")
 
 
 # ------------------------------------------------------------------------------------------------------------------ end
@@ -258,6 +261,7 @@ def finish(
         "data": {
             **plan.task.overlap.record(),
             "dropped_rows": {parts.name: plan.rows_of(parts, tokenizer).dropped for parts in plan.stages},
+            "cut_rows": {parts.name: plan.rows_of(parts, tokenizer).cut for parts in plan.stages},
         },
         "evaluations": [entry for entry in entries if "probe" not in entry],
         "probes": [entry for entry in entries if "probe" in entry],

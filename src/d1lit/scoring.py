@@ -9,8 +9,10 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
+from d1lit.processes import gathered
 from d1lit.types import Corruption, MaskPredictor, Rollout, Scores
 
 _ENTROPY_BUDGET = 64 * 2**20  # bytes of logits at a time
@@ -35,11 +37,19 @@ class _Plan:
     is_needed: Bool[Tensor, "r C"]
     """Completion positions that some pair of the view scores."""
 
-    def chunks(self, size: int) -> Iterator[_Plan]:
-        """Runs of at most `size` views, by rising number of scored positions, so that padding wastes little."""
+    def chunks(self, size: int, count: int) -> Iterator[_Plan]:
+        """Runs of at most `size` views, by rising number of scored positions, so that padding wastes little.
+
+        Made up to `count` by runs of the first view with one position that no pair scores.
+        """
         order = torch.argsort(self.is_needed.sum(-1), stable=True)
-        for part in order.split(size):
+        parts = order.split(size) if len(order) else ()
+        for part in parts:
             yield _Plan(self.views[part], self.pairs[part], self.is_needed[part])
+        first = self.is_needed.new_zeros(1, self.is_needed.shape[1])
+        first[:, 0] = True
+        for _ in range(count - len(parts)):
+            yield _Plan(self.views.new_zeros(1), self.pairs.new_full((1, 1), -1), first)
 
     def positions(self) -> tuple[Int[Tensor, "r M"], Bool[Tensor, "r M"]]:
         """The needed completion positions of each view, padded to the most of any, and which of them are real."""
@@ -79,7 +89,8 @@ def score(
     Each view runs once, whatever the number of rollouts that share it; the last block and the head work only at
     positions that some rollout scores. In more than one chunk, with gradients, a chunk's body is recomputed backward,
     so that activations of one chunk exist at a time; what stays of every view are the final hidden states of its
-    scored positions. The values do not depend on the chunks beyond rounding.
+    scored positions. The values do not depend on the chunks beyond rounding. Where parameters are sharded (FSDP) all
+    processes run as many chunks: one with fewer views to score runs others, of which nothing is scored.
 
     Guidance runs every view again with its whole prompt masked (on top of the view's own masks). The head is linear,
     so the guided logits u + (s + 1)(c - u) are the head of the same combination of hidden states.
@@ -95,17 +106,18 @@ def score(
     shape = corruption.target_ids.shape
     num_tokens = shape[2]
     plan = _plan(corruption)
-    if len(plan.views) == 0:
+    size = _chunk_size(policy, corruption, len(plan.views), views_per_chunk, memory_budget)
+    num_chunks = _num_chunks(policy, -(-len(plan.views) // size))
+    if num_chunks == 0:
         nothing = torch.zeros(shape, device=corruption.weight.device)
         return Scores(nothing, nothing.clone() if want_entropy else None)
     if corruption.attention is not None and bool(corruption.attention.all()):
         corruption = replace(corruption, attention=None)  # nothing hidden: SDPA's fast kernels take no mask
-    size = _chunk_size(policy, corruption, len(plan.views), views_per_chunk, memory_budget)
-    recompute = torch.is_grad_enabled() and size < len(plan.views)
+    recompute = torch.is_grad_enabled() and num_chunks > 1
     prompt_length = rollout.prompt_ids.shape[1]
 
     logprobs, entropies, places = [], [], []
-    for chunk in plan.chunks(size):
+    for chunk in plan.chunks(size, num_chunks):
         position, is_real = chunk.positions()
         hidden = _hidden(policy, corruption, chunk.views, corruption.score_from + position, prompt_length, recompute)
         flat = hidden.flatten(0, 1)
@@ -126,6 +138,15 @@ def score(
     )
 
 
+def _num_chunks(policy: MaskPredictor, own: int) -> int:
+    """Forwards of this call: where parameters are sharded, as many as the process with the most, for each gathers.
+
+    With gradients at least one: a loss of nothing has gradients too, of zero, which other processes wait for.
+    """
+    own = max(own, int(torch.is_grad_enabled()))
+    return max(gathered(own)) if isinstance(policy, FSDPModule) else own
+
+
 def _scatter(index: tuple[Int[Tensor, " n"]], values: Float[Tensor, " n"], shape: torch.Size) -> Float[Tensor, "N K C"]:
     return values.new_zeros(shape.numel()).index_put(index, values).view(shape)
 
@@ -140,9 +161,9 @@ def _chunk_size(
     if views_per_chunk is not None:
         if views_per_chunk < 1:
             raise ValueError(f"scoring.views_per_chunk must be at least 1, got {views_per_chunk}. Try null.")
-        return min(views_per_chunk, num_views)
+        return max(1, min(views_per_chunk, num_views))
     if memory_budget is None:
-        return num_views
+        return max(1, num_views)
     if not isinstance(policy, SizedPredictor):
         raise ValueError("scoring.memory_budget needs a policy with view_bytes(). Set scoring.views_per_chunk instead.")
     streams = 2 if corruption.guidance else 1

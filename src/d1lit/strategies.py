@@ -55,8 +55,11 @@ def ddp(setting: Setting) -> Strategy | str:
 
 
 def fsdp(setting: Setting, offload: bool) -> Strategy | str:
-    """Parameters, gradients and optimizer state are spread over the processes (FSDP2), in host memory if `offload`."""
-    return "auto" if setting.world_size == 1 else FullySharded(setting.world_size, offload)
+    """Parameters, gradients and optimizer state are spread over the processes (FSDP2), in host memory if `offload`.
+
+    One process has nothing to spread; with `offload` its one shard stays in host memory.
+    """
+    return "auto" if setting.world_size == 1 and not offload else FullySharded(setting, offload)
 
 
 class FullySharded(ModelParallelStrategy):
@@ -68,8 +71,10 @@ class FullySharded(ModelParallelStrategy):
     under another strategy.
     """
 
-    def __init__(self, world_size: int, offload: bool) -> None:
-        super().__init__(data_parallel_size=world_size, tensor_parallel_size=1)
+    def __init__(self, setting: Setting, offload: bool) -> None:
+        # For a process that is alone, which nobody made join a world. What is in host memory is reduced by gloo.
+        backend = "cpu:gloo,cuda:nccl" if setting.device.type == "cuda" else "gloo"
+        super().__init__(setting.world_size, tensor_parallel_size=1, process_group_backend=backend)
         self.offload = offload
 
     @override

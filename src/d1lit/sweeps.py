@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -34,7 +38,7 @@ def run_job(command: Sequence[str], number: int, overrides: Sequence[str], run_d
     words = [word for word in overrides if not word.startswith("run_dir=")]
     notes = notes_of(Path(os.environ[FOLDER]))
     cause = ""
-    with own_device(notes) as environment:
+    with own_devices(notes, num_devices(words)) as environment:
         child = subprocess.Popen(
             [*command, *words, f"run_dir={quoted(run_dir)}"],
             env=environment,
@@ -43,10 +47,11 @@ def run_job(command: Sequence[str], number: int, overrides: Sequence[str], run_d
             bufsize=1,
         )
         assert child.stderr is not None
-        for line in child.stderr:
-            sys.stderr.write(line)
-            cause = line.strip().removeprefix("error: ") if line.startswith("error: ") else cause
-        status = child.wait()
+        with saved_before_requeued(child):
+            for line in child.stderr:
+                sys.stderr.write(line)
+                cause = line.strip().removeprefix("error: ") if line.startswith("error: ") else cause
+            status = child.wait()
     record = {
         "overrides": words,
         "run_dir": str(run_dir),
@@ -69,28 +74,83 @@ def notes_of(folder: Path, fresh: bool = False) -> Path:
 
 
 @contextmanager
-def own_device(folder: Path) -> Iterator[dict[str, str]]:
-    """An environment that shows one of the visible GPUs which no other job of the sweep has, waiting until one is free.
+def saved_before_requeued(child: subprocess.Popen[str]) -> Iterator[None]:
+    """Under submitit on SLURM, let the job save and end before submitit's handler queues it again, which ends it.
 
-    Without GPUs named in CUDA_VISIBLE_DEVICES nothing is shared out.
+    The signal reaches every process of a step, submitit's own one too: its handler waits here for the end of the child.
+    The child does not ask for the queue (callbacks/signals.py).
     """
-    devices = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
-    if len(devices) < 2:
+    if os.environ.get("SUBMITIT_EXECUTOR") != "slurm" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signum = signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"]
+    came: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        child.send_signal(number)
+
+    before = signal.signal(signum, remember)
+    try:
+        yield
+    finally:
+        signal.signal(signum, before)
+    if came:
+        signal.raise_signal(signum)
+
+
+def num_devices(words: Sequence[str]) -> int:
+    """How many devices a job's overrides ask for."""
+    asked = [word.split("=", 1)[1] for word in words if word.lstrip("+").startswith("trainer.devices=")]
+    return int(asked[-1]) if asked and asked[-1].isdecimal() else 1
+
+
+def visible_devices() -> list[str]:
+    """The GPUs named in CUDA_VISIBLE_DEVICES; where it is not set, this machine's, as the driver lists them."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [device for device in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if device]
+    command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]  # torch takes seconds to ask
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in listed.splitlines() if line.strip()]
+
+
+@contextmanager
+def own_devices(folder: Path, count: int = 1) -> Iterator[dict[str, str]]:
+    """An environment that shows as many GPUs as asked for, which no other job of the sweep has, once they are free.
+
+    Nothing is shared out where there are fewer than that, or than two.
+    """
+    devices = visible_devices()
+    if len(devices) < max(2, count):
         yield dict(os.environ)
         return
-    while True:
-        for device in devices:
-            lock = FileLock(str(folder / f".device-{device}.lock"))
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                continue
-            try:
-                yield {**os.environ, "CUDA_VISIBLE_DEVICES": device}
-            finally:
-                lock.release()
-            return
+    here = platform.node()  # a sweep's folder may be seen by several machines
+    locks = [FileLock(str(folder / f".device-{here}-{device}.lock")) for device in devices]
+    while len(taken := _acquired(locks, count)) < count:
         time.sleep(1.0)
+    try:
+        yield {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(devices[place] for place in taken)}
+    finally:
+        for place in taken:
+            locks[place].release()
+
+
+def _acquired(locks: Sequence[FileLock], count: int) -> list[int]:
+    """Places of so many locks that are ours now; none where there are not enough."""
+    taken: list[int] = []
+    for place, lock in enumerate(locks):
+        if len(taken) < count:
+            with suppress(Timeout):
+                lock.acquire(timeout=0)
+                taken.append(place)
+    if len(taken) == count:
+        return taken
+    for place in taken:
+        locks[place].release()
+    return []
 
 
 def show_sweep(folder: Path, jobs: Sequence[Sequence[str]] | None) -> int:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,23 +16,27 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
+from lightning.pytorch.loggers.logger import DummyLogger
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from d1lit.build import plan_run
 from d1lit.callbacks import StopFlag
 from d1lit.composing import compose_jobs
 from d1lit.fitting import make_trainer
 from d1lit.models import Policy
-from d1lit.models.sharding import whole
+from d1lit.models.presets import fresh_network, tiny_config
+from d1lit.models.sharding import shard, whole
 from d1lit.modules import DiffuGRPO
 from d1lit.plan import make_stage
 from d1lit.processes import gathered, join_world, world
 from d1lit.quiet import quiet_libraries
 from d1lit.recipes import StageFolder, is_first_process, run_stage
 from d1lit.rewards.parts import RewardParts
-from d1lit.types import Example, Verdict
+from d1lit.scoring import score
+from d1lit.types import Corruption, Example, Rollout, Verdict
 
 SMALL = (
     "task=sudoku",
@@ -68,12 +73,17 @@ GRPO = (
 
 
 def case(name: str) -> tuple[str, ...]:
-    """Overrides of a case such as `grpo-lora-fsdp-float64-20`: stage, what trains, strategy, dtype, updates."""
+    """Overrides of a case such as `grpo-lora-fsdp-float64-20`: stage, what trains, strategy, dtype, updates.
+
+    With `-val` at its end it looks at three validation rows before every second update, one at a time.
+    """
     stage, trains, strategy, dtype, updates = name.split("-")[:5]
     words = [*(SFT if stage == "sft" else GRPO), f"model.dtype={dtype}", f"strategy={strategy}"]
     words += [f"scale.{stage}.max_updates={updates}", f"scale.{stage}.micro_batch_size=1"]
     if trains == "lora":
         words.append(f"scale.{stage}.{LORA}")
+    if name.endswith("-val"):
+        words += ["task.val_rows=3", f"scale.{stage}.validate_every=2", "scale.evaluation.batch_size=1"]
     return tuple(words)
 
 
@@ -106,6 +116,18 @@ class Recorder(L.Callback):
         numbers = [torch.cat([getattr(e, name) for e in pl_module.experience]) for name in ("rewards", "advantages")]
         for name, mine in zip(("row_ids", "completion_ids", "rewards", "advantages"), [*parts, *numbers], strict=True):
             self.rollouts[f"{batch.step:03d}.{name}"] = torch.cat(gathered(mine))
+
+
+class Looks(DummyLogger):
+    """Keeps what is logged of the validation rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[dict[str, float]] = []
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        own = {name: value for name, value in metrics.items() if name.startswith("val/")}
+        self.found += [{"step": step or 0, **own}] if own else []
 
 
 @dataclass(frozen=True)
@@ -142,12 +164,16 @@ def train_case(folder: Path, name: str, stop_after: int | None = None) -> None:
         reward = RewardParts({"wordy": Wordy()}, {"wordy": 1.0})
         parts = replace(parts, module=partial(parts.module.func, **{**parts.module.keywords, "reward": reward}))
     policy, tokenizer = plan.make_policy()
-    recorder, flag = Recorder(), StopFlag()
+    if name.endswith("-val"):  # some rows end early and others late
+        with torch.no_grad():
+            policy.network.head_weight[policy.eos_token_id] *= 4
+    recorder, looks, flag = Recorder(), Looks(), StopFlag()
     trainers: list[L.Trainer] = []
 
     def trainer(*arguments: Any) -> L.Trainer:
         trainers.append(make_trainer(plan, flag, tokenizer, *arguments))
         trainers[-1].callbacks.insert(0, recorder)
+        trainers[-1].loggers = [looks]
         if stop_after is not None:
             trainers[-1].callbacks.insert(0, StopAfter(flag, stop_after))
         return trainers[-1]
@@ -155,9 +181,34 @@ def train_case(folder: Path, name: str, stop_after: int | None = None) -> None:
     stage = make_stage(plan, parts, tokenizer, trainer)
     final = run_stage(StageFolder(folder / "stage"), policy, stage, plan.seed, lambda line: None)
     if is_first_process():
+        (folder / "looks.json").write_text(json.dumps(looks.found))
         save_file(recorder.gradients, folder / "gradients.safetensors")
         save_file(recorder.rollouts, folder / "rollouts.safetensors")
         save_file(trained(final), folder / "weights.safetensors")
+
+
+def score_unequally(folder: Path) -> None:
+    """Gradients of a sharded policy of which the last process scores three views, one at a time, and others none."""
+    here = world()
+    config = tiny_config(23, 20, 21, 21, 16, 2, 2, 24, 100.0, 64, init_std=0.3)
+    policy = Policy(fresh_network(config, seed=3))
+    if here.world_size > 1:
+        shard(policy, init_device_mesh("cpu", (here.world_size,)))
+    ids = torch.arange(24).view(3, 8) % 20
+    noised = torch.where(ids % 3 == 0, 20, ids)
+    weight = torch.full((3, 1, 4), float(here.rank == here.world_size - 1))
+    corruption = Corruption(noised, torch.arange(3)[:, None], ids[:, None, 4:], weight, 4)
+    zeros, seen = torch.zeros(3, 4), torch.ones(3, 4, dtype=torch.bool)
+    order = torch.zeros(3, 4, dtype=torch.int64)
+    rollout = Rollout(ids[:, :4], seen, ids[:, 4:], seen, torch.arange(3), 1, order, zeros, zeros, zeros)
+    with torch.no_grad():
+        policy_free = score(policy, rollout, corruption, views_per_chunk=2).logprobs
+    logprobs = score(policy, rollout, corruption, want_entropy=True, views_per_chunk=1).logprobs
+    torch.testing.assert_close(logprobs.detach(), policy_free)
+    (logprobs.sum() * here.world_size).backward()  # FSDP takes the mean over processes
+    grads = {name: whole(p.grad).clone() for name, p in policy.named_parameters() if p.grad is not None}
+    if here.rank == 0:
+        save_file(grads, folder / "grads.safetensors")
 
 
 def trained(policy: Policy) -> dict[str, Tensor]:
@@ -187,6 +238,9 @@ def main(folder: Path, names: Sequence[str]) -> None:
         name, _, stop = word.partition("@")
         own = folder / name
         own.mkdir(parents=True, exist_ok=True)
+        if name == "unequal":
+            score_unequally(own)
+            continue
         try:
             train_case(own, name, int(stop) if stop else None)
         except SystemExit:

@@ -281,6 +281,7 @@ def test_the_8b_path_on_a_small_folder(llada_folder, tmp_path, monkeypatch, caps
         "task.max_test_prompt_length=2048",
     ]
     canvas = ["sampler.completion_length=16", "sampler.block_length=8", "sampler.num_steps=4"]
+    canvas += ["scale.evaluation.lengths=null"]
     small = [
         "scale.sft.layout.max_length=2048",
         "scale.sft.max_updates=2",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from d1lit.checkpoint import newest, read_facts
@@ -143,6 +144,14 @@ def test_twenty_updates_in_two_processes_are_those_of_one(strategy, singles, tmp
 
 
 @pytest.mark.slow
+def test_one_process_that_offloads_is_one_that_does_not(singles, tmp_path):
+    names = ("sft-lora-fsdp_offload-float64-20", "grpo-full-fsdp_offload-float64-20")
+    together(1, tmp_path, *names)
+    for name in names:
+        check_same(read(singles / name.replace("fsdp_offload", "single")), read(tmp_path / name), name, 1e-12)
+
+
+@pytest.mark.slow
 def test_four_processes_are_one(singles, tmp_path):
     names = ("grpo-full-ddp-float64-20", "grpo-lora-fsdp-float64-20")
     together(4, tmp_path, *names)
@@ -186,6 +195,24 @@ def test_bfloat16_trains_in_shards_as_alone(tmp_path):
         gap = difference(single.weights, found.weights)
         print(f"{name}: weights differ by {gap:.1e}")
         assert gap <= 2**-8, "one rounding of bfloat16"
+
+
+@pytest.mark.slow
+def test_sharded_processes_may_score_and_validate_for_different_times(tmp_path):
+    """One has more views, or more and longer validation rows, than the other; the numbers are those of one process."""
+    names = ("grpo-full-fsdp-float32-3-val", "sft-lora-fsdp-float32-3-val")
+    together(2, tmp_path, "unequal", *names)
+    one = tmp_path / "one"
+    alone(one, "unequal", *(name.replace("fsdp", "single") for name in names))
+    gradients = (load_file(folder / "unequal" / "grads.safetensors") for folder in (one, tmp_path))
+    assert difference(*gradients) <= TOLERANCE
+    for name in names:
+        single = one / name.replace("fsdp", "single")
+        check_same(read(single), read(tmp_path / name), name)
+        looks, expected = (json.loads((folder / "looks.json").read_text()) for folder in (tmp_path / name, single))
+        assert [look["step"] for look in looks] == [2, 3]
+        assert looks == [pytest.approx(look, rel=1e-4) for look in expected]
+        assert ("val/loss" in looks[0]) == name.startswith("sft")
 
 
 RUN = ("task=sudoku", "debug=fast", "trainer.accelerator=cpu", "scale.evaluation.batch_size=64", "report=false")

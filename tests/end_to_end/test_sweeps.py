@@ -5,12 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from d1lit.sweeps import FOLDER, notes_of, own_device, run_job, show_sweep
+from d1lit.sweeps import FOLDER, notes_of, num_devices, own_devices, run_job, show_sweep, visible_devices
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,11 +40,63 @@ def test_table_names_the_killed_the_refused_and_the_missing(tmp_path, monkeypatc
 
 
 def test_devices_are_shared_out(tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    with own_device(tmp_path) as first, own_device(tmp_path) as second:
-        assert {first["CUDA_VISIBLE_DEVICES"], second["CUDA_VISIBLE_DEVICES"]} == {"3", "5"}
-    with own_device(tmp_path) as again:
-        assert again["CUDA_VISIBLE_DEVICES"] == "3"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
+    with own_devices(tmp_path) as first, own_devices(tmp_path) as second:
+        assert [first["CUDA_VISIBLE_DEVICES"], second["CUDA_VISIBLE_DEVICES"]] == ["3", "5"]
+    with own_devices(tmp_path, num_devices(["seed=1", "trainer.devices=2"])) as again:
+        assert again["CUDA_VISIBLE_DEVICES"] == "3,5"
+    with own_devices(tmp_path, 3) as everything:
+        assert everything["CUDA_VISIBLE_DEVICES"] == "3,5,7"
+
+
+def test_devices_that_nobody_named_are_those_of_the_driver(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho GPU-aa\necho GPU-bb\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with own_devices(tmp_path) as first, own_devices(tmp_path) as second:
+        assert {first["CUDA_VISIBLE_DEVICES"], second["CUDA_VISIBLE_DEVICES"]} == {"GPU-aa", "GPU-bb"}
+    monkeypatch.setenv("PATH", "")
+    with own_devices(tmp_path) as environment:
+        assert "CUDA_VISIBLE_DEVICES" not in environment
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_devices() == [], "none is to be seen"
+
+
+def test_submitit_queues_a_job_again_after_it_has_saved(tmp_path, monkeypatch):
+    """submitit's handler ends the job at once; here it comes when the child has saved and ended."""
+    saved = tmp_path / "saved"
+    script = (
+        "import signal, sys, time, pathlib; stop = [];"
+        "signal.signal(signal.SIGUSR1, lambda *_: stop.append(1)); pathlib.Path(sys.argv[1]).touch()\n"
+        "while not stop: time.sleep(0.01)\n"
+        "time.sleep(0.3); pathlib.Path(sys.argv[2]).touch(); sys.exit(138)"
+    )
+    monkeypatch.setenv(FOLDER, str(tmp_path / "sweep"))
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "USR1")
+    there: list[bool] = []
+
+    def as_submitit_does(signum, frame):
+        there.append(saved.exists())
+        sys.exit(-1)
+
+    def send():
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, as_submitit_does)
+    try:
+        threading.Thread(target=send).start()
+        command = [sys.executable, "-c", script, str(tmp_path / "ready"), str(saved)]
+        with pytest.raises(SystemExit):
+            run_job(command, 0, [], tmp_path / "run")
+        assert signal.getsignal(signal.SIGUSR1) is as_submitit_does
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert there == [True]
+    assert not list(notes_of(tmp_path / "sweep").glob("job-*.json")), "it has not ended"
 
 
 @pytest.mark.slow
@@ -74,7 +127,8 @@ def test_six_jobs_over_two_workers_survive_one_killed(tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     command += ["recipe=sft", "task=sudoku", "debug=fast", "report=false", "logger=none", f"run_dir={folder}"]
     command += ["seed=1,2,3,4,5,6", "scale.sft.max_updates=30"]
-    sweep = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    wide = {**os.environ, "COLUMNS": "1000"}  # each row of the table on a line
+    sweep = subprocess.Popen(command, cwd=ROOT, env=wide, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline, owner = time.monotonic() + 900, None
     while owner is None and time.monotonic() < deadline:
         owner = next(iter(folder.glob("*/.lock.owner")), None)
@@ -87,5 +141,7 @@ def test_six_jobs_over_two_workers_survive_one_killed(tmp_path):
     assert sorted(record["status"] for record in records) == [-9, 0, 0, 0, 0, 0]
     (killed,) = [record for record in records if record["status"] == -9]
     assert killed["run_dir"] == str(owner.parent)
-    assert "killed by signal 9" in shown
+    (row,) = (line for line in shown.splitlines() if "│" in line and "killed by signal 9" in line)
+    assert [cell.strip() for cell in row.split("│")][2].split() == killed["overrides"]
+    assert str(owner.parent) in row
     assert len(list(folder.glob("*/results.json"))) == 5

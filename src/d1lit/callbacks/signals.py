@@ -173,7 +173,12 @@ class StopOnSignal(L.Callback):
 
 
 def requeue(environment: Mapping[str, str]) -> bool:
-    """Ask SLURM to queue this job again; False, and a line where it should have worked, if that did not happen."""
+    """Ask SLURM to queue this job again; False, and a line where it should have worked, if that did not happen.
+
+    Under submitit nothing is asked: it does so itself when the job has ended, and counts how often.
+    """
+    if "SUBMITIT_EXECUTOR" in environment:
+        return False
     job = environment.get("SLURM_JOB_ID")
     if "SLURM_ARRAY_JOB_ID" in environment:
         job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment.get('SLURM_ARRAY_TASK_ID', '')}"

@@ -10,6 +10,7 @@ import lightning as L
 from typing_extensions import override
 
 from d1lit.models import Policy, save_weights
+from d1lit.models.sharding import gathered
 
 Measure = Callable[[Policy], dict[str, float]]
 
@@ -20,7 +21,8 @@ class Validate(L.Callback):
     Of a module that has a `validation_loss` (SFT), that too, as `val/loss`.
 
     Validation rows are cut from train, so choosing weights by them leaves the test untouched. Rollouts draw from their
-    own streams, so looking more often changes nothing of the training.
+    own streams, so looking more often changes nothing of the training. Sharded parameters are gathered once for a look,
+    for processes generate for different times.
 
     A look after N optimizer steps is logged at N, and it is taken when the next batch begins: it belongs to what comes
     after the checkpoint of step N. A run that goes on from that checkpoint looks again, and its logs are cut off at N.
@@ -72,8 +74,9 @@ class Validate(L.Callback):
         if step == self._looked_at:
             return
         policy = pl_module.policy
-        numbers = self.measure(policy)  # pyright: ignore[reportArgumentType] (every stage's module has a Policy)
-        loss = getattr(pl_module, "validation_loss", lambda batch_size: None)(self.batch_size)
+        with gathered(policy):  # pyright: ignore[reportArgumentType] (every stage's module has a Policy)
+            numbers = self.measure(policy)  # pyright: ignore[reportArgumentType]
+            loss = getattr(pl_module, "validation_loss", lambda batch_size: None)(self.batch_size)
         if loss is not None:
             numbers = {**numbers, "loss": loss}
         if self.folder is not None and (self.best is None or numbers["accuracy"] > self.best):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -22,10 +23,12 @@ class StageRows:
     rows: Sequence[EncodedRow]
     asked: int
     """How many there were before those that are too long were left out."""
+    cut: int = 0
+    """Demonstrations whose completion loses its end, in a layout that cuts."""
 
     @property
     def dropped(self) -> int:
-        """Rows left out because prompt or completion is too long; none is cut."""
+        """Rows left out because prompt or completion is too long; no prompt is cut here."""
         return self.asked - len(self.rows)
 
 
@@ -37,9 +40,11 @@ class Demonstrations:
     """How many; None for all."""
     layout: Layout
     overlong: Literal["error", "drop"]
-    """What becomes of a demonstration longer than the layout's canvas."""
+    """What becomes of a demonstration longer than the layout's canvas, or with a prompt longer than its limit."""
     seed_offset: int
     """Added to the run's seed: another stage of the same run gets other demonstrations."""
+    max_prompt_length: int | None = None
+    """Most tokens of a demonstration's prompt; None: `task.max_prompt_length`, which rollouts obey."""
 
     def rows(self, task: AnyTask, tokenizer: Any, seed: int) -> StageRows:
         """Prompt and completion as ids, of each task of a mixture in its share."""
@@ -47,19 +52,24 @@ class Demonstrations:
         asked = 0
         for part, count in task.portions(self.count):
             found = part.demonstrations(count, seed + 1_000_003 * self.seed_offset)
-            template = part.demonstration_template
-            kept += encoded_demonstrations(found, part, template, tokenizer, self.layout, self.overlong)
+            kept += self._encoded(found, part, tokenizer, self.overlong)
             asked += len(found)
-        return StageRows(kept, asked)
+        return StageRows(kept, asked, num_cut(self.layout, kept))
+
+    def _encoded(
+        self, rows: Sequence[dict[str, Any]], task: Task, tokenizer: Any, overlong: Literal["error", "drop"]
+    ) -> list[EncodedRow]:
+        template, limit = task.demonstration_template, self.max_prompt_length
+        return encoded_demonstrations(rows, task, template, tokenizer, self.layout, overlong, limit)
 
     def validation_rows(self, task: AnyTask, tokenizer: Any) -> Sequence[EncodedRow]:
         """Demonstrations that are not trained on; none where none fits."""
         return [row for part, _ in task.portions(None) for row in self._fitting_validation(part, tokenizer)]
 
     def _fitting_validation(self, task: Task, tokenizer: Any) -> Sequence[EncodedRow]:
-        found, template = task.validation_demonstrations(), task.demonstration_template
+        found = task.validation_demonstrations()
         try:
-            return encoded_demonstrations(found, task, template, tokenizer, self.layout, "drop") if found else ()
+            return self._encoded(found, task, tokenizer, "drop") if found else ()
         except ValueError:
             return ()
 
@@ -117,13 +127,21 @@ def encoded_demonstrations(
     tokenizer: Any,
     layout: Layout,
     overlong: Literal["error", "drop"],
+    max_prompt_length: int | None = None,
 ) -> list[EncodedRow]:
     """Prompt and completion of each row as ids; a prefill of the template is taken off the completion's front.
+
+    No prompt is cut, whatever `task.overlong` says of the task's own: a row whose prompt is too long is left out or
+    refused. The limit is `max_prompt_length`, or the task's.
 
     Raises:
         ValueError: if no row fits.
     """
-    encoded, kept, _ = encode_prompts(rows, template, tokenizer, task.max_prompt_length, task.overlong)
+    if max_prompt_length is None:
+        limit, key = task.max_prompt_length, "task.max_prompt_length"
+    else:
+        limit, key = max_prompt_length, "data.max_prompt_length"
+    encoded, kept, _ = encode_prompts(rows, template, tokenizer, limit, overlong, key)
     result = []
     for prompt_ids, row in zip(encoded, kept, strict=True):
         completion = str(row["completion"]).removeprefix(template.prefill)
@@ -135,6 +153,12 @@ def encoded_demonstrations(
             f"sampler.completion_length: no demonstration of {task.name} fits. Try: {longest} or more [E307]"
         )
     return fitting
+
+
+def num_cut(layout: Layout, rows: Sequence[EncodedRow]) -> int:
+    """How many rows a layout with a `max_length` cuts on the right."""
+    most = layout.keywords.get("max_length") if isinstance(layout, partial) else None
+    return 0 if most is None else sum(len(row.prompt_ids) + len(row.completion_ids) + 1 > most for row in rows)
 
 
 def layout_holds(layout: Layout, row: EncodedRow) -> bool:

@@ -174,9 +174,10 @@ def encode_prompts(
             encoded.append(ids)
             kept.append(row)
         elif overlong == "error":
+            drop = f"{key.split('.')[0]}.overlong=drop"
             raise ValueError(
                 f"{key}: row {row.get('id')} has a prompt of {len(ids)} tokens, more than "
-                f"{max_prompt_length}. Try: {key}={len(ids)}, or task.overlong=drop for training rows [E307]"
+                f"{max_prompt_length}. Try: {key}={len(ids)}, or {drop} for training rows [E307]"
             )
     if rows and not kept:
         raise ValueError(
