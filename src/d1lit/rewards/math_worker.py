@@ -35,11 +35,15 @@ WARMING = (
 
 def compare(gold: str, answer: str) -> bool:
     """math-verify's opinion, with more digits than its default: 0.333333 is not 1/3."""
+    from latex2sympy2_extended import NormalizationConfig
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    # Units were compared before; what math-verify takes for one may be a factor (it reads 6ab as 6).
+    spelling = NormalizationConfig(units=False, malformed_operators=True, nits=True)
 
     def read(text: str) -> list:
         # No timeouts of math-verify's own: they are signals, which a long C call never sees. The client kills us.
-        targets = [LatexExtractionConfig(), ExprExtractionConfig()]
+        targets = [LatexExtractionConfig(normalization_config=spelling), ExprExtractionConfig()]
         try:
             return parse(f"${text}$", targets, "no_fallback", parsing_timeout=0, raise_on_error=True)
         except (MemoryError, RecursionError):
