@@ -279,7 +279,7 @@ def check(name: str, texts: list[str], memory_growth: int = MEMORY_GROWTH) -> No
         f"({longest_by_clock * 1e3:.1f} ms by the clock) {slowest!r}, +{grown >> 20} MB"
     )
     assert longest < SECONDS + MARGIN
-    assert longest_by_clock < (SECONDS + MARGIN) * BUSY if worker is None else worker.wall_seconds + MARGIN
+    assert longest_by_clock < ((SECONDS + MARGIN) * BUSY if worker is None else worker.wall_seconds + MARGIN)
     assert grown < memory_growth
 
 

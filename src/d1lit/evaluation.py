@@ -53,6 +53,8 @@ class EvaluationSummary:
     """Mean tokens up to and including the first end-of-sequence."""
     truncated_fraction: float
     unparsed_fraction: float
+    refused_fraction: float
+    """Share of answers beyond a bound of the grader, which were not read."""
     timeout_fraction: float
     """Share of answers whose judge was not done in time."""
     failed_fraction: float
@@ -261,6 +263,7 @@ def summarise(records: Sequence[Mapping[str, Any]], grader: Literal["strict", "d
         effective_tokens=sum(r["length"] for r in records) / rows,
         truncated_fraction=sum(r["truncated"] for r in records) / rows,
         unparsed_fraction=sum(r["strict"]["outcome"] == "unparsed" for r in records) / rows,
+        refused_fraction=sum(r["strict"]["outcome"] == "refused" for r in records) / rows,
         timeout_fraction=sum(r["strict"]["outcome"] == "timeout" for r in records) / rows,
         failed_fraction=sum(r["strict"]["outcome"] in ("timeout", "error") for r in records) / rows,
         extra=extra,

@@ -196,7 +196,7 @@ class MathAnswer:
         if " ".join(gold.split()) == " ".join(answer.split()):
             return Verdict(1.0, parsed=answer)
         if len(answer) > LONGEST_ANSWER:
-            return Verdict(0.0, "unparsed", answer)
+            return Verdict(0.0, "refused", answer)
         gold_form, form = normalised(gold), normalised(answer)
         if _changes(form, answer) - _changes(gold_form, gold):
             return Verdict(0.0, parsed=answer)
@@ -206,7 +206,7 @@ class MathAnswer:
         if is_copied(form, gold_form, question) or _in_other_case(form.text, gold_form.text):
             return Verdict(0.0, parsed=answer)
         if _POWER_TOWER.search(form.text):
-            return Verdict(0.0, "unparsed", answer)  # refused, and counted as such
+            return Verdict(0.0, "refused", answer)
         for pair in decided:
             verdict = self.equivalence(*pair)
             if verdict.value != 1.0:
