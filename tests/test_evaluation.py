@@ -14,7 +14,15 @@ import pytest
 from d1lit.cli import evaluate
 from d1lit.draws import CounterDraws
 from d1lit.evaluating import deal_records
-from d1lit.evaluation import append_records, check_coverage, compare_records, pass_at_1, read_records, records_by_index
+from d1lit.evaluation import (
+    append_records,
+    check_coverage,
+    compare_records,
+    pass_at_1,
+    read_records,
+    records_by_index,
+    summarise,
+)
 from d1lit.models import build_tiny_tokenizer, export_model
 from d1lit.models.presets import fresh_network, tiny_config
 
@@ -108,6 +116,31 @@ def test_pass_at_1_by_hand() -> None:
     assert same["interval"][1] > 0.2, "seeds that agree on nothing right do not make a certainty"
 
 
+def graded(index: int, right: float, cells: float, **facts: Any) -> dict[str, Any]:
+    verdicts = {"strict": {"value": 0.0, "outcome": "ok"}, "d1": {"value": right, "out_of": cells}}
+    return {"index": index, **verdicts, "extra": {}, "length": 5, "truncated": False, **facts}
+
+
+def test_the_interval_over_cells_is_as_wide_as_one_over_rows_where_a_row_is_all_or_nothing() -> None:
+    records = [graded(n, 8.0 if n < 4 else 0.0, 8.0) for n in range(20)]
+    summary = summarise(records, "d1")
+    assert (summary.n, summary.correct, summary.effective_n) == (160, 32, pytest.approx(19.0))
+    low, high = summary.interval
+    assert 0.05 < low < 0.10 and 0.41 < high < 0.45  # Wilson for 4 of 20: 0.081 to 0.416; for 32 of 160: 0.146 to 0.269
+    entry = {"completion_length": 8, "accuracy": 0.2, "n": 160, "effective_n": summary.effective_n}
+    (found,) = pass_at_1([{**entry, "seed": 0}, {**entry, "seed": 1}])
+    assert found["interval"] == pytest.approx(summary.interval)
+    rows = summarise([graded(n, float(n < 4), 1.0) for n in range(20)], "d1")
+    assert rows.interval == pytest.approx((0.08066, 0.41602), abs=1e-5) and rows.effective_n == 20
+
+
+def test_what_stored_texts_do_not_say_is_null_and_no_zero() -> None:
+    summary = summarise([graded(0, 1.0, 1.0, length=None, truncated=None), graded(1, 1.0, 1.0)], "strict")
+    assert summary.effective_tokens is None and summary.truncated_fraction is None
+    summary = summarise([graded(0, 1.0, 1.0, length=3), graded(1, 1.0, 1.0, truncated=True)], "strict")
+    assert (summary.effective_tokens, summary.truncated_fraction) == (4.0, 0.5)
+
+
 # ------------------------------------------------------------------------------------------------------------- a real one
 
 
@@ -155,6 +188,9 @@ def test_lengths_seeds_and_pass_at_k_in_one_call(models: list[Path], tmp_path: P
 def test_rows_of_other_weights_are_never_gone_on_with(models: list[Path], tmp_path: Path) -> None:
     mine, others = (evaluated(model, tmp_path / "out", "lengths=[20]")["evaluations"][0] for model in models)
     assert mine["protocol_sha256"] == others["protocol_sha256"] and mine["rows_file"] != others["rows_file"]
+    assert [entry["weights"]["path"] for entry in (mine, others)] == [str(model) for model in models]
+    assert mine["weights"]["files_sha256"] != others["weights"]["files_sha256"]
+    assert mine["weights"].keys() == {"path", "revision", "run", "adapter", "files_sha256"}
     texts = [[r["completion"] for r in read_records(tmp_path / "out" / e["rows_file"])] for e in (mine, others)]
     assert len(texts[0]) == len(texts[1]) == 4 and texts[0] != texts[1]
 

@@ -253,6 +253,15 @@ def processor_seconds(worker: MathVerify | None) -> float:
     return used
 
 
+def worker_memory(worker: MathVerify | None) -> dict[int, int]:
+    """Resident bytes of the worker's processes, by their ids."""
+    found = {}
+    for pid in worker.pids if worker is not None else ():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found[pid] = psutil.Process(pid).memory_info().rss
+    return found
+
+
 def check(name: str, texts: list[str], memory_growth: int = MEMORY_GROWTH) -> None:
     """Run the texts one at a time; bound the longest, the failures and the memory.
 
@@ -264,6 +273,7 @@ def check(name: str, texts: list[str], memory_growth: int = MEMORY_GROWTH) -> No
         worker.start()
     before, outcomes, slowest = peak_memory(), Counter[str](), ""
     longest = longest_by_clock = 0.0
+    first, kept = worker_memory(worker), 0
     for text in texts:
         start, used = time.perf_counter(), processor_seconds(worker)
         (verdict,) = reward([text], [row])
@@ -271,16 +281,20 @@ def check(name: str, texts: list[str], memory_growth: int = MEMORY_GROWTH) -> No
         outcomes[verdict.outcome] += 1
         assert -len(text) - 1 <= verdict.value <= verdict.out_of or name.startswith("d1_")
         longest_by_clock = max(longest_by_clock, clock)
+        for pid, held in worker_memory(worker).items():
+            kept = max(kept, held - first.setdefault(pid, held))
         if seconds > longest:
             longest, slowest = seconds, text[:60]
     grown = peak_memory() - before
     print(
         f"{name}: {len(texts)} texts {dict(outcomes)}, longest {longest * 1e3:.1f} ms of processor "
-        f"({longest_by_clock * 1e3:.1f} ms by the clock) {slowest!r}, +{grown >> 20} MB"
+        f"({longest_by_clock * 1e3:.1f} ms by the clock) {slowest!r}, +{grown >> 20} MB, "
+        f"worker +{kept >> 20} MB"
     )
     assert longest < SECONDS + MARGIN
-    assert longest_by_clock < (SECONDS + MARGIN) * BUSY if worker is None else worker.wall_seconds + MARGIN
+    assert longest_by_clock < ((SECONDS + MARGIN) * BUSY if worker is None else worker.wall_seconds + MARGIN)
     assert grown < memory_growth
+    assert kept < memory_growth
 
 
 @pytest.mark.parametrize("name", sorted(REWARDS))

@@ -200,4 +200,4 @@ def test_towers_of_powers_are_refused_unread_and_counted(answer: str) -> None:
         raise AssertionError(f"{text!r} was handed to algebra")
 
     verdict = MathAnswer(never).compare("x^2+\\frac{1}{2}", answer)
-    assert (verdict.value, verdict.outcome) == (0.0, "unparsed")
+    assert (verdict.value, verdict.outcome) == (0.0, "refused")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
+from d1lit.rewards import math_worker
 from d1lit.rewards.math_answers import MathAnswer
 from d1lit.rewards.math_process import MathVerify, _Gone, _Worker
 
@@ -32,6 +33,28 @@ def test_expressions_are_compared(judge: MathVerify) -> None:
     assert [judge(*pair).value for pair in EQUAL] == [1.0] * len(EQUAL)
     assert [judge(*pair).value for pair in UNEQUAL] == [0.0] * len(UNEQUAL)
     assert all(judge(*pair).outcome == "ok" for pair in (*EQUAL, *UNEQUAL))
+
+
+@pytest.mark.parametrize("answer", ["\u0663x^2", "x=)f(x)=", "\\sqrt[3]{(x[", "\x00"])
+def test_an_answer_that_is_no_mathematics_is_unparsed(judge: MathVerify, answer: str) -> None:
+    verdict = judge("x+1", answer)
+    assert (verdict.value, verdict.outcome) == (0.0, "unparsed")
+
+
+def test_a_gold_answer_that_cannot_be_read_is_the_judges_failure(judge: MathVerify) -> None:
+    """math-verify reads nothing in this gold answer of MATH; no answer is wrong because of that."""
+    assert judge("\\frac\\pi4+2-\\sqrt{2}", "\\sqrt{3}").outcome == "error"
+
+
+def test_a_fault_in_reading_is_an_error_and_no_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    math_verify = pytest.importorskip("math_verify")
+
+    def fails(*arguments: object, **options: object) -> None:
+        raise AttributeError("a fault of the judge")
+
+    monkeypatch.setattr(math_verify, "parse", fails)
+    with pytest.raises(AttributeError):
+        math_worker.compare("x+1", "1+x")
 
 
 def processor_seconds(judge: MathVerify) -> float:

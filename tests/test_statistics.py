@@ -27,6 +27,35 @@ def test_wilson_interval_has_its_published_values_and_its_defining_property() ->
         st.wilson_interval(1, 2, 1.0)
 
 
+def test_trials_of_cells_that_share_a_rows_fate_count_as_rows() -> None:
+    rows = [8.0] * 3 + [0.0] * 7
+    assert st.effective_trials(rows, [8.0] * 10) == pytest.approx(9.0)  # all or nothing: a row is a trial, one is spent
+    assert st.effective_trials([0.0] * 10, [8.0] * 10) == st.effective_trials([8.0] * 10, [8.0] * 10) == 10.0
+    assert st.effective_trials([1.0], [8.0]) == 1.0
+    assert st.effective_trials([4.0, 4.0, 4.0, 5.0], [8.0] * 4) == 32.0, "never more than there are"
+    # By hand: share 5/12; residuals 3-2.5, 1-2.5, 1-0 of sizes 6, 6 and 0 cells are 0.5, -1.5, 1.
+    found = st.effective_trials([3.0, 1.0, 1.0], [6.0, 6.0, 0.0])
+    assert found == pytest.approx((5 / 12) * (7 / 12) / (3 / 2 * 3.5 / 144))
+    for bad in (([], []), ([1.0], [1.0, 1.0])):
+        with pytest.raises(ValueError, match="clusters"):
+            st.effective_trials(*bad)
+
+
+def test_the_interval_of_clustered_cells_covers_what_it_promises_and_plain_wilson_does_not() -> None:
+    """Rows of 8 cells whose chance of being right differs from row to row (uniform): 60 rows, 1,000 times."""
+    chance = CounterDraws(3).uniform("chance", torch.arange(1000), (60, 1), dtype=torch.float64)
+    cells = CounterDraws(3).uniform("cells", torch.arange(1000), (60, 8), dtype=torch.float64) < chance
+    right = cells.sum(-1).double()
+    covered = {"rows": 0, "cells": 0}
+    for successes in right.tolist():
+        trials = {"rows": st.effective_trials(successes, [8.0] * 60), "cells": 480.0}
+        for name, count in trials.items():
+            interval = st.wilson_interval(sum(successes) / 480 * count, count)
+            covered[name] += interval.low <= 0.5 <= interval.high
+    print(covered)
+    assert covered["rows"] >= 930 and covered["cells"] < 800
+
+
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample() -> None:
     for n in range(1, 7):
         for c in range(n + 1):

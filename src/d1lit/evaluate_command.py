@@ -18,7 +18,7 @@ from d1lit.build import check_hub_model, plan_run
 from d1lit.callbacks import StopFlag
 from d1lit.components import build
 from d1lit.errors import ConfigError
-from d1lit.evaluating import TaskEvaluator
+from d1lit.evaluating import TaskEvaluator, weights_of
 from d1lit.evaluation import append_records, pass_at_1, record, summarise, write_whole
 from d1lit.handover import policy_of_run
 from d1lit.models import Policy, load_adapter
@@ -28,7 +28,6 @@ from d1lit.quiet import quiet_libraries
 from d1lit.report.console import console, show_table
 from d1lit.rewards.stored import published_row
 from d1lit.tasks import Task
-from d1lit.types import Example
 from d1lit.wording import as_config_error
 
 
@@ -110,7 +109,7 @@ def _rescore(config: DictConfig) -> int:
     """Grade stored generations: samples and evaluation rows of ours, or the files that d1 published."""
     task = build(config, "task", Task)
     rows = read_generations(Path(config.rescore))
-    texts, examples = [text for text, _ in rows], [example for _, example in rows]
+    texts, examples = [row["completion"] for row in rows], [row["example"] for row in rows]
     try:
         grades = task.judges.grade(texts, examples)
     except (KeyError, TypeError, ValueError) as error:
@@ -118,8 +117,8 @@ def _rescore(config: DictConfig) -> int:
         raise ConfigError("rescore", cause, "the task that they were generated for", "E507") from None
     folder = _output_folder(config)
     records = [
-        record(n, example, text, grade, length=0, truncated=False)
-        for n, (text, example, grade) in enumerate(zip(texts, examples, grades, strict=True))
+        record(n, row["example"], row["completion"], grade, row.get("length"), row.get("truncated"))
+        for n, (row, grade) in enumerate(zip(rows, grades, strict=True))
     ]
     file = folder / "evaluations" / "rescored.jsonl"
     file.unlink(missing_ok=True)
@@ -129,8 +128,8 @@ def _rescore(config: DictConfig) -> int:
     return _report(config, task.name, folder, [{**entry, **asdict(summary)}])
 
 
-def read_generations(file: Path) -> list[tuple[str, Example]]:
-    """Completion and example of every line of a JSON lines file.
+def read_generations(file: Path) -> list[dict[str, Any]]:
+    """Every line of a JSON lines file: `completion` and `example`, and `length` and `truncated` where it says them.
 
     Raises:
         ConfigError: naming file and line.
@@ -144,9 +143,10 @@ def read_generations(file: Path) -> list[tuple[str, Example]]:
         try:
             row = json.loads(line)
             if "ground_truth" in row:
-                found.append(published_row(row))
+                completion, example = published_row(row)
+                found.append({"completion": completion, "example": example})
             else:
-                found.append((row["completion"], row["example"]))
+                found.append({"completion": row["completion"], "example": row["example"], **row})
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 "rescore", f"{file}:{number}: {error!r}", "rows with completion and example", "E507"
@@ -159,7 +159,12 @@ def read_generations(file: Path) -> list[tuple[str, Example]]:
 def _report(config: DictConfig, task: str, folder: Path, entries: list[dict[str, Any]]) -> int:
     results = {"recipe": "evaluation", "task": task, "model": config.model.name, "seed": config.seed}
     evaluations = [entry for entry in entries if "probe" not in entry]
-    results |= {"run": config.run, "grader": config.task.grader, "evaluations": evaluations}
+    results |= {
+        "run": config.run,
+        "weights": None if config.rescore is not None else weights_of(config),
+        "grader": config.task.grader,
+        "evaluations": evaluations,
+    }
     results |= {"pass_at_1": pass_at_1(evaluations), "probes": [entry for entry in entries if "probe" in entry]}
     write_whole(folder / "results.json", json.dumps(results, indent=2))
     show_table(results)

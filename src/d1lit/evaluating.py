@@ -159,6 +159,7 @@ class TaskEvaluator:
             "completion_length": sampler.completion_length,
             "seed": seed,
             **asdict(summarise(records, task.grader)),
+            "weights": weights_of(self.plan.config, self.weights),
             "rows_file": str(file.relative_to(self.folder)),
             **asdict(protocol),
             "protocol_sha256": protocol.sha256,
@@ -210,7 +211,7 @@ class TaskEvaluator:
         for name, answer in task.baselines.items():
             texts = answer(rows, task.rows("train"))
             grades = task.judges.grade(texts, rows)
-            records = [record(n, rows[n], texts[n], grades[n], length=0, truncated=False) for n in range(len(rows))]
+            records = [record(n, rows[n], texts[n], grades[n], length=None, truncated=None) for n in range(len(rows))]
             summary = summarise(records, task.grader)
             found[name] = {key: asdict(summary)[key] for key in ("n", "correct", "accuracy", "interval", "extra")}
         return found
@@ -242,6 +243,17 @@ class TaskEvaluator:
         }
         task = self.plan.task
         return Protocol(task.display_name, num_rows, task.template.sha256, settings)
+
+
+def weights_of(config: Any, sha256: str = "") -> dict[str, Any]:
+    """What an evaluation's weights were, beside the protocol, which says everything else.
+
+    Args:
+        config: of the run or of `evaluate.py`.
+        sha256: hash of the weights' files, their places, sizes and times, where it was taken.
+    """
+    places = {key: config.get(key) if key in config else None for key in ("run", "adapter")}
+    return {"path": config.model.path, "revision": config.model.revision, **places, "files_sha256": sha256 or None}
 
 
 def rows_and_code(rows: Sequence[EncodedRow], protocol: Protocol) -> str:

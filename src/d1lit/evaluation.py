@@ -15,7 +15,14 @@ from torch import Tensor
 
 from d1lit.data import EncodedRow, prompt_batch
 from d1lit.rewards.parts import Grade, Grader
-from d1lit.statistics import Interval, mcnemar_exact, mean_over_seeds, paired_bootstrap, wilson_interval
+from d1lit.statistics import (
+    Interval,
+    effective_trials,
+    mcnemar_exact,
+    mean_over_seeds,
+    paired_bootstrap,
+    wilson_interval,
+)
 from d1lit.types import Draws, Example, MaskPredictor, Sampler
 
 Progress = Callable[[int, int], None]
@@ -45,14 +52,18 @@ class EvaluationSummary:
     correct: int
     accuracy: float
     interval: tuple[float, float]
-    """Wilson 95 % interval of the accuracy."""
+    """Wilson 95 % interval of the accuracy, for `effective_n` trials."""
+    effective_n: float
+    """Independent trials: `n` for rows; fewer for cells, where those of one row share their fate."""
     d1_correct: float
     d1_out_of: float
     """The paper's grader counts cells for Sudoku, rows elsewhere."""
-    effective_tokens: float
-    """Mean tokens up to and including the first end-of-sequence."""
-    truncated_fraction: float
+    effective_tokens: float | None
+    """Mean tokens up to and including the first end-of-sequence; None where stored texts do not say."""
+    truncated_fraction: float | None
     unparsed_fraction: float
+    refused_fraction: float
+    """Share of answers beyond a bound of the grader, which were not read."""
     timeout_fraction: float
     """Share of answers whose judge was not done in time."""
     failed_fraction: float
@@ -143,8 +154,10 @@ def _batch_records(
     ]
 
 
-def record(index: int, example: Example, text: str, grade: Grade, length: int, truncated: bool) -> dict[str, Any]:
-    """One graded row as it is stored."""
+def record(
+    index: int, example: Example, text: str, grade: Grade, length: int | None, truncated: bool | None
+) -> dict[str, Any]:
+    """One graded row as it is stored; length and whether it was cut off are None where they were not measured."""
     return {
         "index": index,
         "id": example["id"],
@@ -242,9 +255,12 @@ def summarise(records: Sequence[Mapping[str, Any]], grader: Literal["strict", "d
     rows = len(records)
     if grader == "strict":
         n, correct = rows, sum(r["strict"]["value"] >= 1.0 for r in records)
+        trials = float(n)
     else:
-        n, correct = (round(sum(r["d1"][key] for r in records)) for key in ("out_of", "value"))
-    accuracy = wilson_interval(correct, n)
+        values, sizes = ([r["d1"][key] for r in records] for key in ("value", "out_of"))
+        n, correct = round(sum(sizes)), round(sum(values))
+        trials = effective_trials(values, sizes) if n != rows else float(n)
+    accuracy = wilson_interval(correct / n * trials, trials)
     names = sorted({name for r in records for name in r["extra"]})
     extra = {}
     for name in names:
@@ -256,21 +272,28 @@ def summarise(records: Sequence[Mapping[str, Any]], grader: Literal["strict", "d
         correct=correct,
         accuracy=correct / n,
         interval=(accuracy.low, accuracy.high),
+        effective_n=trials,
         d1_correct=sum(r["d1"]["value"] for r in records),
         d1_out_of=sum(r["d1"]["out_of"] for r in records),
-        effective_tokens=sum(r["length"] for r in records) / rows,
-        truncated_fraction=sum(r["truncated"] for r in records) / rows,
+        effective_tokens=_mean_if_known([r["length"] for r in records]),
+        truncated_fraction=_mean_if_known([r["truncated"] for r in records]),
         unparsed_fraction=sum(r["strict"]["outcome"] == "unparsed" for r in records) / rows,
+        refused_fraction=sum(r["strict"]["outcome"] == "refused" for r in records) / rows,
         timeout_fraction=sum(r["strict"]["outcome"] == "timeout" for r in records) / rows,
         failed_fraction=sum(r["strict"]["outcome"] in ("timeout", "error") for r in records) / rows,
         extra=extra,
     )
 
 
+def _mean_if_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
+
+
 def pass_at_1(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Of each length that was evaluated with several seeds: the mean accuracy over seeds.
 
-    `interval` is Wilson's with a row as one trial, wide enough however the seeds agree; `over_seeds` Student's t.
+    `interval` is Wilson's with the trials of one seed, wide enough however the seeds agree; `over_seeds` Student's t.
     """
     found = []
     for length in dict.fromkeys(entry["completion_length"] for entry in evaluations):
@@ -278,7 +301,8 @@ def pass_at_1(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if len(entries) > 1:
             seeds, n = [entry["seed"] for entry in entries], entries[0]["n"]
             mean = mean_over_seeds([entry["accuracy"] for entry in entries])
-            rows = wilson_interval(mean.value * n, n)
+            trials = min(entry.get("effective_n", n) for entry in entries)
+            rows = wilson_interval(mean.value * trials, trials)
             found.append(
                 {
                     "completion_length": length,

@@ -31,7 +31,7 @@ def _check_confidence(confidence: float) -> None:
         raise ValueError(f"confidence: {confidence} is not between 0 and 1. Try 0.95")
 
 
-def wilson_interval(successes: int | float, total: int, confidence: float = 0.95) -> Interval:
+def wilson_interval(successes: int | float, total: int | float, confidence: float = 0.95) -> Interval:
     """Interval of a proportion by inverting the score test (Wilson, JASA 1927); honest near 0 and 1.
 
     Raises:
@@ -45,6 +45,30 @@ def wilson_interval(successes: int | float, total: int, confidence: float = 0.95
     center = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     return Interval(share, max(center - half, 0.0), min(center + half, 1.0))
+
+
+def effective_trials(successes: Sequence[int | float], sizes: Sequence[int | float]) -> float:
+    """Independent trials that tell as much of a share as clustered ones (Kish, Survey Sampling 1965: design effect).
+
+    The share is sum(successes) / sum(sizes); its variance is taken over clusters (the ratio estimator's), and the
+    binomial with that variance has this many trials: at most all of them, and as many as clusters where none differs.
+
+    Args:
+        successes: of each cluster, for instance the right cells of a row.
+        sizes: trials of each cluster.
+
+    Raises:
+        ValueError: no cluster, or lists of different lengths.
+    """
+    if len(successes) != len(sizes) or not sizes:
+        raise ValueError(f"clusters: {len(successes)} and {len(sizes)}. Give both of each cluster, at least one")
+    clusters, total = len(sizes), math.fsum(sizes)
+    share = math.fsum(successes) / total
+    squares = math.fsum((s - share * n) ** 2 for s, n in zip(successes, sizes, strict=True))
+    if clusters == 1 or squares <= 1e-12 * total:
+        return float(min(clusters, total))
+    variance = clusters / (clusters - 1) * squares / total**2
+    return min(max(share * (1 - share) / variance, 1.0), total)
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:

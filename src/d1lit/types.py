@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Unit = Literal["token", "sequence", "view", "step"]
-Outcome = Literal["ok", "unparsed", "timeout", "error", "skipped"]
+Outcome = Literal["ok", "unparsed", "refused", "timeout", "error", "skipped"]
 Example = Mapping[str, Any]
 Metrics = dict[str, Tensor]
 
@@ -239,8 +239,8 @@ class Verdict:
 
     value: float
     outcome: Outcome = "ok"
-    """ok: judged; unparsed: no answer found; timeout, error: the judge failed, which is never a silent zero; skipped:
-    the part judges another task."""
+    """ok: judged; unparsed: no answer found, or none that can be read; refused: beyond a bound, so not read; timeout,
+    error: the judge failed, which is never a silent zero; skipped: the part judges another task."""
     parsed: str | None = None
     """The answer as it was read from the completion."""
     out_of: float = 1.0

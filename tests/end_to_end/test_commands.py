@@ -238,6 +238,9 @@ def test_published_generations_give_the_published_figures(task, tmp_path, monkey
     (entry,) = results_of(capsys.readouterr().out)["evaluations"]
     assert (entry["d1_correct"], entry["d1_out_of"]) == PUBLISHED[task]
     assert (entry["correct"], entry["n"]) == PUBLISHED[task], "counted as the paper counts"
+    assert entry["effective_tokens"] is None and entry["truncated_fraction"] is None, "nobody measured them"
+    low, high = entry["interval"]
+    assert entry["effective_n"] <= entry["n"] and (high - low > 0.034 or task != "sudoku"), "cells are not trials"
 
 
 def test_own_generations_are_graded_again(run, tmp_path, monkeypatch, capsys):
@@ -246,7 +249,7 @@ def test_own_generations_are_graded_again(run, tmp_path, monkeypatch, capsys):
     last = results_of(printed)["evaluations"][-1]
     assert evaluate([f"rescore={folder / last['rows_file']}", "task=sudoku"]) == 0
     (entry,) = results_of(capsys.readouterr().out)["evaluations"]
-    for key in ("n", "correct", "d1_correct", "extra"):
+    for key in ("n", "correct", "d1_correct", "extra", "effective_tokens", "truncated_fraction"):
         assert entry[key] == last[key]
 
 

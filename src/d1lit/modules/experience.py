@@ -48,7 +48,7 @@ def reward_batch(
     """Verdicts by reward part as tensors, one column a part."""
     names = list(verdicts)
     value = torch.tensor([[v.value for v in verdicts[name]] for name in names], dtype=torch.float32).T
-    valid = torch.tensor([[v.outcome in ("ok", "unparsed", "skipped") for v in verdicts[name]] for name in names]).T
+    valid = torch.tensor([[v.outcome not in ("timeout", "error") for v in verdicts[name]] for name in names]).T
     asked = torch.tensor([[v.outcome != "skipped" for v in verdicts[name]] for name in names]).T
     weight = torch.tensor([weights[name] for name in names], dtype=torch.float32)
     return RewardBatch(value.to(device), valid.to(device), weight.to(device), step, asked.to(device))

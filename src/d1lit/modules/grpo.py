@@ -66,7 +66,7 @@ from d1lit.types import (
 
 MAX_FAILED_FRACTION = 0.5
 """A run whose judges fail (timeout, error) on more than this share of a rollout's completions stops."""
-LOGGED_OUTCOMES: tuple[Outcome, ...] = ("timeout", "error", "unparsed")
+LOGGED_OUTCOMES: tuple[Outcome, ...] = ("timeout", "error", "unparsed", "refused")
 REPLAYED_ROWS = 2
 """Rollouts of a batch on which an approximate sampler is compared with the exact network: one forward a step."""
 

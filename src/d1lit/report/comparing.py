@@ -101,7 +101,8 @@ def _cell(name: str, key: tuple[Any, ...], entries: Sequence[tuple[Run, Mapping[
         over = f"{len(accuracies)} seeds"
     else:
         correct, total = (sum(entry[k] for _, entry in entries) for k in ("correct", "n"))
-        interval, over = wilson_interval(correct, total), f"{first['n']} rows"
+        trials = sum(entry.get("effective_n", entry["n"]) for _, entry in entries)
+        interval, over = wilson_interval(correct / total * trials, trials), f"{first['n']} rows"
     own = list({run.folder: run for run, _ in entries}.values())
     return Cell(
         recipe=name,

@@ -72,8 +72,8 @@ def _entry_row(name: str, entry: Mapping[str, Any], extra: Sequence[str]) -> tup
         graded,
         *(percent(entry["extra"][key]["mean"]) if key in entry.get("extra", {}) else "" for key in extra),
         str(entry.get("completion_length") or ""),
-        f"{entry['effective_tokens']:.1f}" if "effective_tokens" in entry else "",
-        percent(entry.get("truncated_fraction", math.nan)),
+        "" if entry.get("effective_tokens") is None else f"{entry['effective_tokens']:.1f}",
+        "" if entry.get("truncated_fraction") is None else percent(entry["truncated_fraction"]),
         percent(entry.get("unparsed_fraction", math.nan)),
     )
 

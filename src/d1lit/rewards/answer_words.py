@@ -8,13 +8,31 @@ from collections.abc import Iterable
 HEDGES = frozenset(
     re.findall(
         r"[\w']+",
-        "not no nor neither or isn't wasn't never about approximately roughly around almost nearly circa between "
-        "either maybe perhaps probably possibly likely guess than least most under over below above cannot can't "
-        "unknown wrong incorrect false except but if unless ish plus minus negative times dozen thousand million "
-        "billion trillion hundred half twice double triple quadruple squared cubed and to through ",
+        # denied or left open
+        "not no nor neither never or isn't wasn't none nope either between maybe perhaps probably possibly likely "
+        "hopefully guess think suppose unknown wrong wrongly incorrect incorrectly mistake mistaken false fake "
+        "untrue error invalid except but if unless instead rather excluding without versus vs opposite "
+        # widened
+        "about approximately approx appx roughly around almost nearly near nearby circa ca est estimated within "
+        "ish than least most under over below above beyond upward upwards exceed exceeds exceeding max maximum "
+        "minimum cannot can't to through and "
+        # operations still to be done
+        "plus minus negative neg negated times divided multiplied raised squared cubed factorial root sqrt cbrt "
+        "log ln sin cos tan cot csc exp arg abs gcd lcm mod modulo reciprocal inverse complement successor "
+        "predecessor logarithm sine cosine tangent pi twice thrice double doubled triple tripled quadruple "
+        "quadrupled halved "
+        # other numbers and multiples
+        "hundred hundreds thousand thousands million millions billion billions trillion trillions quadrillion "
+        "quadrillions quintillion quintillions zillion gazillion myriad lakh lakhs crore crores cr mil mill mn bn "
+        "tn trn kilo mega giga milli micro dozen dozens doz dz tens gross grand hex hexadecimal octal binary ppm "
+        "fold tenfold twofold threefold fourfold half halves quarter third thirds fourth fourths fifth fifths "
+        "sixth sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundredth hundredths thousandth "
+        "thousandths millionth millionths zero two three four five six seven eight nine ten eleven twelve thirteen "
+        "fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty "
+        "ninety",
     )
 )
-"""Words that deny, widen or multiply a number beside which they stand."""
+"""Words that deny, widen, multiply or change a number beside which they stand, and numbers spelled out."""
 
 _UNITS = {
     name: canonical
@@ -29,6 +47,8 @@ _UNITS = {
         "km": "km kilometer kilometers kilometre kilometres",
         "g": "g gram grams",
         "kg": "kg kilogram kilograms",
+        "ml": "ml milliliter milliliters",
+        "l": "l liter liters litre litres",
         "pound": "pound pounds lb lbs",
         "ounce": "ounce ounces oz",
         "second": "second seconds sec s",
@@ -80,6 +100,11 @@ def units_in(words: Iterable[str]) -> frozenset[str]:
 def marks_in(text: str) -> frozenset[str]:
     """The units that signs stand for: dollar, per cent, degree."""
     return frozenset(unit for mark, unit in _MARKS.items() if mark in text)
+
+
+def is_unit(word: str) -> bool:
+    """Whether a word is a known unit."""
+    return word.lower().rstrip(".") in _UNITS
 
 
 def hedges_in(words: Iterable[str]) -> frozenset[str]:

@@ -25,6 +25,13 @@ _OPERATION = re.compile(r"[+*/^]|-|\\(?:frac|sqrt|times|cdot|div|pm)|[0-9A-Za-z)
 _LAYOUT = re.compile(r"[\s$]|\\(?:left|right|!|,)")
 _LONG_NUMERAL = re.compile(r"[0-9](?:\.?[0-9]){7}")
 _POWERS = re.compile(r"[0-9+\-*^{}()]+")
+_CHANGED = re.compile(
+    r"\\(?:not|neg|lnot|cancel|[lc]?dots|prime|overline|bar|approx|int|sum|prod|lim|max|min|gcd|lcm|det)(?![A-Za-z])"
+    r"|\\frac\{d\}|vmatrix|…|'|(?<=[0-9])_"
+)
+"""What denies, changes or leaves open an answer, math-verify passes over, or is work still to be done."""
+_DANGLING = re.compile(r"(?<![A-Za-z])(?:and|or)[^A-Za-z0-9]*$")
+_COMMAND = re.compile(r"\\[A-Za-z]+")
 _FRACTION_SIZE = re.compile(r"\\[dt]frac")
 _BRACKETS = ("()", "[]", "(]", "[)")
 _POWER_TOWER = re.compile(r"(?:\^|\*\*)\{?-?[0-9]+(?:\^|\*\*)|(?:\^|\*\*)\{?-?[0-9]{4,}|[0-9]{60,}|!{2,}|[0-9]{4,}!")
@@ -139,6 +146,22 @@ def _named(items: list[str]) -> tuple[list[str], list[str]]:
     return names if all(names) else [], [form.text if form.number is None else f"={form.number}" for form in forms]
 
 
+def _changes(form: Form, answer: str) -> set[str]:
+    """The marks of an answer that deny it, change it or leave it open."""
+    dangling = _DANGLING.search(answer)
+    return {
+        *_CHANGED.findall(form.text + form.symbol),
+        *re.findall(r"\.{3}", answer),
+        *([dangling[0]] if dangling else []),
+    }
+
+
+def _in_other_case(answer: str, gold: str) -> bool:
+    """Whether the answer writes X where gold has x: another variable, which math-verify takes for the same."""
+    asked, known = (set(filter(str.isalpha, _COMMAND.sub("", text))) for text in (answer, gold))
+    return any(letter.swapcase() in known for letter in asked - known)
+
+
 def is_copied(answer: Form, gold: Form, question: str) -> bool:
     """Whether an answer that still holds operations stands in the question, word for word, and the gold answer not."""
     if not _OPERATION.search(answer.text) or len(answer.text) < 3:
@@ -173,15 +196,17 @@ class MathAnswer:
         if " ".join(gold.split()) == " ".join(answer.split()):
             return Verdict(1.0, parsed=answer)
         if len(answer) > LONGEST_ANSWER:
-            return Verdict(0.0, "unparsed", answer)
+            return Verdict(0.0, "refused", answer)
         gold_form, form = normalised(gold), normalised(answer)
+        if _changes(form, answer) - _changes(gold_form, gold):
+            return Verdict(0.0, parsed=answer)
         decided = decide(gold_form, form)
         if isinstance(decided, bool):
             return Verdict(float(decided), parsed=answer)
-        if is_copied(form, gold_form, question):
+        if is_copied(form, gold_form, question) or _in_other_case(form.text, gold_form.text):
             return Verdict(0.0, parsed=answer)
         if _POWER_TOWER.search(form.text):
-            return Verdict(0.0, "unparsed", answer)  # refused, and counted as such
+            return Verdict(0.0, "refused", answer)
         for pair in decided:
             verdict = self.equivalence(*pair)
             if verdict.value != 1.0:

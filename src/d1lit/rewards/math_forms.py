@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 
-from d1lit.rewards.answer_words import hedges_in, marks_in, units_in
+from d1lit.rewards.answer_words import hedges_in, is_unit, marks_in, units_in
 
 _SAME = (
     ("\u2212", "-"),
@@ -60,9 +60,10 @@ _CONNECTIVE = re.compile(r"(?<![A-Za-z\\])(?:,\s*)?(?:and|or)(?![A-Za-z])")
 _WRAPPINGS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("\\boxed{", "}"), ("{", "}"))
 _SYMBOL = r"(?:\\?[A-Za-z]+(?:_\{?[A-Za-z0-9]+\}?)?)"
 _ASSIGNMENT = re.compile(
-    rf"({_SYMBOL}(?:\({_SYMBOL}\))?|\({_SYMBOL}(?:,{_SYMBOL})+\))(?:=|\\in(?![A-Za-z]))(?=[^=])(.+)"
+    rf"({_SYMBOL}(?:\({_SYMBOL}\))?|\({_SYMBOL}(?:,{_SYMBOL})+\))(?:=|\\in(?![A-Za-z0-9.+-]))(?=[^=])(.+)"
 )
 _TRAILING_WORDS = re.compile(r"([0-9}/)]|\\pi)\.?\s*([A-Za-z]{2,}(?:[.\s/]+[A-Za-z]{2,})*[.\s]*(?:\^\{?[23]\}?)?)$")
+_OPERATORS = tuple("-+*/^!<>=|")
 _FUNCTION_WORDS = frozenset(
     re.findall(r"\w+", "pi sin cos tan sec csc cot log ln exp sqrt frac mod gcd lcm arcsin arccos arctan")
 )
@@ -150,16 +151,32 @@ def _resolve_text_macro(has_core: bool, cut: list[str], match: re.Match[str]) ->
     content = match[1].strip()
     if content.strip(" ,.") in ("and", "or"):
         return ","
-    if has_core and (units_in([content]) or len(content) > 1):
+    called = match[0].startswith("\\operatorname") or match.string[match.end() :].lstrip().startswith(("(", "["))
+    if has_core and not called and _is_a_note(content):
         cut.append(content + (match[2] or "").strip())
         return " "
     return f" {content} " + (match[2] or "")
+
+
+def _is_a_note(content: str) -> bool:
+    """Whether a text beside an answer may be cut: a unit or words, no factor (`ab`, `M`) and no digits."""
+    if any(char.isdigit() for char in content) or content.startswith(_OPERATORS) or content in ("K", "M", "B", "T"):
+        return False
+    return bool(units_in([content])) or sum(map(str.isalpha, content)) > 2 or not any(map(str.isalnum, content))
+
+
+def _is_a_factor(words: str, is_glued: bool) -> bool:
+    """Whether letters after a number are variables (`6ab`, `6 ab`): no unit, and glued or two letters."""
+    word = words.split("^")[0].strip()
+    return word.isalpha() and not is_unit(word) and (is_glued or len(word) < 3)
 
 
 def _without_trailing_words(text: str) -> tuple[str, str]:
     """`12 square inches` to `12` and the words; names of functions are no units."""
     match = _TRAILING_WORDS.search(text)
     if not match or any(word.strip(".").lower() in _FUNCTION_WORDS for word in match[2].split("^")[0].split()):
+        return text, ""
+    if _is_a_factor(match[2], match.end(1) == match.start(2)):
         return text, ""
     return text[: match.end(1)], match[2]
 

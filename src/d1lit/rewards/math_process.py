@@ -194,7 +194,10 @@ class MathVerify:
         return self._worker
 
     def __call__(self, gold: str, answer: str) -> Verdict:
-        """1 or 0 with outcome "ok"; 0 with "timeout" or "error" where the judge failed."""
+        """1 or 0 with outcome "ok"; 0 with "unparsed" where the answer is no mathematics.
+
+        Where the judge failed, or could not read the gold answer: 0 with "timeout" or "error".
+        """
         with self._lock:
             return self._judge(gold, answer)
 
@@ -219,6 +222,8 @@ class MathVerify:
                 return Verdict(0.0, "timeout", answer)
             if "equal" in message:
                 return Verdict(float(message["equal"]), "ok", answer)
+            if message.get("unread") == "answer":
+                return Verdict(0.0, "unparsed", answer)
             return Verdict(0.0, "error", answer)
         return Verdict(0.0, "error", answer)
 

@@ -33,27 +33,37 @@ WARMING = (
 """Pairs whose comparison imports and builds what most others need: before the fork, once."""
 
 
+class Unread(Exception):
+    """A text that math-verify cannot read as mathematics; its side is the message."""
+
+
 def compare(gold: str, answer: str) -> bool:
-    """math-verify's opinion, with more digits than its default: 0.333333 is not 1/3."""
+    """math-verify's opinion, with more digits than its default: 0.333333 is not 1/3.
+
+    Raises:
+        Unread: "gold" or "answer".
+    """
+    from latex2sympy2_extended import NormalizationConfig
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-    def read(text: str) -> list:
-        # No timeouts of math-verify's own: they are signals, which a long C call never sees. The client kills us.
-        targets = [LatexExtractionConfig(), ExprExtractionConfig()]
-        try:
-            return parse(f"${text}$", targets, "no_fallback", parsing_timeout=0, raise_on_error=True)
-        except (MemoryError, RecursionError):
-            raise
-        except Exception:  # not mathematics: no verdict of the judge's failure, just no match
-            return []
+    # Units were compared before; what math-verify takes for one may be a factor (it reads 6ab as 6).
+    spelling = NormalizationConfig(units=False, malformed_operators=True, nits=True)
 
-    parsed_gold, parsed_answer = read(gold), read(answer)
-    if not parsed_gold or not parsed_answer:
-        return False
+    def read(side: str, text: str) -> list:
+        # No timeouts of math-verify's own: they are signals, which a long C call never sees. The client kills us.
+        targets = [LatexExtractionConfig(normalization_config=spelling), ExprExtractionConfig()]
+        try:
+            found = parse(f"${text}$", targets, "no_fallback", parsing_timeout=0, raise_on_error=True)
+        except (ValueError, SyntaxError) as error:  # a parser's own word that this is no mathematics (SympifyError)
+            raise Unread(side) from error
+        if not found:
+            raise Unread(side)
+        return found
+
     return bool(
         verify(
-            parsed_gold,
-            parsed_answer,
+            read("gold", gold),
+            read("answer", answer),
             float_rounding=12,
             numeric_precision=30,
             timeout_seconds=None,
@@ -86,6 +96,8 @@ def serve(link: socket.socket, seconds: float, memory: int, was_late: bool, serv
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             reply["equal"] = compare(request["gold"], request["answer"])
+        except Unread as error:
+            reply["unread"] = str(error)
         except (MemoryError, RecursionError) as error:
             reply["error"], broken = type(error).__name__, True
         except Exception as error:  # any judge failure is an outcome of its own, never a verdict

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from d1lit.rewards.answer_words import hedges_in
+from d1lit.rewards.answer_words import hedges_in, is_unit
 from d1lit.rewards.extract import LONGEST_ANSWER, final_answer
 from d1lit.rewards.rows import judge_rows
 from d1lit.types import Example, Verdict
@@ -22,14 +22,31 @@ _NUMBER = re.compile(rf"(?:(?P<sign>[+-])\s?)?(?:\$\s?)?(?P<inner>-?)(?P<size>{_
 _FRACTION = re.compile(r"(?P<sign>[+-]?)\$?(?P<over>[0-9]+)\s?/\s?(?P<under>[0-9]+)")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s?\{([0-9]{1,40})\}\s?\{([0-9]{1,40})\}")
 _TEXT_MACRO = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox|operatorname)\s?\{([^{}\\]*)\}")
-_CURRENCY = re.compile(r"[€£¥₹]|\b(?:USD|US)\b|\\\$")
+_CURRENCY = re.compile(r"[€£¥₹]|(?<![A-Za-z])(?:USD|US)\b|\\\$")
 _UNIT_POWER = re.compile(r"(?<=[A-Za-z])(?:\^?\{?[23]\}?|[²³])(?![0-9.,])")
 _FOREIGN_DIGIT = re.compile(r"[^\D0-9]|[⁰¹⁴-⁹₀-₉]")
 _UNFINISHED = re.compile(r"\s*[-/*](?![A-Za-z])")
 _AROUND = re.compile(r"[A-Za-z'°%\s/.!:;,()\[\]*_`~$-]*")
-_MULTIPLES = re.compile(r"\s?(?:[kK]|[MB]|[mb]n)(?![A-Za-z])")
+_MULTIPLES = re.compile(r"\s?(?:[kKMBGT]|[mb]n)(?![A-Za-z])")
 _GLUED = re.compile(r"[.,]?[0-9]|\.[0-9]|\s?/\s?[0-9]|[eE]-?$")
 _DENIED = re.compile(r"[!<>~/:\u2248\u2260\u2264\u2265]\s?=")
+_BRACKETED_AFTER_MINUS = re.compile(r"(?<=-)\s?(\$?)[(\[]\s?([$0-9.,]+)\s?[)\]]")
+_FREE_MINUS = re.compile(r"(?<![A-Za-z])-|-(?![A-Za-z])")
+_CALLED = re.compile(
+    r"[A-Za-z)\]][(\[][^A-Za-z]*$"  # f(18
+    r"|(?<![A-Za-z])(?:[b-zA-HJ-Z]|[aI]\s?\*)[\s*_]*[(\[]?$"  # x 18, x*18; not "a" and "I"
+    r"|[A-Za-z)\]][_*/]$|[)\]!]$"  # x_18, (x)18, !18
+)
+_BEFORE = re.compile(
+    r"\b(?:(?:square|cube|pair|digits?|power|product|multiples?|factors?|part|fraction|floor|ceiling|digit sum) of"
+    r"|min|past|point|say|some|as many as|off by|different from)\s(?:the\s)?$",
+    re.IGNORECASE,
+)
+_AFTER = re.compile(
+    r"[)\]*_$]*\s?!|[)\]]+[A-Za-z(\[]|[\s*_]*[-*/]?fold"  # 18!, (18)x, 18-fold
+    r"|\W*(?:score|odd|something|cube|square|in base|base)\W*(?!\w)"
+)
+_NEXT_LETTERS = re.compile(r"(\s?[-*/_]?)([A-Za-z]+)")
 _NEGATIVE_WORDS = re.compile(r"\b(?:minus|negative)\s+(?=[$0-9.])", re.IGNORECASE)
 
 
@@ -51,12 +68,13 @@ def _value(match: re.Match[str]) -> Fraction | None:
 def _plain(text: str) -> str:
     """The answer without mark-up: maths delimiters, text macros, emphasis, currency, exponents of units."""
     text = text.replace("\u2212", "-").replace("{,}", ",").replace("\\!", "").replace("\\,", " ").replace("\\%", "%")
-    text = _TEXT_MACRO.sub(r" \1 ", text)
+    text = _TEXT_MACRO.sub(lambda match: " " * (len(match[1]) > 2) + match[1], text)  # `18\text{x}` is a product
     text = _LATEX_FRACTION.sub(r" \1/\2 ", text)
     text = _CURRENCY.sub("$", text)
     for mark in ("\\(", "\\)", "\\[", "\\]", "$$", "**", "^\\circ", "^{\\circ}"):
         text = text.replace(mark, " ")
     text = _NEGATIVE_WORDS.sub("-", _UNIT_POWER.sub("", text))
+    text = _BRACKETED_AFTER_MINUS.sub(r"\1\2", text)
     return " ".join(text.split())
 
 
@@ -92,9 +110,19 @@ def _harmless(before: str, after: str) -> bool:
         return False
     if _UNFINISHED.match(after) and not before.endswith(after.strip()[:1]):
         return False
-    if before and before[-1].isalpha():
+    if (before and before[-1].isalpha()) or _FREE_MINUS.search(before):
+        return False
+    if _CALLED.search(before) or _BEFORE.search(before) or _AFTER.match(after) or _is_multiplied(after):
         return False
     return not hedges_in([before, after])
+
+
+def _is_multiplied(after: str) -> bool:
+    """Whether letters right after a number are a factor (`18x`, `18 x`) and no unit or word."""
+    match = _NEXT_LETTERS.match(after)
+    if not match or is_unit(match[2]):
+        return False
+    return match[1] in ("", "_") or (len(match[2]) == 1 and match[2] != "a")
 
 
 @dataclass(frozen=True)
