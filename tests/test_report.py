@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from d1lit import commands
 from d1lit.report.curves import HEIGHT, WIDTH, Series, chart, smoothed, thinned, ticks
 from d1lit.report.events import event_files, read_scalars
-from d1lit.report.hparams import write_hparams
+from d1lit.report.hparams import final_metrics, write_hparams
 from d1lit.report.markup import tag, text, visible
-from d1lit.report.page import by_seconds, comparison_page, run_page
+from d1lit.report.page import comparison_page, run_page
 from d1lit.report.runs import FINAL_LOG, read_run, read_runs
-from tests.real_runs import copy_of, known_run, real_run
+from d1lit.report.sections import accuracy_by_flops, by_spending
+from tests.real_runs import add_evaluation, copy_of, known_run, probed, real_run
 
 HOSTILE = (
     "</script><script>alert(1)</script>",
@@ -100,7 +101,7 @@ def test_the_page_of_several_runs_is_whole_and_alone(tmp_path):
     results = json.loads((sft / "results.json").read_text())
     (sft / "results.json").write_text(json.dumps({**results, "recipe": "sft", "seed": 1}))
     page = comparison_page(read_runs([real_run(), sft]))
-    assert Page(page).ids == ["main", "accuracy", "pairs", "curves", "rows", "differences", "runs"]
+    assert Page(page).ids == ["main", "accuracy", "pairs", "curves", "cost", "rows", "differences", "runs"]
     assert reaches_out(page) == []
 
 
@@ -183,13 +184,31 @@ def test_thinning_keeps_the_mean():
     assert sum(y for _, y in found) / 240 == pytest.approx(sum(y for _, y in line) / 960)
 
 
-def test_reward_at_equal_time_counts_all_seconds_so_far():
-    scalars = {
-        "time/rollout_s": [(0, 2.0), (1, 3.0)],
-        "time/update_s": [(0, 1.0)],
-        "rollout/reward": [(0, 0.1), (1, 0.4)],
+def test_reward_at_equal_compute_counts_all_that_was_spent_so_far(tmp_path):
+    run = read_run(known_run(tmp_path / "a", [True]))
+    run.__dict__["curves"] = {
+        "base": {"time/update_s": [(0, 99.0)], "cost/flops": [(0, 9e9)]},
+        "sft": {"time/update_s": [(0, 4.0), (1, 6.0)], "cost/flops": [(0, 50.0)]},
+        "grpo": {
+            "time/rollout_s": [(0, 2.0), (1, 3.0)],
+            "time/update_s": [(0, 1.0)],
+            "cost/flops": [(0, 100.0), (1, 200.0)],
+            "cost/update_flops": [(0, 1.0)],
+            "rollout/reward": [(0, 0.1), (1, 0.4)],
+        },
     }
-    assert by_seconds(scalars) == [(3.0, 0.1), (6.0, 0.4)]
+    assert by_spending(run, "grpo", ("time/",)) == [(13.0, 0.1), (16.0, 0.4)]
+    assert by_spending(run, "grpo", ("cost/flops",)) == [(150.0, 0.1), (350.0, 0.4)]
+    assert accuracy_by_flops(run, "count") == [(350.0, 100.0)]
+
+
+def test_pages_draw_reward_against_flops_and_seconds(tmp_path):
+    other = copy_of(real_run(), tmp_path / "other")
+    results = json.loads((other / "results.json").read_text())
+    (other / "results.json").write_text(json.dumps({**results, "recipe": "other"}))
+    for page in (run_page(read_run(real_run())), comparison_page(read_runs([real_run(), other]))):
+        axes = [attrs.get("data-x") for name, attrs in Page(page).elements if name == "figure"]
+        assert {"FLOPs since the base", "seconds of rollouts and updates"} <= set(axes)
 
 
 def test_wins_and_losses_are_the_rows_that_changed(tmp_path):
@@ -199,6 +218,36 @@ def test_wins_and_losses_are_the_rows_that_changed(tmp_path):
     assert "Won: 2 of 5 rows" in words
     assert "Lost: 1 of 5 rows" in words
     assert "Not solved by either: 1 of 5 rows" in words
+
+
+def test_the_page_shows_what_the_model_does_when_asked_otherwise(tmp_path):
+    plain = known_run(tmp_path / "a", [True])
+    assert "Asked otherwise" not in run_page(read_run(plain))
+    asked = known_run(tmp_path / "b", [True], probes=probed(0.25))
+    words = Page(run_page(read_run(asked))).words
+    assert words[words.index("pass@4") :][:2] == ["pass@4", "50.0"]
+    assert words[words.index("forced <reasoning>x") :][:2] == ["forced <reasoning>x", "25.0"]
+
+
+def test_a_mixture_is_shown_task_by_task(tmp_path):
+    run = known_run(tmp_path / "a", [True, True, False])
+    add_evaluation(run, [False, False, False], stage="base")
+    add_evaluation(run, [True, False], stage="base", task="grids")
+    add_evaluation(run, [False, True], task="grids")
+    words = "".join(Page(run_page(read_run(run))).words)
+    assert "Won: 2 of 3 rows" in words
+    assert "Won: 1 of 2 rows" in words
+    assert "Lost: 1 of 2 rows" in words
+    assert "of 0 rows" not in words
+    assert "Final accuracy in per cent: count 66.7, grids 50.0." in words
+    other = known_run(tmp_path / "b", [False, True, True], recipe="sft")
+    add_evaluation(other, [True, True], task="grids")
+    words = "".join(Page(comparison_page(read_runs([run, other]))).words)
+    assert "sft against d1 on count" in words
+    assert "sft against d1 on grids" in words
+    metrics = final_metrics(read_run(run))
+    assert metrics["final/accuracy"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert metrics["final/accuracy/grids/grpo"] == 0.5
 
 
 def test_the_report_command_says_where_the_page_is(tmp_path, capsys):

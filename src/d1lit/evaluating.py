@@ -156,6 +156,7 @@ class TaskEvaluator:
             "split": self.plan.config.evaluation.split,
             "completion_length": sampler.completion_length,
             "seed": seed,
+            "grader": task.grader,
             **asdict(summarise(records, task.grader)),
             "rows_file": str(file.relative_to(self.folder)),
             **asdict(protocol),

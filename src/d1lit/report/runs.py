@@ -44,6 +44,15 @@ class Run:
         """Entries of the results table."""
         return self.results["evaluations"]
 
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks that it was evaluated on: those of a mixture, one by one."""
+        return list(dict.fromkeys(str(entry["task"]) for entry in self.evaluations))
+
+    def grader(self, entry: Mapping[str, Any]) -> str:
+        """Whose verdict counts in an evaluation; a mixture's tasks have each their own."""
+        return str(entry.get("grader") or self.results.get("grader") or "strict")
+
     @cached_property
     def curves(self) -> dict[str, Scalars]:
         """Scalars of every stage that has event files, by tag, in the order of the stages."""
@@ -179,7 +188,18 @@ def variants(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
         if len(twins) > 1:
             for number, i in enumerate(twins, start=1):
                 names[i] = f"{name} #{number}"
-    return list(zip(names, found, strict=True))
+    # A mixture and one of its tasks by the same recipe meet on that task's rows.
+    told = [
+        f"{name} on {group[0].results['task']}" if _meets_namesake(place, names, found) else name
+        for place, (name, group) in enumerate(zip(names, found, strict=True))
+    ]
+    return list(zip(told, found, strict=True))
+
+
+def _meets_namesake(place: int, names: Sequence[str], groups: Sequence[Sequence[Run]]) -> bool:
+    own = groups[place][0]
+    others = [group[0] for i, group in enumerate(groups) if i != place and names[i] == names[place]]
+    return any(set(own.tasks) & set(other.tasks) for other in others)
 
 
 def _variant_name(run: Run, all_runs: Sequence[Run]) -> str:
