@@ -259,3 +259,39 @@ def test_a_mixture_and_its_task_by_one_recipe_have_names_of_their_own(tmp_path):
         entries = [entry | ({"task": task} if task == "other" else {}) for entry in results["evaluations"]]
         (folder / "results.json").write_text(json.dumps({**results, "task": task, "evaluations": entries}))
     assert [name for name, _ in variants(read_runs(folders))] == ["d1 on count", "d1 on unified", "d1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "code"),
+    [
+        ("config.yaml", "seed: [1, 2", "E504"),
+        ("config.yaml", "just words", "E504"),
+        ("overrides.json", "[", "E504"),
+        ("overrides.json", "{}", "E504"),
+        ("environment.json", "[]", "E504"),
+        ("results.json", "\x00", "E504"),
+        ("results.json", "[1]", "E504"),
+        (
+            "results.json",
+            '{"recipe": "a", "task": "b", "model": "c", "seed": 0, "evaluations": [{"task": "b"}]}',
+            "E504",
+        ),
+        ("results.json", '{"recipe": "a", "task": "b", "model": "c", "seed": 0, "evaluations": 3}', "E504"),
+        ("evaluations/final.jsonl", "{}\n", "E507"),
+        ("evaluations/final.jsonl", "not JSON\n", "E507"),
+        ("evaluations/final.jsonl", "3\n", "E507"),
+    ],
+)
+def test_a_file_that_is_not_as_it_was_written_is_one_line(tmp_path, capsys, name, text, code):
+    runs = [known_run(tmp_path / recipe, [T, F], recipe=recipe) for recipe in ("sft", "d1")]
+    (runs[1] / name).write_text(text)
+    for command in (commands.compare, commands.report):
+        assert (
+            command([*map(str, runs), *(["-o", str(tmp_path / "page.html")] if command is commands.report else [])])
+            == 2
+        )
+        error = capsys.readouterr().err
+        assert error.startswith("error: run: ")
+        assert error.rstrip().endswith(f"[{code}]")
+        assert error.count("\n") == 1
+        assert name in error

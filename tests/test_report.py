@@ -1,5 +1,6 @@
 """report.html: whole, self-contained, safe whatever a model writes; its charts say what the numbers say."""
 
+import html
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -316,9 +318,22 @@ def chromium() -> str:
     return found
 
 
-def opened(page: Path, width: int = 1280, extra: tuple[str, ...] = ()) -> tuple[str, str]:
-    """The page's elements after its scripts ran, and what the browser said."""
-    words = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--virtual-time-budget=3000"]
+WIDTHS = (1280, 390)
+"""Of a desk's window and a phone's, in pixels."""
+NARROWEST = 500
+"""No window of Chromium is narrower; a frame in it can be."""
+
+
+def opened(page: Path, width: int = 1280, extra: tuple[str, ...] = (), virtual_time: bool = True) -> tuple[str, str]:
+    """The page's elements after its scripts ran, and what the browser said; in a narrow window, the frame's around it."""
+    if width < NARROWEST:
+        text = html.escape(page.read_text(encoding="utf-8"))
+        page = page.with_name(f"framed-{page.name}")
+        frame = f'<iframe style="width:{width}px;height:900px;border:0" srcdoc="{text}"></iframe>'
+        page.write_text(f'<!doctype html><meta charset="utf-8">{frame}', encoding="utf-8")
+        width = 1280
+    words = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900"]
+    words += ["--virtual-time-budget=3000"] if virtual_time else []
     words += [
         "--enable-logging=stderr",
         f"--user-data-dir={page.parent / 'profile'}",
@@ -340,58 +355,137 @@ def pages(tmp_path: Path) -> list[Path]:
     return found
 
 
+def driven(page: Path, script: str, width: int = 1280) -> Any:
+    """What a script that runs in the page, once it is loaded, leaves in `found`."""
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text(encoding="utf-8"))
+    words = f"(async () => {{ let found; {script}; top.document.title = 'FOUND' + JSON.stringify(found); }})();"
+    file = page.with_name(f"driven-{page.name}")
+    file.write_text(text.replace("</body>", f"<script>{words}</script></body>"), encoding="utf-8")
+    elements, said = opened(file, width)
+    title = re.search(r"<title>FOUND(.*?)</title>", elements, re.DOTALL)
+    assert title is not None, said
+    return json.loads(html.unescape(title[1]))
+
+
 @pytest.mark.slow
-def test_a_browser_opens_the_pages_without_a_word(tmp_path):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_browser_opens_the_pages_without_a_word(tmp_path, width):
     chromium()
     for page in pages(tmp_path):
-        elements, said = opened(page)
+        _, said = opened(page, width)
         assert "CONSOLE" not in said, said
-        assert 'class="cross"' in elements
+        assert driven(page, "found = document.querySelectorAll('figure .cross').length", width) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_but_tables_is_wider_than_the_window(tmp_path, width):
+    chromium()
+    for page in pages(tmp_path):
+        script = "for (const d of document.querySelectorAll('details')) d.open = true;"
+        script += "found = [innerWidth, document.documentElement.scrollWidth]"
+        inner, content = driven(page, script, width)
+        assert inner == width
+        assert content <= width
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_pages_open_within_a_second(tmp_path, width):
+    """From the start of the navigation until everything is loaded, run and laid out, by the browser's own clock."""
+    chromium()
+    script = "top.document.title = 'OPEN' + (document.body.getBoundingClientRect().height && performance.now())"
+    for page in pages(tmp_path):
+        text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text(encoding="utf-8"))
+        page.write_text(
+            text.replace("</body>", f"<script>addEventListener('load', () => {{ {script} }})</script></body>"),
+            encoding="utf-8",
+        )
+        elements, _ = opened(page, width, virtual_time=False)
+        found = re.search(r"<title>OPEN([\d.]+)</title>", elements)
+        assert found is not None
+        print(f"{page.name}, {len(text) / 1e3:.0f} kB, {width} pixels: opened in {float(found[1]):.0f} ms")
+        assert float(found[1]) < 1000
+
+
+@pytest.mark.slow
+def test_printed_pages_are_whole(tmp_path):
+    """On paper: no controls, completions finished, short lists open; and the browser makes a PDF of it."""
+    chromium()
+    script = """
+      for (const s of document.querySelectorAll(".scrub")) { s.value = 0; s.dispatchEvent(new Event("input")); }
+      dispatchEvent(new Event("beforeprint"));
+      const shown = (name) => [...document.querySelectorAll(name)].filter((e) => getComputedStyle(e).display !== "none").length;
+      const closed = [...document.querySelectorAll("details")].filter((d) => !d.open && d.querySelectorAll("*").length < 400);
+      found = [shown(".controls"), shown("nav"), shown(".readout"), document.querySelectorAll(".pane .masked").length, closed.length]
+    """
+    for page in pages(tmp_path):
+        pdf = page.with_suffix(".pdf")
+        opened(page, extra=(f"--print-to-pdf={pdf}",))
+        assert pdf.read_bytes()[:5] == b"%PDF-"
+        page.write_text(page.read_text(encoding="utf-8").replace("@media print", "@media all"), encoding="utf-8")
+        assert driven(page, script) == [0, 0, 0, 0, 0]
+
+
+@pytest.mark.slow
+def test_charts_and_tokens_are_read_by_keyboard(tmp_path):
+    chromium()
+    script = """
+      const press = (e, key) => e.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
+      const svg = document.querySelector("figure.chart svg"), pane = document.querySelector(".pane");
+      const said = (e) => e.querySelector(".readout").textContent;
+      found = [svg.tabIndex, pane.tabIndex];
+      press(svg, "Home"); found.push(said(svg.parentElement));
+      press(svg, "ArrowRight"); found.push(said(svg.parentElement));
+      press(svg, "Escape"); found.push(said(svg.parentElement).trim());
+      press(pane, "ArrowRight"); press(pane, "End"); found.push(said(pane));
+      press(pane, "Home"); found.push(said(pane));
+    """
+    found = driven(pages(tmp_path)[0], script)
+    assert found[:2] == [0, 0]
+    assert found[2].startswith("update 0: ")
+    assert found[3].startswith("update 1: ")
+    assert found[4] == ""
+    assert re.match(r"token \d\d, ", found[5])
+    assert re.match(r"token 1, .*: (fixed at step \d+.*, confidence [\d.e-]+|never reached)", found[6], re.DOTALL)
 
 
 @pytest.mark.slow
 def test_the_player_takes_tokens_away_and_gives_them_back(tmp_path):
     """The page's own script, driven inside the browser: at step 0 everything is masked, at the end nothing is."""
     chromium()
-    page = run_page(read_run(real_run()))
-    driver = """
+    script = """
       const count = () => document.querySelectorAll(".pane .t.masked").length;
       const all = document.querySelectorAll(".pane .t").length;
-      const found = [count()];
+      found = [count()];
       for (const s of document.querySelectorAll(".scrub")) { s.value = 0; s.dispatchEvent(new Event("input")); }
       found.push(count() === all);
       for (const s of document.querySelectorAll(".scrub")) { s.value = s.max; s.dispatchEvent(new Event("input")); }
       found.push(count());
-      document.title = JSON.stringify(found);
     """
-    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
-    file = tmp_path / "driven.html"
-    file.write_text(page.replace("</body>", f"<script>{driver}</script></body>"), encoding="utf-8")
-    elements, _ = opened(file)
-    assert "<title>[0,true,0]</title>" in elements
+    assert driven(pages(tmp_path)[0], script) == [0, True, 0]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_no_serious_fault(tmp_path, scheme):
+def test_axe_finds_no_serious_fault(tmp_path, scheme, width):
     """D1LIT_AXE names axe.min.js (npm install axe-core, outside the repository)."""
     chromium()
     axe = os.environ.get("D1LIT_AXE")
     if axe is None or not Path(axe).is_file():
         pytest.skip("D1LIT_AXE does not name axe-core's axe.min.js")
+    script = (
+        Path(axe).read_text(encoding="utf-8")
+        + """;
+      const r = await axe.run(document, {resultTypes: ["violations"]});
+      found = r.violations.map((v) => [v.impact, v.id, v.nodes[0].html.slice(0, 200)]);
+    """
+    )
     for page in pages(tmp_path):
-        text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text(encoding="utf-8"))
         if scheme == "dark":
-            text = text.replace("(prefers-color-scheme: dark)", "all")
-        run = "axe.run(document, {resultTypes: ['violations']}).then((r) => { document.title = 'AXE' + JSON.stringify("
-        run += "r.violations.map((v) => [v.impact, v.id, v.nodes[0].html.slice(0, 200)])) });"
-        source = Path(axe).read_text(encoding="utf-8")
-        page.write_text(
-            text.replace("</body>", f"<script>{source}</script><script>{run}</script></body>"), encoding="utf-8"
-        )
-        elements, _ = opened(page)
-        found = re.search(r"<title>AXE(.*?)</title>", elements)
-        assert found is not None
-        faults = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
-        print(f"{page.name} {scheme}: {faults}")
+            text = page.read_text(encoding="utf-8").replace("(prefers-color-scheme: dark)", "all")
+            page.write_text(text, encoding="utf-8")
+        faults = driven(page, script, width)
+        print(f"{page.name} {scheme} {width}: {faults}")
         assert [fault for fault in faults if fault[0] in ("serious", "critical")] == []
