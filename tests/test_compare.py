@@ -295,3 +295,10 @@ def test_a_file_that_is_not_as_it_was_written_is_one_line(tmp_path, capsys, name
         assert error.rstrip().endswith(f"[{code}]")
         assert error.count("\n") == 1
         assert name in error
+
+
+def test_csv_by_seed_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        commands.compare([str(known_run(tmp_path / "a", [T])), "--csv", "--by-seed"])
+    assert stopped.value.code == 2
+    assert "[E110]" in capsys.readouterr().err
