@@ -37,6 +37,21 @@ def copy_of(run: Path, folder: Path) -> Path:
     return folder
 
 
+def add_evaluation(run: Path, right: Sequence[bool], *, stage: str = "grpo", task: str = "count") -> None:
+    """Another evaluation of a known run, before its last one if it is of an earlier stage: other rows, or another task."""
+    results = json.loads((run / "results.json").read_text())
+    entry, file = results["evaluations"][-1], f"evaluations/{stage}-{task}.jsonl"
+    rows = [json.loads(line) for line in (run / entry["rows_file"]).read_text().splitlines()][: len(right)]
+    for row, good in zip(rows, right, strict=True):
+        row["strict"] = row["strict"] | {"value": float(good)}
+        row["question"] = f"{task} {row['question']}"
+    (run / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = {"n": len(right), "correct": sum(right), "accuracy": sum(right) / len(right)}
+    entries = [*results["evaluations"], entry | counts | {"stage": stage, "task": task, "rows_file": file}]
+    entries.sort(key=lambda e: ["base", "sft", "grpo"].index(e["stage"]))
+    (run / "results.json").write_text(json.dumps({**results, "evaluations": entries}))
+
+
 def known_run(
     folder: Path,
     right: Sequence[bool],
@@ -46,6 +61,7 @@ def known_run(
     overrides: Sequence[str] = (),
     settings: Mapping[str, object] | None = None,
     completions: Sequence[str] | None = None,
+    probes: Sequence[Mapping[str, object]] = (),
 ) -> Path:
     """A run folder as train.py writes it, whose final model got exactly the given rows right."""
     n = len(right)
@@ -70,10 +86,19 @@ def known_run(
     }  # fmt: skip
     results = {
         "recipe": recipe, "task": "count", "model": "tiny", "seed": seed, "grader": "strict", "evaluations": [entry],
-        "cost": {"seconds": 10.0 + seed},
+        "probes": list(probes), "cost": {"seconds": 10.0 + seed},
     }  # fmt: skip
     (folder / "results.json").write_text(json.dumps(results))
     config = {"recipe": {"name": recipe, "stages": ["grpo"]}, "seed": seed, "run_dir": str(folder), **(settings or {})}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "overrides.json").write_text(json.dumps([*overrides, f"seed={seed}"]))
     return folder
+
+
+def probed(share: float, stage: str = "grpo", task: str = "count") -> list[dict[str, object]]:
+    """Probes as results.json has them: forced words and pass@1 at a share, pass@4 at twice that."""
+    interval = [max(0.0, share - 0.1), share + 0.1]
+    facts = {"stage": stage, "task": task, "n": 10, "accuracy": share, "interval": interval, "extra": {}}
+    passed = {str(k): {"mean": share * (1 + k // 4), "interval": interval} for k in (1, 4)}
+    forced = {**facts, "probe": "forced", "prefix": "<reasoning>x"}
+    return [forced, {**facts, "n": 40, "probe": "pass_at_k", "pass_at_k": passed}]

@@ -12,11 +12,11 @@ import pytest
 from scipy import stats
 
 from d1lit import commands
-from d1lit.report.comparing import compare, compare_pairs
+from d1lit.report.comparing import compare, compare_pairs, scores_by_row
 from d1lit.report.runs import differing_settings, read_run, read_runs, variants
 from d1lit.report.tables import Table, as_csv, as_latex, as_markdown, differences_table, pairs_table, results_table
 from d1lit.statistics import wilson_interval
-from tests.real_runs import ROOT, copy_of, known_run, real_run
+from tests.real_runs import ROOT, add_evaluation, copy_of, known_run, probed, real_run
 
 T, F = True, False
 
@@ -210,3 +210,96 @@ def test_a_table_never_shows_an_endless_interval(tmp_path):
     cells = compare(read_runs([known_run(tmp_path / "a", [T, F])]))
     assert not any("inf" in cell for row in results_table(cells).rows for cell in row)
     assert math.isfinite(cells[0].accuracy.low)
+
+
+def test_probes_have_columns_only_where_runs_have_them(tmp_path):
+    plain = read_run(known_run(tmp_path / "a", [T, F], recipe="sft"))
+    runs = [
+        plain,
+        *(read_run(known_run(tmp_path / str(s), [T, F], seed=s, probes=probed(0.2 + s / 5))) for s in (0, 1)),
+    ]
+    assert not {"pass@1", "pass@4"} & set(results_table(compare([plain])).columns)
+    table = results_table(compare(runs))
+    places = [table.columns.index(name) for name in ("pass@1", "pass@4", "forced <reasoning>x")]
+    assert [[row[place] for place in places] for row in table.rows] == [["", "", ""], ["30.0", "60.0", "30.0"]]
+    lines = list(csv.DictReader(io.StringIO(as_csv(compare(runs)))))
+    assert lines[0]["probes"] == ""
+    assert "pass@1=0.30" in lines[1]["probes"]
+
+
+def test_mixtures_are_paired_task_by_task(tmp_path):
+    folders = []
+    for recipe, sums, grids in (("sft", [F, F, F, T], [T, T, F]), ("d1", [T, T, T, T], [F, T, F])):
+        folders.append(known_run(tmp_path / recipe, sums, recipe=recipe))
+        add_evaluation(folders[-1], grids, task="grids")
+        results = json.loads((folders[-1] / "results.json").read_text())
+        (folders[-1] / "results.json").write_text(json.dumps({**results, "task": "unified"}))
+    pairs = compare_pairs(read_runs(folders))
+    assert [(pair.task, pair.rows, pair.wins, pair.losses) for pair in pairs] == [
+        ("count", 4, 3, 0),
+        ("grids", 3, 0, 1),
+    ]
+
+
+def test_a_mixtures_tasks_are_each_judged_by_their_own_grader(tmp_path):
+    run = known_run(tmp_path / "a", [F, F])
+    results = json.loads((run / "results.json").read_text())
+    results["evaluations"][0]["grader"] = "d1"
+    (run / "results.json").write_text(json.dumps(results))
+    file = run / "evaluations" / "final.jsonl"
+    file.write_text(file.read_text().replace('"d1": {"value": 0.0', '"d1": {"value": 1.0'))
+    found = read_run(run)
+    assert set(scores_by_row(found, found.evaluations[0]).values()) == {1.0}
+
+
+def test_a_mixture_and_its_task_by_one_recipe_have_names_of_their_own(tmp_path):
+    folders = [known_run(tmp_path / name, [T, F]) for name in ("alone", "mixed", "elsewhere")]
+    add_evaluation(folders[1], [T, T], task="grids")
+    for folder, task in ((folders[1], "unified"), (folders[2], "other")):
+        results = json.loads((folder / "results.json").read_text())
+        entries = [entry | ({"task": task} if task == "other" else {}) for entry in results["evaluations"]]
+        (folder / "results.json").write_text(json.dumps({**results, "task": task, "evaluations": entries}))
+    assert [name for name, _ in variants(read_runs(folders))] == ["d1 on count", "d1 on unified", "d1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "code"),
+    [
+        ("config.yaml", "seed: [1, 2", "E504"),
+        ("config.yaml", "just words", "E504"),
+        ("overrides.json", "[", "E504"),
+        ("overrides.json", "{}", "E504"),
+        ("environment.json", "[]", "E504"),
+        ("results.json", "\x00", "E504"),
+        ("results.json", "[1]", "E504"),
+        (
+            "results.json",
+            '{"recipe": "a", "task": "b", "model": "c", "seed": 0, "evaluations": [{"task": "b"}]}',
+            "E504",
+        ),
+        ("results.json", '{"recipe": "a", "task": "b", "model": "c", "seed": 0, "evaluations": 3}', "E504"),
+        ("evaluations/final.jsonl", "{}\n", "E507"),
+        ("evaluations/final.jsonl", "not JSON\n", "E507"),
+        ("evaluations/final.jsonl", "3\n", "E507"),
+    ],
+)
+def test_a_file_that_is_not_as_it_was_written_is_one_line(tmp_path, capsys, name, text, code):
+    runs = [known_run(tmp_path / recipe, [T, F], recipe=recipe) for recipe in ("sft", "d1")]
+    (runs[1] / name).write_text(text)
+    for command in (commands.compare, commands.report):
+        assert (
+            command([*map(str, runs), *(["-o", str(tmp_path / "page.html")] if command is commands.report else [])])
+            == 2
+        )
+        error = capsys.readouterr().err
+        assert error.startswith("error: run: ")
+        assert error.rstrip().endswith(f"[{code}]")
+        assert error.count("\n") == 1
+        assert name in error
+
+
+def test_csv_by_seed_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        commands.compare([str(known_run(tmp_path / "a", [T])), "--csv", "--by-seed"])
+    assert stopped.value.code == 2
+    assert "[E110]" in capsys.readouterr().err

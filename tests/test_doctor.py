@@ -115,6 +115,59 @@ def test_offline_mode_is_said(monkeypatch):
     assert "HF_HUB_OFFLINE" in finding.said
 
 
+def test_a_hub_that_talks_nonsense_is_a_note(monkeypatch):
+    def nonsense(server: socket.socket) -> None:
+        asked, _ = server.accept()
+        asked.recv(1000)
+        asked.sendall(b"nonsense\r\n\r\n")
+        asked.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=nonsense, args=(server,), daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        (finding,) = doctor._hub(timeout=20.0)
+    assert finding.level == "note"
+    assert finding.cure
+    assert "cannot be reached" in finding.said
+
+
+def test_memory_that_cannot_be_read_has_a_cure(monkeypatch):
+    monkeypatch.setattr(doctor, "_free_memory", lambda: None)
+    (finding,) = doctor._memory()
+    assert finding.cure
+
+
+def test_a_presets_name_stands_for_its_model_and_no_weights_are_fetched(tmp_path, monkeypatch):
+    from d1lit.models import loading
+
+    asked = []
+
+    def snapshot(path, revision=None, allow_patterns=()):
+        asked.append((path, allow_patterns))
+        for file in (real_run() / "model").iterdir():
+            if file.suffix != ".safetensors":
+                (tmp_path / file.name).write_bytes(file.read_bytes())
+        (tmp_path / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {"total_size": 2**31}, "weight_map": {"a": "model-1.safetensors"}})
+        )
+        return str(tmp_path)
+
+    monkeypatch.setattr(loading, "snapshot_download", snapshot)
+    monkeypatch.setattr(doctor, "_free_memory", lambda: 2**40)
+    seen = by_subject(doctor._model("llada_8b"))
+    assert asked[0][0] == "GSAI-ML/LLaDA-8B-Instruct"
+    assert not any("safetensors" in pattern for pattern in asked[0][1])
+    assert {name: finding.level for name, finding in seen.items()} == {
+        "model": "ok",
+        "weights": "note",
+        "tokenizer": "ok",
+    }
+    assert "2.0 GiB to fetch" in seen["weights"].said
+    assert "hf download GSAI-ML/LLaDA-8B-Instruct" in seen["weights"].cure
+    (tiny,) = doctor._model("tiny")
+    assert tiny.level == "ok"
+
+
 def test_exit_status_follows_the_errors():
     console = Console(file=StringIO(), width=100)
     assert report([Finding("a", "ok", "x"), Finding("b", "warning", "y", "z")], console) == 0

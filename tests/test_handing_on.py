@@ -19,7 +19,7 @@ from d1lit.errors import ConfigError
 from d1lit.handing_on import model_card, push, write_card
 from d1lit.opening import open_run
 from d1lit.report.runs import read_run
-from tests.real_runs import copy_of, known_run, real_run
+from tests.real_runs import add_evaluation, copy_of, known_run, probed, real_run
 
 PUZZLE = "0300210000303214"
 LOADS = """
@@ -198,3 +198,12 @@ def test_help_lists_every_command(monkeypatch, capsys):
         main()
     assert end.value.code == 2
     assert capsys.readouterr().err == "error: comparee: no such command. Try: d1lit compare [E101]\n"
+
+
+def test_the_card_shows_every_task_and_what_the_model_does_when_asked_otherwise(tmp_path):
+    run = known_run(tmp_path / "a", [True, True, False], probes=probed(0.25))
+    assert "| grpo | 3 | 66.7 |" in model_card(read_run(run))
+    assert "| grpo | `pass@4` | 40 | 50.0 |" in model_card(read_run(run))
+    add_evaluation(run, [False, True], task="grids")
+    assert "| grpo | grids | 2 | 50.0 |" in model_card(read_run(run))
+    assert "Asked otherwise" not in model_card(read_run(known_run(tmp_path / "b", [True])))

@@ -1,5 +1,6 @@
 """report.html: whole, self-contained, safe whatever a model writes; its charts say what the numbers say."""
 
+import html
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,11 +18,12 @@ from hypothesis import strategies as st
 from d1lit import commands
 from d1lit.report.curves import HEIGHT, WIDTH, Series, chart, smoothed, thinned, ticks
 from d1lit.report.events import event_files, read_scalars
-from d1lit.report.hparams import write_hparams
+from d1lit.report.hparams import final_metrics, write_hparams
 from d1lit.report.markup import tag, text, visible
-from d1lit.report.page import by_seconds, comparison_page, run_page
+from d1lit.report.page import comparison_page, run_page
 from d1lit.report.runs import FINAL_LOG, read_run, read_runs
-from tests.real_runs import copy_of, known_run, real_run
+from d1lit.report.sections import accuracy_by_flops, by_spending
+from tests.real_runs import add_evaluation, copy_of, known_run, probed, real_run
 
 HOSTILE = (
     "</script><script>alert(1)</script>",
@@ -100,7 +103,7 @@ def test_the_page_of_several_runs_is_whole_and_alone(tmp_path):
     results = json.loads((sft / "results.json").read_text())
     (sft / "results.json").write_text(json.dumps({**results, "recipe": "sft", "seed": 1}))
     page = comparison_page(read_runs([real_run(), sft]))
-    assert Page(page).ids == ["main", "accuracy", "pairs", "curves", "rows", "differences", "runs"]
+    assert Page(page).ids == ["main", "accuracy", "pairs", "curves", "cost", "rows", "differences", "runs"]
     assert reaches_out(page) == []
 
 
@@ -183,13 +186,31 @@ def test_thinning_keeps_the_mean():
     assert sum(y for _, y in found) / 240 == pytest.approx(sum(y for _, y in line) / 960)
 
 
-def test_reward_at_equal_time_counts_all_seconds_so_far():
-    scalars = {
-        "time/rollout_s": [(0, 2.0), (1, 3.0)],
-        "time/update_s": [(0, 1.0)],
-        "rollout/reward": [(0, 0.1), (1, 0.4)],
+def test_reward_at_equal_compute_counts_all_that_was_spent_so_far(tmp_path):
+    run = read_run(known_run(tmp_path / "a", [True]))
+    run.__dict__["curves"] = {
+        "base": {"time/update_s": [(0, 99.0)], "cost/flops": [(0, 9e9)]},
+        "sft": {"time/update_s": [(0, 4.0), (1, 6.0)], "cost/flops": [(0, 50.0)]},
+        "grpo": {
+            "time/rollout_s": [(0, 2.0), (1, 3.0)],
+            "time/update_s": [(0, 1.0)],
+            "cost/flops": [(0, 100.0), (1, 200.0)],
+            "cost/update_flops": [(0, 1.0)],
+            "rollout/reward": [(0, 0.1), (1, 0.4)],
+        },
     }
-    assert by_seconds(scalars) == [(3.0, 0.1), (6.0, 0.4)]
+    assert by_spending(run, "grpo", ("time/",)) == [(13.0, 0.1), (16.0, 0.4)]
+    assert by_spending(run, "grpo", ("cost/flops",)) == [(150.0, 0.1), (350.0, 0.4)]
+    assert accuracy_by_flops(run, "count") == [(350.0, 100.0)]
+
+
+def test_pages_draw_reward_against_flops_and_seconds(tmp_path):
+    other = copy_of(real_run(), tmp_path / "other")
+    results = json.loads((other / "results.json").read_text())
+    (other / "results.json").write_text(json.dumps({**results, "recipe": "other"}))
+    for page in (run_page(read_run(real_run())), comparison_page(read_runs([real_run(), other]))):
+        axes = [attrs.get("data-x") for name, attrs in Page(page).elements if name == "figure"]
+        assert {"FLOPs since the base", "seconds of rollouts and updates"} <= set(axes)
 
 
 def test_wins_and_losses_are_the_rows_that_changed(tmp_path):
@@ -199,6 +220,36 @@ def test_wins_and_losses_are_the_rows_that_changed(tmp_path):
     assert "Won: 2 of 5 rows" in words
     assert "Lost: 1 of 5 rows" in words
     assert "Not solved by either: 1 of 5 rows" in words
+
+
+def test_the_page_shows_what_the_model_does_when_asked_otherwise(tmp_path):
+    plain = known_run(tmp_path / "a", [True])
+    assert "Asked otherwise" not in run_page(read_run(plain))
+    asked = known_run(tmp_path / "b", [True], probes=probed(0.25))
+    words = Page(run_page(read_run(asked))).words
+    assert words[words.index("pass@4") :][:2] == ["pass@4", "50.0"]
+    assert words[words.index("forced <reasoning>x") :][:2] == ["forced <reasoning>x", "25.0"]
+
+
+def test_a_mixture_is_shown_task_by_task(tmp_path):
+    run = known_run(tmp_path / "a", [True, True, False])
+    add_evaluation(run, [False, False, False], stage="base")
+    add_evaluation(run, [True, False], stage="base", task="grids")
+    add_evaluation(run, [False, True], task="grids")
+    words = "".join(Page(run_page(read_run(run))).words)
+    assert "Won: 2 of 3 rows" in words
+    assert "Won: 1 of 2 rows" in words
+    assert "Lost: 1 of 2 rows" in words
+    assert "of 0 rows" not in words
+    assert "Final accuracy in per cent: count 66.7, grids 50.0." in words
+    other = known_run(tmp_path / "b", [False, True, True], recipe="sft")
+    add_evaluation(other, [True, True], task="grids")
+    words = "".join(Page(comparison_page(read_runs([run, other]))).words)
+    assert "sft against d1 on count" in words
+    assert "sft against d1 on grids" in words
+    metrics = final_metrics(read_run(run))
+    assert metrics["final/accuracy"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert metrics["final/accuracy/grids/grpo"] == 0.5
 
 
 def test_the_report_command_says_where_the_page_is(tmp_path, capsys):
@@ -267,9 +318,22 @@ def chromium() -> str:
     return found
 
 
-def opened(page: Path, width: int = 1280, extra: tuple[str, ...] = ()) -> tuple[str, str]:
-    """The page's elements after its scripts ran, and what the browser said."""
-    words = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--virtual-time-budget=3000"]
+WIDTHS = (1280, 390)
+"""Of a desk's window and a phone's, in pixels."""
+NARROWEST = 500
+"""No window of Chromium is narrower; a frame in it can be."""
+
+
+def opened(page: Path, width: int = 1280, extra: tuple[str, ...] = (), virtual_time: bool = True) -> tuple[str, str]:
+    """The page's elements after its scripts ran, and what the browser said; in a narrow window, the frame's around it."""
+    if width < NARROWEST:
+        text = html.escape(page.read_text(encoding="utf-8"))
+        page = page.with_name(f"framed-{page.name}")
+        frame = f'<iframe style="width:{width}px;height:900px;border:0" srcdoc="{text}"></iframe>'
+        page.write_text(f'<!doctype html><meta charset="utf-8">{frame}', encoding="utf-8")
+        width = 1280
+    words = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900"]
+    words += ["--virtual-time-budget=3000"] if virtual_time else []
     words += [
         "--enable-logging=stderr",
         f"--user-data-dir={page.parent / 'profile'}",
@@ -291,58 +355,137 @@ def pages(tmp_path: Path) -> list[Path]:
     return found
 
 
+def driven(page: Path, script: str, width: int = 1280) -> Any:
+    """What a script that runs in the page, once it is loaded, leaves in `found`."""
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text(encoding="utf-8"))
+    words = f"(async () => {{ let found; {script}; top.document.title = 'FOUND' + JSON.stringify(found); }})();"
+    file = page.with_name(f"driven-{page.name}")
+    file.write_text(text.replace("</body>", f"<script>{words}</script></body>"), encoding="utf-8")
+    elements, said = opened(file, width)
+    title = re.search(r"<title>FOUND(.*?)</title>", elements, re.DOTALL)
+    assert title is not None, said
+    return json.loads(html.unescape(title[1]))
+
+
 @pytest.mark.slow
-def test_a_browser_opens_the_pages_without_a_word(tmp_path):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_browser_opens_the_pages_without_a_word(tmp_path, width):
     chromium()
     for page in pages(tmp_path):
-        elements, said = opened(page)
+        _, said = opened(page, width)
         assert "CONSOLE" not in said, said
-        assert 'class="cross"' in elements
+        assert driven(page, "found = document.querySelectorAll('figure .cross').length", width) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_but_tables_is_wider_than_the_window(tmp_path, width):
+    chromium()
+    for page in pages(tmp_path):
+        script = "for (const d of document.querySelectorAll('details')) d.open = true;"
+        script += "found = [innerWidth, document.documentElement.scrollWidth]"
+        inner, content = driven(page, script, width)
+        assert inner == width
+        assert content <= width
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_pages_open_within_a_second(tmp_path, width):
+    """From the start of the navigation until everything is loaded, run and laid out, by the browser's own clock."""
+    chromium()
+    script = "top.document.title = 'OPEN' + (document.body.getBoundingClientRect().height && performance.now())"
+    for page in pages(tmp_path):
+        text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text(encoding="utf-8"))
+        page.write_text(
+            text.replace("</body>", f"<script>addEventListener('load', () => {{ {script} }})</script></body>"),
+            encoding="utf-8",
+        )
+        elements, _ = opened(page, width, virtual_time=False)
+        found = re.search(r"<title>OPEN([\d.]+)</title>", elements)
+        assert found is not None
+        print(f"{page.name}, {len(text) / 1e3:.0f} kB, {width} pixels: opened in {float(found[1]):.0f} ms")
+        assert float(found[1]) < 1000
+
+
+@pytest.mark.slow
+def test_printed_pages_are_whole(tmp_path):
+    """On paper: no controls, completions finished, short lists open; and the browser makes a PDF of it."""
+    chromium()
+    script = """
+      for (const s of document.querySelectorAll(".scrub")) { s.value = 0; s.dispatchEvent(new Event("input")); }
+      dispatchEvent(new Event("beforeprint"));
+      const shown = (name) => [...document.querySelectorAll(name)].filter((e) => getComputedStyle(e).display !== "none").length;
+      const closed = [...document.querySelectorAll("details")].filter((d) => !d.open && d.querySelectorAll("*").length < 400);
+      found = [shown(".controls"), shown("nav"), shown(".readout"), document.querySelectorAll(".pane .masked").length, closed.length]
+    """
+    for page in pages(tmp_path):
+        pdf = page.with_suffix(".pdf")
+        opened(page, extra=(f"--print-to-pdf={pdf}",))
+        assert pdf.read_bytes()[:5] == b"%PDF-"
+        page.write_text(page.read_text(encoding="utf-8").replace("@media print", "@media all"), encoding="utf-8")
+        assert driven(page, script) == [0, 0, 0, 0, 0]
+
+
+@pytest.mark.slow
+def test_charts_and_tokens_are_read_by_keyboard(tmp_path):
+    chromium()
+    script = """
+      const press = (e, key) => e.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
+      const svg = document.querySelector("figure.chart svg"), pane = document.querySelector(".pane");
+      const said = (e) => e.querySelector(".readout").textContent;
+      found = [svg.tabIndex, pane.tabIndex];
+      press(svg, "Home"); found.push(said(svg.parentElement));
+      press(svg, "ArrowRight"); found.push(said(svg.parentElement));
+      press(svg, "Escape"); found.push(said(svg.parentElement).trim());
+      press(pane, "ArrowRight"); press(pane, "End"); found.push(said(pane));
+      press(pane, "Home"); found.push(said(pane));
+    """
+    found = driven(pages(tmp_path)[0], script)
+    assert found[:2] == [0, 0]
+    assert found[2].startswith("update 0: ")
+    assert found[3].startswith("update 1: ")
+    assert found[4] == ""
+    assert re.match(r"token \d\d, ", found[5])
+    assert re.match(r"token 1, .*: (fixed at step \d+.*, confidence [\d.e-]+|never reached)", found[6], re.DOTALL)
 
 
 @pytest.mark.slow
 def test_the_player_takes_tokens_away_and_gives_them_back(tmp_path):
     """The page's own script, driven inside the browser: at step 0 everything is masked, at the end nothing is."""
     chromium()
-    page = run_page(read_run(real_run()))
-    driver = """
+    script = """
       const count = () => document.querySelectorAll(".pane .t.masked").length;
       const all = document.querySelectorAll(".pane .t").length;
-      const found = [count()];
+      found = [count()];
       for (const s of document.querySelectorAll(".scrub")) { s.value = 0; s.dispatchEvent(new Event("input")); }
       found.push(count() === all);
       for (const s of document.querySelectorAll(".scrub")) { s.value = s.max; s.dispatchEvent(new Event("input")); }
       found.push(count());
-      document.title = JSON.stringify(found);
     """
-    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
-    file = tmp_path / "driven.html"
-    file.write_text(page.replace("</body>", f"<script>{driver}</script></body>"), encoding="utf-8")
-    elements, _ = opened(file)
-    assert "<title>[0,true,0]</title>" in elements
+    assert driven(pages(tmp_path)[0], script) == [0, True, 0]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_no_serious_fault(tmp_path, scheme):
+def test_axe_finds_no_serious_fault(tmp_path, scheme, width):
     """D1LIT_AXE names axe.min.js (npm install axe-core, outside the repository)."""
     chromium()
     axe = os.environ.get("D1LIT_AXE")
     if axe is None or not Path(axe).is_file():
         pytest.skip("D1LIT_AXE does not name axe-core's axe.min.js")
+    script = (
+        Path(axe).read_text(encoding="utf-8")
+        + """;
+      const r = await axe.run(document, {resultTypes: ["violations"]});
+      found = r.violations.map((v) => [v.impact, v.id, v.nodes[0].html.slice(0, 200)]);
+    """
+    )
     for page in pages(tmp_path):
-        text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text(encoding="utf-8"))
         if scheme == "dark":
-            text = text.replace("(prefers-color-scheme: dark)", "all")
-        run = "axe.run(document, {resultTypes: ['violations']}).then((r) => { document.title = 'AXE' + JSON.stringify("
-        run += "r.violations.map((v) => [v.impact, v.id, v.nodes[0].html.slice(0, 200)])) });"
-        source = Path(axe).read_text(encoding="utf-8")
-        page.write_text(
-            text.replace("</body>", f"<script>{source}</script><script>{run}</script></body>"), encoding="utf-8"
-        )
-        elements, _ = opened(page)
-        found = re.search(r"<title>AXE(.*?)</title>", elements)
-        assert found is not None
-        faults = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
-        print(f"{page.name} {scheme}: {faults}")
+            text = page.read_text(encoding="utf-8").replace("(prefers-color-scheme: dark)", "all")
+            page.write_text(text, encoding="utf-8")
+        faults = driven(page, script, width)
+        print(f"{page.name} {scheme} {width}: {faults}")
         assert [fault for fault in faults if fault[0] in ("serious", "critical")] == []

@@ -88,6 +88,8 @@ def compare(words: Sequence[str]) -> int:
     given = parser.parse_args(list(words))
     if given.metric is not None and not given.by_seed:
         parser.error("argument --metric: stands with --by-seed only")
+    if given.csv and given.by_seed:
+        parser.error("argument --csv: has a line for each recipe and stage, and stands without --by-seed")
 
     def act() -> int:
         from d1lit.report import tables
@@ -233,24 +235,30 @@ def doctor(words: Sequence[str]) -> int:
     parser = _parser(
         "doctor", "Versions, devices, memory, disk, hub, model and write access; each fault with its cure."
     )
-    parser.add_argument("--model", metavar="PATH", help="look at a model's folder or hub id too")
+    parser.add_argument(
+        "--model", metavar="MODEL", help="look at a model too: a folder, a hub id, or a name such as llada_8b"
+    )
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where runs will be written")
     parser.add_argument("--timeout", type=float, default=3.0, help="seconds to wait for the hub")
     parser.add_argument("--json", action="store_true", help="the findings as JSON")
     given = parser.parse_args(list(words))
-    import json
 
-    from rich.console import Console
+    def act() -> int:
+        import json
 
-    from d1lit.doctor import examine, facts
-    from d1lit.doctor import report as tell
+        from rich.console import Console
 
-    findings = examine(given.model, given.outputs, given.timeout)
-    if given.json:
-        print(json.dumps(facts(findings), indent=2))
-        return 1 if any(finding.level == "error" for finding in findings) else 0
-    console = Console(highlight=False)
-    return tell(findings, console if console.is_terminal else Console(highlight=False, width=160))
+        from d1lit.doctor import examine, facts
+        from d1lit.doctor import report as tell
+
+        findings = examine(given.model, given.outputs, given.timeout)
+        if given.json:
+            print(json.dumps(facts(findings), indent=2))
+            return 1 if any(finding.level == "error" for finding in findings) else 0
+        console = Console(highlight=False)
+        return tell(findings, console if console.is_terminal else Console(highlight=False, width=160))
+
+    return _guarded(act)
 
 
 def push(words: Sequence[str]) -> int:

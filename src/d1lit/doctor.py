@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import platform
 import re
@@ -16,10 +18,13 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal
 
+from omegaconf import OmegaConf
 from packaging.requirements import InvalidRequirement, Requirement
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from d1lit.wording import CONF
 
 Level = Literal["ok", "note", "warning", "error"]
 _MARKS: dict[Level, tuple[str, str]] = {
@@ -153,7 +158,8 @@ def _devices() -> list[Finding]:
 def _memory() -> list[Finding]:
     free = _free_memory()
     if free is None:
-        return [Finding("memory", "note", "cannot be read on this system")]
+        cure = "model=tiny needs 2 GiB free, and the system's own monitor says what is"
+        return [Finding("memory", "note", "cannot be read on this system", cure)]
     if free < 2 * GIB:
         return [
             Finding("memory", "warning", f"{free / GIB:.1f} GiB free", "2 GiB for model=tiny: close other programs")
@@ -223,12 +229,12 @@ def _hub(timeout: float) -> list[Finding]:
     except urllib.error.HTTPError as error:
         if error.code >= 500 or error.code == 407:
             return [Finding("hub", "note", f"{address} answers with {error.code}", cure)]
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         said = (
             "does not answer in time"
             if isinstance(reason, socket.timeout | TimeoutError)
-            else f"cannot be reached: {reason}"
+            else f"cannot be reached: {' '.join(str(reason).split()) or type(reason).__name__}"
         )
         return [Finding("hub", "note", f"{address} {said}", cure)]
     token = (
@@ -244,12 +250,19 @@ def _token_file() -> Path:
 
 
 def _model(path: str) -> list[Finding]:
-    """Config, weights, tokenizer and chat template of a model folder or hub id, without loading the weights."""
+    """Config, weights, tokenizer and chat template of a folder, hub id or preset; no weights are loaded or fetched."""
     from d1lit.models import encode_prompt, load_tokenizer
     from d1lit.models.loading import find_folder, load_config, shard_files
 
+    revision = None
+    preset = CONF / "model" / f"{path}.yaml"
+    if "/" not in path and not Path(path).exists() and preset.is_file():
+        chosen = OmegaConf.load(preset)
+        if chosen.path is None:
+            return [Finding("model", "ok", f"{path} is built in: made by the run itself, nothing is downloaded")]
+        path, revision = chosen.path, chosen.revision
     try:
-        folder = find_folder(path)
+        folder = find_folder(path, revision, weights=False)
         config = load_config(folder)
     except (ValueError, KeyError) as error:
         return [_refused("model", error)]
@@ -261,9 +274,15 @@ def _model(path: str) -> list[Finding]:
         )
     ]
     try:
-        files = shard_files(folder)
-        size = sum(file.stat().st_size for file in files)
-        found.append(Finding("weights", "ok", f"{len(files)} files, {size / GIB:.2f} GiB"))
+        if Path(path).expanduser().is_dir() or _are_cached(folder):
+            files = shard_files(folder)
+            size = sum(file.stat().st_size for file in files)
+            found.append(Finding("weights", "ok", f"{len(files)} files, {size / GIB:.2f} GiB"))
+        else:
+            size = _size_in_index(folder)
+            said = "not on this machine" + (f": {size / GIB:.1f} GiB to fetch" if size else "")
+            cure = f"the first run fetches them; before it: hf download {path}"
+            found.append(Finding("weights", "note", said, cure))
         found += _room_for(size)
     except (ValueError, KeyError) as error:
         found.append(_refused("weights", error))
@@ -275,6 +294,23 @@ def _model(path: str) -> list[Finding]:
     except Exception as error:  # a tokenizer's files can fail in any way, and each is worth a line
         found.append(_refused("tokenizer", error))
     return found
+
+
+def _are_cached(folder: Path) -> bool:
+    """Whether a snapshot of the hub holds all weights already."""
+    from d1lit.models.loading import shard_files
+
+    try:
+        return bool(shard_files(folder))
+    except ValueError:
+        return False
+
+
+def _size_in_index(folder: Path) -> int:
+    """Bytes of all weights as the index says; 0 where there is no index, or it does not say."""
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return int((index.get("metadata") or {}).get("total_size") or 0)
 
 
 def _room_for(size: int) -> list[Finding]:

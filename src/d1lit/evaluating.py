@@ -158,6 +158,7 @@ class TaskEvaluator:
             "split": self.plan.config.evaluation.split,
             "completion_length": sampler.completion_length,
             "seed": seed,
+            "grader": task.grader,
             **asdict(summarise(records, task.grader)),
             "weights": weights_of(self.plan.config, self.weights),
             "rows_file": str(file.relative_to(self.folder)),

@@ -18,8 +18,12 @@ from d1lit.models import export_model
 from d1lit.models.lora import merge
 from d1lit.opening import OpenRun, open_run
 from d1lit.plan import evaluation_rows
+from d1lit.report.comparing import final_entry, probes
 from d1lit.report.runs import Run, read_run
+from d1lit.report.sections import baseline_cells
+from d1lit.report.tables import Table, as_markdown, percent, percent_interval
 from d1lit.security import redact
+from d1lit.statistics import Interval
 
 LOADING = """\
 ```python
@@ -143,30 +147,36 @@ def _data(run: Run) -> str:
 
 
 def _metrics(run: Run) -> str:
-    lines = [
-        "| stage | rows | accuracy % | 95 % interval | d1's grader % | completion tokens |",
-        "|---|---:|---:|---|---:|---:|",
-    ]
-    for name, entry in run.baselines.items():
-        low, high = entry["interval"]
-        lines.append(
-            f"| no model: {name} | {entry['n']} | {100 * entry['accuracy']:.1f} "
-            f"| {100 * low:.1f} to {100 * high:.1f} | | |"
-        )
-    for entry in run.evaluations:
-        low, high = entry["interval"]
-        paper = 100 * entry["d1_correct"] / max(1.0, entry["d1_out_of"])
-        lines.append(
-            f"| {entry['stage']} | {entry['n']} | {100 * entry['accuracy']:.1f} | {100 * low:.1f} to {100 * high:.1f} "
-            f"| {paper:.1f} | {entry['completion_length']} |"
-        )
+    task = ("task",) if len(run.tasks) > 1 else ()
+    rows = [(*baseline_cells(run, name), *_measured(e)) for name, e in run.baselines.items()]
+    rows += [(e["stage"], *([e["task"]] if task else []), *_measured(e)) for e in run.evaluations]
+    columns = ("stage", *task, "rows", "accuracy %", "95 % interval", "d1's grader %", "completion tokens")
     note = (
         f"{run.results['task']}, split {run.evaluations[-1].get('split', 'test')}, greedy unless the protocol says "
         "otherwise; Wilson's interval over rows, one training seed. The last stage is this model."
         if run.evaluations
         else "This run was not evaluated."
     )
-    return "\n".join([*lines, "", note, ""])
+    shown = [as_markdown(Table("Accuracy", columns, tuple(rows), note))]
+    asked = tuple(
+        (p.stage, *([p.task] if task else []), f"`{p.name}`", str(p.entry["n"]), *_estimate(p.estimate))
+        for p in probes(run)
+    )
+    if asked:
+        columns = ("stage", *task, "asked", "completions", "%", "95 % interval")
+        note = "pass@k: at least one of k samples is right. forced: greedy, begun with these words."
+        shown.append(as_markdown(Table("Asked otherwise", columns, asked, note)))
+    return "\n".join(shown)
+
+
+def _measured(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    paper = percent(entry["d1_correct"] / max(1.0, entry["d1_out_of"])) if "d1_correct" in entry else ""
+    estimate = _estimate(Interval(entry["accuracy"], *entry["interval"]))
+    return (str(entry["n"]), *estimate, paper, str(entry.get("completion_length") or ""))
+
+
+def _estimate(interval: Interval) -> tuple[str, str]:
+    return percent(interval.value), percent_interval(interval)
 
 
 def _recipe(run: Run) -> str:
@@ -191,8 +201,7 @@ def _limits(run: Run) -> str:
         "- One seed: the interval above is over test rows and does not hold what another seed would change.",
         "- Numbers depend on sampler, steps, block length, precision and prompt; results.json states all of them.",
     ]
-    reached = run.evaluations[-1]["accuracy"] if run.evaluations else math.nan
-    better = [name for name, entry in run.baselines.items() if entry["accuracy"] >= reached]
+    better = [name for name, entry in run.baselines.items() if entry["accuracy"] >= _reached(run, name)]
     if better:
         lines.append(f"- It does not beat what needs no model at all: {', '.join(better)}.")
     truncated = [entry["truncated_fraction"] for entry in run.evaluations]
@@ -201,6 +210,13 @@ def _limits(run: Run) -> str:
     if (run.config.get("model") or {}).get("path") is None:
         lines.append("- It is a toy: a few hundred thousand weights, which know no language beyond the task's form.")
     return "\n".join([*lines, ""])
+
+
+def _reached(run: Run, baseline: str) -> float:
+    """Accuracy of the final model on the task that a baseline is of: in a mixture it is named `task/baseline`."""
+    task, _, _ = baseline.rpartition("/")
+    entry = final_entry(run, next((name for name in run.tasks if task and name.startswith(task)), None))
+    return math.nan if entry is None else float(entry["accuracy"])
 
 
 def _licence(config: Mapping[str, Any]) -> str:

@@ -40,6 +40,8 @@ class Cell:
     truncated: float
     extra: Mapping[str, float]
     """Means of what the task measures beside accuracy (cell accuracy, ...), as shares."""
+    probes: Mapping[str, float]
+    """Means of what was asked otherwise (pass@k, forced prefixes), as shares; they stand with the first length."""
     curves: Mapping[str, float]
     """Closing values of this stage's training curves, averaged over the runs."""
     seconds: float | None
@@ -83,11 +85,14 @@ def compare(runs: Sequence[Run]) -> list[Cell]:
             for entry in run.evaluations:
                 key = (entry["stage"], entry["task"], entry.get("split"), entry["completion_length"])
                 found.setdefault(key, []).append((run, entry))
-        cells += [_cell(name, key, entries) for key, entries in found.items()]
+        asked: set[tuple[str, str]] = set()
+        for key, entries in found.items():
+            cells.append(_cell(name, key, entries, with_probes=key[:2] not in asked))
+            asked.add(key[:2])
     return cells
 
 
-def _cell(name: str, key: tuple[Any, ...], entries: Sequence[tuple[Run, Mapping[str, Any]]]) -> Cell:
+def _cell(name: str, key: tuple[Any, ...], entries: Sequence[tuple[Run, Mapping[str, Any]]], with_probes: bool) -> Cell:
     stage, task, split, length = key
     by_seed: dict[int, list[float]] = {}
     for run, entry in entries:
@@ -123,10 +128,42 @@ def _cell(name: str, key: tuple[Any, ...], entries: Sequence[tuple[Run, Mapping[
             for name in sorted(first.get("extra", {}))
             if all(name in entry["extra"] for _, entry in entries)
         },
+        probes=_mean_probes(own, stage, task) if with_probes else {},
         curves=_closing(own, stage),
         seconds=_mean_cost(own, "seconds"),
         flops=_mean_cost(own, "flops"),
     )
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a model reaches when it is asked otherwise: several samples a row, or words put in its mouth."""
+
+    stage: str
+    task: str
+    name: str
+    """pass@k, or forced and the words."""
+    estimate: Interval
+    entry: Mapping[str, Any]
+    """The probe as results.json has it."""
+
+
+def probes(run: Run) -> list[Probe]:
+    """Every estimate of a run's probes, in the order of the stages."""
+    found = []
+    for entry in run.results.get("probes") or []:
+        if entry["probe"] == "pass_at_k":
+            estimates = {f"pass@{k}": Interval(e["mean"], *e["interval"]) for k, e in entry["pass_at_k"].items()}
+        else:
+            estimates = {f"forced {entry['prefix']}": Interval(entry["accuracy"], *entry["interval"])}
+        found += [Probe(entry["stage"], entry["task"], name, e, entry) for name, e in estimates.items()]
+    return found
+
+
+def _mean_probes(runs: Sequence[Run], stage: str, task: str) -> dict[str, float]:
+    """Means over the runs of those probes that every one of them has."""
+    each = [{p.name: p.estimate.value for p in probes(run) if (p.stage, p.task) == (stage, task)} for run in runs]
+    return {name: _mean([of[name] for of in each]) for name in each[0] if all(name in of for of in each)}
 
 
 def _mean_cost(runs: Sequence[Run], key: str) -> float | None:
@@ -163,8 +200,7 @@ def row_score(row: Row, grader: str) -> float:
 
 def scores_by_row(run: Run, entry: Mapping[str, Any]) -> dict[str, float]:
     """Score of every row by its id and place."""
-    grader = run.results.get("grader") or "strict"
-    return {f"{row['index']}:{row['id']}": row_score(row, grader) for row in run.rows(entry)}
+    return {f"{row['index']}:{row['id']}": row_score(row, run.grader(entry)) for row in run.rows(entry)}
 
 
 def final_entry(run: Run, task: str | None = None) -> Mapping[str, Any] | None:
@@ -180,11 +216,15 @@ def compare_pairs(runs: Sequence[Run]) -> list[Pair]:
     groups = variants(runs)
     pairs = []
     for (first, first_runs), (second, second_runs) in combinations(groups, 2):
-        tasks = {run.results["task"] for run in first_runs} & {run.results["task"] for run in second_runs}
-        for task in sorted(tasks):
+        for task in shared_tasks(first_runs, second_runs):
             pair = _pair(task, (first, first_runs), (second, second_runs))
             pairs += [] if pair is None else [pair]
     return _holm(pairs)
+
+
+def shared_tasks(first: Sequence[Run], second: Sequence[Run]) -> list[str]:
+    """Tasks that runs of both sides were evaluated on, those of mixtures among them."""
+    return sorted({task for run in first for task in run.tasks} & {task for run in second for task in run.tasks})
 
 
 def _pair(task: str, first: tuple[str, Sequence[Run]], second: tuple[str, Sequence[Run]]) -> Pair | None:

@@ -56,8 +56,9 @@ def chart(title: str, series: Sequence[Series], x_label: str = "update", smooth:
     name = tag("text", x_label, x=WIDTH - RIGHT, y=HEIGHT - 3, class_="axis", text_anchor="end")
     cross = tag("line", class_="cross", x1=0, x2=0, y1=TOP, y2=HEIGHT - BOTTOM, visibility="hidden")
     svg = tag(
-        "svg", *grid, *lines, name, cross, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=_words(title, drawn)
-    )
+        "svg", *grid, *lines, name, cross, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", tabindex="0",
+        aria_label=_words(title, drawn),
+    )  # fmt: skip
     data = [{"label": s.label, "points": [[_short(x), _short(y)] for x, y in thinned(s.points)]} for s in drawn]
     legend = [tag("li", tag("span", class_=f"key s{s.colour % NUM_COLOURS}"), s.label) for s in _one_a_label(drawn)]
     return tag(
@@ -65,7 +66,7 @@ def chart(title: str, series: Sequence[Series], x_label: str = "update", smooth:
         tag("figcaption", title),
         svg,
         tag("ul", *legend, class_="legend") if len(legend) > 1 else None,
-        tag("p", Markup("&nbsp;"), class_="readout"),
+        tag("p", Markup("&nbsp;"), class_="readout", aria_live="polite"),
         class_="chart",
         data_series=json.dumps(data),
         data_range=f"{_short(x_range[0])},{_short(x_range[1])}",

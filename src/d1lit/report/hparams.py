@@ -39,14 +39,15 @@ def write_hparams(folder: Path) -> Path:
 
 
 def final_metrics(run: Run) -> dict[str, float]:
-    """Accuracy after every stage, closing reward, and cost."""
+    """Accuracy after every stage, of a mixture each task's and their mean, closing reward, and cost."""
     found: dict[str, float] = {}
     for entry in run.evaluations:
+        task = f"{entry['task']}/" if len(run.tasks) > 1 else ""
         length = f"@{entry['completion_length']}" if _lengths(run) > 1 else ""
-        found[f"final/accuracy/{entry['stage']}{length}"] = entry["accuracy"]
-    last = final_entry(run)
-    if last is not None:
-        found["final/accuracy"] = last["accuracy"]
+        found[f"final/accuracy/{task}{entry['stage']}{length}"] = entry["accuracy"]
+    last = [entry["accuracy"] for task in run.tasks if (entry := final_entry(run, task)) is not None]
+    if last:
+        found["final/accuracy"] = sum(last) / len(last)
     for scalars in run.curves.values():
         for name, tag in (("final/reward", "rollout/reward"), ("final/kl", "train/kl")):
             if tag in scalars:

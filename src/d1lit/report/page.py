@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from d1lit.report.comparing import Cell, compare, compare_pairs, final_entry, scores_by_row
+from d1lit.report.comparing import Cell, compare, compare_pairs, final_entry, scores_by_row, shared_tasks
 from d1lit.report.curves import Series, chart, whisker
 from d1lit.report.markup import Markup, join, table, tag
 from d1lit.report.player import player
@@ -17,7 +17,11 @@ from d1lit.report.recording import Recording
 from d1lit.report.runs import Run, variants
 from d1lit.report.sections import (
     CHARTS,
+    FLOPS,
+    SPENDING,
+    accuracy_by_flops,
     accuracy_section,
+    by_spending,
     changes,
     cost_section,
     curves_section,
@@ -113,12 +117,17 @@ def run_page(run: Run) -> str:
 
 def verdict(run: Run) -> str:
     """What the run reached, in a sentence, and what the base reached on the same rows."""
-    last = final_entry(run)
-    if last is None:
-        return "It was not evaluated."
+    if len(run.tasks) > 1:
+        return f"Final accuracy in per cent: {_final(run)}."
+    return _verdict(run, run.tasks[0]) if run.tasks else "It was not evaluated."
+
+
+def _verdict(run: Run, task: str) -> str:
+    entries = [entry for entry in run.evaluations if entry["task"] == task]
+    first, last = entries[0], final_entry(run, task)
+    assert last is not None
     interval = percent_interval(Interval(last["accuracy"], *last["interval"]))
     said = f"After {last['stage']}: {percent(last['accuracy'])} % of {last['n']} (95 % interval {interval})."
-    first = run.evaluations[0]
     if first["stage"] == last["stage"] or first.get("completion_length") != last.get("completion_length"):
         return said
     a, b = scores_by_row(run, first), scores_by_row(run, last)
@@ -144,6 +153,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
             "pairs", pairs_table(pairs), "There is nothing to pair: one recipe only, or no row answered by two."
         ),
         _curves(groups),
+        _equal_compute(groups),
         _wins_and_losses(groups),
         _from_table("differences", differences_table(runs), "The configurations differ in nothing but their seeds."),
         _folders(groups),
@@ -172,7 +182,7 @@ def _accuracy(cells: Sequence[Cell]) -> Markup:
 
 
 def _curves(groups: Sequence[tuple[str, Sequence[Run]]]) -> Markup:
-    """The curves of all runs over each other, one colour a recipe; and reward against the seconds it took."""
+    """The curves of all runs over each other, one colour a recipe."""
     runs = [(name, colour, run) for colour, (name, group) in enumerate(groups) for run in group]
     stages = list(dict.fromkeys(stage for _, _, run in runs for stage in run.curves))
     parts: list[Markup] = []
@@ -188,25 +198,37 @@ def _curves(groups: Sequence[tuple[str, Sequence[Run]]]) -> Markup:
             )
             for title, tags in CHARTS
         ]
-        timed = [
-            Series(name, by_seconds(run.curves[stage]), colour) for name, colour, run in runs if stage in run.curves
-        ]
-        figures.insert(1, chart("Reward at equal time", timed, "seconds of rollouts and updates"))
         drawn = [figure for figure in figures if figure is not None]
         if drawn:
             parts += [tag("h3", f"Stage {stage}"), tag("div", *drawn, class_="charts")]
     return section("curves", "Training curves", *(parts or [tag("p", "None of these runs kept event files.")]))
 
 
-def by_seconds(scalars: Any) -> list[tuple[float, float]]:
-    """Reward against the seconds that rollouts, rewards and updates had taken by then."""
-    spent: dict[int, float] = {}
-    for name in scalars:
-        if name.startswith("time/"):
-            for step, seconds in scalars[name]:
-                spent[step] = spent.get(step, 0.0) + seconds
-    reward = scalars.get("rollout/reward", [])
-    return [(sum(s for at, s in spent.items() if at <= step), value) for step, value in reward] if spent else []
+def _equal_compute(groups: Sequence[tuple[str, Sequence[Run]]]) -> Markup | None:
+    """Reward, and accuracy on test rows, against what was spent since the base: FLOPs, and seconds."""
+    runs = [(name, colour, run) for colour, (name, group) in enumerate(groups) for run in group]
+    stages = list(dict.fromkeys(stage for _, _, run in runs for stage in run.curves))
+    figures = [
+        chart(
+            f"Accuracy on {task} at equal FLOPs (per cent)",
+            [Series(name, accuracy_by_flops(run, task), colour) for name, colour, run in runs],
+            FLOPS,
+            smooth=False,
+        )
+        for task in dict.fromkeys(task for _, _, run in runs for task in run.tasks)
+    ]
+    for stage in stages:
+        own = [(name, colour, run) for name, colour, run in runs if stage in run.curves]
+        for title, axis, tags in SPENDING:
+            lines = [Series(name, by_spending(run, stage, tags), colour) for name, colour, run in own]
+            figures.append(chart(f"Reward in stage {stage} at equal {title}", lines, axis))
+    drawn = [figure for figure in figures if figure is not None]
+    note = "Spent since the base, by all stages so far; evaluations are not counted. Seconds are of one machine only."
+    return (
+        section("cost", "Cost at equal compute", tag("div", *drawn, class_="charts"), tag("p", note, class_="note"))
+        if drawn
+        else None
+    )
 
 
 def _wins_and_losses(groups: Sequence[tuple[str, Sequence[Run]]]) -> Markup | None:
@@ -215,14 +237,13 @@ def _wins_and_losses(groups: Sequence[tuple[str, Sequence[Run]]]) -> Markup | No
     for i, (first, first_runs) in enumerate(groups):
         for second, second_runs in groups[i + 1 :]:
             a, b = _same_seed(first_runs, second_runs)
-            task = a.results["task"]
-            left, right = final_entry(a, task), final_entry(b, task)
-            if left is None or right is None:
-                continue
-            grader = a.results.get("grader") or "strict"
-            seeds = f"seeds {a.results['seed']} and {b.results['seed']}"
-            lists = changes(a.rows(left), b.rows(right), grader, (first, second))
-            parts += [tag("h3", f"{second} against {first} on {task}, {seeds}"), lists]
+            for task in shared_tasks([a], [b]):
+                left, right = final_entry(a, task), final_entry(b, task)
+                if left is None or right is None or not scores_by_row(a, left).keys() & scores_by_row(b, right).keys():
+                    continue
+                seeds = f"seeds {a.results['seed']} and {b.results['seed']}"
+                lists = changes(a.rows(left), b.rows(right), a.grader(left), (first, second))
+                parts += [tag("h3", f"{second} against {first} on {task}, {seeds}"), lists]
     return section("rows", "Wins and losses", join(*parts)) if parts else None
 
 
@@ -245,5 +266,6 @@ def _folders(groups: Sequence[tuple[str, Sequence[Run]]]) -> Markup:
 
 
 def _final(run: Run) -> str:
-    entry = final_entry(run)
-    return "" if entry is None else percent(entry["accuracy"])
+    finals = [entry for task in run.tasks if (entry := final_entry(run, task)) is not None]
+    named = len(finals) > 1
+    return ", ".join((f"{entry['task']} " if named else "") + percent(entry["accuracy"]) for entry in finals)

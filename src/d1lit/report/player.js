@@ -30,9 +30,28 @@ for (const root of document.querySelectorAll("section.player")) {
   scrub.addEventListener("input", () => { stop(); show(Number(scrub.value)); });
   root.querySelector(".back").addEventListener("click", () => { stop(); show(Math.max(0, Number(scrub.value) - 1)); });
   root.querySelector(".next").addEventListener("click", () => { stop(); show(Math.min(steps, Number(scrub.value) + 1)); });
-  for (const { element, events } of tokens) element.addEventListener("pointerenter", () => {
+  const said = ({ element, events }) => {
     const words = events.map((event) => (event > 0 ? `fixed at step ${event}` : `masked again at step ${-event}`));
-    element.title = (words.join(", ") || "never reached") + (element.dataset.p ? `, confidence ${element.dataset.p}` : "");
-  }, { once: true });
+    return (words.join(", ") || "never reached") + (element.dataset.p ? `, confidence ${element.dataset.p}` : "");
+  };
+  for (const token of tokens) token.element.addEventListener("pointerenter", () => { token.element.title = said(token); }, { once: true });
+  for (const pane of root.querySelectorAll(".pane")) { // by keyboard: the arrow keys go from token to token
+    const own = tokens.filter(({ element }) => pane.contains(element)), readout = pane.querySelector(".readout"), blank = readout.textContent;
+    let here = -1;
+    const go = (place) => {
+      if (own[here]) own[here].element.classList.remove("here");
+      here = place;
+      if (own[here]) own[here].element.classList.add("here");
+      readout.textContent = own[here] ? `token ${here + 1}, ${own[here].element.classList.contains("masked") ? "masked now" : own[here].element.textContent}: ${said(own[here])}` : blank;
+    };
+    pane.addEventListener("keydown", (event) => {
+      const last = own.length - 1, next = { ArrowLeft: here - 1, ArrowRight: here + 1, Home: 0, End: last }[event.key];
+      if (event.key === "Escape") go(-1);
+      if (next === undefined) return;
+      event.preventDefault();
+      go(Math.min(last, Math.max(0, next)));
+    });
+    pane.addEventListener("blur", () => go(-1));
+  }
   addEventListener("beforeprint", () => { stop(); show(steps); });
 }

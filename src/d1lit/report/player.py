@@ -72,7 +72,17 @@ def _rollout(number: int, rollout: Mapping[str, Any], block_length: int) -> Mark
     ]
     parts = [tag("li", part_words(name, part)) for name, part in rollout["parts"].items()]
     head = tag("h4", f"Rollout {number + 1}: reward {rollout['reward']:.3g}")
-    return tag("div", head, tag("ul", *parts, class_="parts"), *blocks, class_="pane")
+    return tag(
+        "div",
+        head,
+        tag("ul", *parts, class_="parts"),
+        *blocks,
+        tag("p", Markup("&nbsp;"), class_="readout", aria_live="polite"),
+        class_="pane",
+        tabindex="0",
+        role="group",
+        aria_label=f"Rollout {number + 1}: the arrow keys read its tokens",
+    )
 
 
 def part_words(name: str, part: Mapping[str, Any]) -> str:

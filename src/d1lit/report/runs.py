@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,23 @@ Scalars = Mapping[str, Sequence[tuple[int, float]]]
 
 NOT_THE_EXPERIMENT = ("seed", "run_dir", "resume", "dry_run", "report", "callbacks", "logger", "hydra", "debug")
 """Keys that may differ between two runs of one experiment."""
+ENTRY_KEYS = frozenset(
+    {
+        "stage",
+        "task",
+        "completion_length",
+        "n",
+        "correct",
+        "accuracy",
+        "interval",
+        "effective_tokens",
+        "truncated_fraction",
+    }
+)
+"""What every evaluation in results.json says."""
+ROW_KEYS = frozenset({"index", "id", "question", "answer", "completion", "strict", "d1", "extra"})
+"""What every graded row says."""
+_AS_WRITTEN = "the files as train.py wrote them, or leave this run out"
 FINAL_LOG = "final"
 """Folder under logs/ that holds what was written at the end, and no curve."""
 
@@ -44,6 +61,15 @@ class Run:
         """Entries of the results table."""
         return self.results["evaluations"]
 
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks that it was evaluated on: those of a mixture, one by one."""
+        return list(dict.fromkeys(str(entry["task"]) for entry in self.evaluations))
+
+    def grader(self, entry: Mapping[str, Any]) -> str:
+        """Whose verdict counts in an evaluation; a mixture's tasks have each their own."""
+        return str(entry.get("grader") or self.results.get("grader") or "strict")
+
     @cached_property
     def curves(self) -> dict[str, Scalars]:
         """Scalars of every stage that has event files, by tag, in the order of the stages."""
@@ -57,7 +83,14 @@ class Run:
     def rows(self, entry: Mapping[str, Any]) -> list[Row]:
         """Graded rows of one evaluation; none where its file is gone."""
         file = entry.get("rows_file")
-        return read_lines(self.folder / file) if file else []
+        rows = read_lines(self.folder / file) if file else []
+        for row in rows:
+            lacking = ROW_KEYS - set(row)
+            if lacking:
+                raise ValueError(
+                    f"run: {self.folder / file} has a row without {min(lacking)}. Try: {_AS_WRITTEN} [E507]"
+                )
+        return rows
 
     @cached_property
     def samples(self) -> list[Row]:
@@ -95,12 +128,13 @@ def read_run(folder: Path | str) -> Run:
     if not file.is_file():
         cure = "a folder whose run has ended (train.py prints its results.json as its last line)"
         raise ValueError(f"run: {folder} holds no results.json. Try: {cure} [E504]")
+    results = read_json(file, {})
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
         missing = {"evaluations", "recipe", "task", "model", "seed"} - set(results)
+        missing |= {key for entry in results.get("evaluations", []) for key in ENTRY_KEYS - set(entry)}
         if missing:
             raise KeyError(min(missing))
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"run: {file} is not a run's results ({error!r}). Try: another folder [E504]") from None
     source = folder
     if results["recipe"] == "evaluation" and results.get("run"):
@@ -109,10 +143,10 @@ def read_run(folder: Path | str) -> Run:
         trained = read_json(source / "results.json", {})
         results = {**results, "recipe": trained.get("recipe", "evaluation"), "seed": trained.get("seed", 0)}
     config_file = source / "config.yaml"
-    config = yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    config = _read(config_file, yaml.safe_load, dict, {})
     overrides = read_json(source / "overrides.json", [])
     environment = read_json(source / "environment.json", {})
-    return Run(folder, results, config or {}, environment, tuple(map(str, overrides)))
+    return Run(folder, results, config, environment, tuple(map(str, overrides)))
 
 
 def read_runs(folders: Sequence[Path | str]) -> list[Run]:
@@ -136,16 +170,46 @@ def stage_names(config: Mapping[str, Any]) -> list[str]:
 
 
 def read_json(file: Path, otherwise: Any) -> Any:
-    """What a JSON file says, or something else where there is no such file."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else otherwise
+    """What a JSON file says, or something else of the same kind where there is no such file.
+
+    Raises:
+        ValueError: for a file that is no JSON, or that says something of another kind.
+    """
+    return _read(file, json.loads, type(otherwise), otherwise)
+
+
+def _read(file: Path, parse: Callable[[str], Any], kind: type, otherwise: Any) -> Any:
+    if not file.is_file():
+        return otherwise
+    try:
+        found = parse(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"run: {file} cannot be read ({cause}). Try: {_AS_WRITTEN} [E504]") from None
+    if not isinstance(found, kind):
+        what = f"holds a {type(found).__name__} where a {kind.__name__} belongs"
+        raise ValueError(f"run: {file} {what}. Try: {_AS_WRITTEN} [E504]")
+    return found
 
 
 def read_lines(file: Path) -> list[Row]:
-    """Rows of a JSON lines file; none where there is no file; a last line cut short by a crash is left out."""
+    """Rows of a JSON lines file; none where there is no file; a last line cut short by a crash is left out.
+
+    Raises:
+        ValueError: for a line that is no JSON object.
+    """
     if not file.is_file():
         return []
     text = file.read_text(encoding="utf-8", errors="replace")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line.strip()]
+    rows = []
+    for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(dict(json.loads(line)))
+            except (ValueError, TypeError, RecursionError):
+                cause = f"{file}:{number} is no row of JSON"
+                raise ValueError(f"run: {cause}. Try: {_AS_WRITTEN} [E507]") from None
+    return rows
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -179,7 +243,18 @@ def variants(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
         if len(twins) > 1:
             for number, i in enumerate(twins, start=1):
                 names[i] = f"{name} #{number}"
-    return list(zip(names, found, strict=True))
+    # A mixture and one of its tasks by the same recipe meet on that task's rows.
+    told = [
+        f"{name} on {group[0].results['task']}" if _meets_namesake(place, names, found) else name
+        for place, (name, group) in enumerate(zip(names, found, strict=True))
+    ]
+    return list(zip(told, found, strict=True))
+
+
+def _meets_namesake(place: int, names: Sequence[str], groups: Sequence[Sequence[Run]]) -> bool:
+    own = groups[place][0]
+    others = [group[0] for i, group in enumerate(groups) if i != place and names[i] == names[place]]
+    return any(set(own.tasks) & set(other.tasks) for other in others)
 
 
 def _variant_name(run: Run, all_runs: Sequence[Run]) -> str:

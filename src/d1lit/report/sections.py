@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -9,11 +11,11 @@ from typing import Any
 
 import yaml
 
-from d1lit.report.comparing import row_score
+from d1lit.report.comparing import Probe, probes, row_score
 from d1lit.report.curves import Series, chart, whisker
 from d1lit.report.markup import Markup, join, table, tag
 from d1lit.report.player import part_words, player
-from d1lit.report.runs import Row, Run
+from d1lit.report.runs import Row, Run, Scalars
 from d1lit.report.tables import number, percent, percent_interval
 from d1lit.security import redact, redact_text
 from d1lit.statistics import Interval
@@ -42,11 +44,12 @@ def clipped(value: Any) -> str:
 def accuracy_section(run: Run) -> Markup:
     """Every stage and length with its interval, and what no model at all reaches."""
     entries = run.evaluations
+    tasks = len(run.tasks) > 1
     extra = sorted({name for entry in entries for name in entry.get("extra", {})})
-    columns = ["stage", "accuracy", "95 % interval", "0 to 100 %", "rows", "d1's grader"]
+    columns = ["stage", *(["task"] if tasks else []), "accuracy", "95 % interval", "0 to 100 %", "rows", "d1's grader"]
     columns += [*(name.replace("_", " ") for name in extra), "tokens asked", "tokens used", "truncated", "unparsed"]
-    rows = [_entry_row(f"no model: {name}", entry, extra) for name, entry in run.baselines.items()]
-    rows += [_entry_row(entry["stage"], entry, extra) for entry in entries]
+    rows = [_entry_row(baseline_cells(run, name), entry, extra) for name, entry in run.baselines.items()]
+    rows += [_entry_row((entry["stage"], *([entry["task"]] if tasks else [])), entry, extra) for entry in entries]
     note = (
         "Per cent of rows. The interval is Wilson's over rows: it says how much another draw of test rows could change "
         "the number, not another seed. Rows marked “no model” are answers made without any model."
@@ -56,15 +59,28 @@ def accuracy_section(run: Run) -> Markup:
         "details", tag("summary", "Evaluation protocol"), tag("pre", yaml.safe_dump(redact(settings), sort_keys=True))
     )
     return section(
-        "accuracy", "Accuracy", table(columns, rows, "Accuracy by stage"), tag("p", note, class_="note"), protocol
+        "accuracy",
+        "Accuracy",
+        table(columns, rows, "Accuracy by stage"),
+        tag("p", note, class_="note"),
+        _probes(run),
+        protocol,
     )
 
 
-def _entry_row(name: str, entry: Mapping[str, Any], extra: Sequence[str]) -> tuple[Any, ...]:
+def baseline_cells(run: Run, name: str) -> tuple[str, ...]:
+    """What a baseline is called in a table: of a mixture, where it is named `task/baseline`, with its task apart."""
+    if len(run.tasks) < 2:
+        return (f"no model: {name}",)
+    task, _, own = name.rpartition("/")
+    return f"no model: {own}", task
+
+
+def _entry_row(name: Sequence[str], entry: Mapping[str, Any], extra: Sequence[str]) -> tuple[Any, ...]:
     """A line of the accuracy table; baselines have fewer facts."""
     graded = percent(entry["d1_correct"] / max(1.0, entry["d1_out_of"])) if "d1_correct" in entry else ""
     return (
-        name,
+        *name,
         percent(entry["accuracy"]),
         percent_interval(Interval(entry["accuracy"], *entry["interval"])),
         whisker(entry["accuracy"], *entry["interval"]),
@@ -80,21 +96,37 @@ def _entry_row(name: str, entry: Mapping[str, Any], extra: Sequence[str]) -> tup
 
 def _probes(run: Run) -> Markup | None:
     """What the policy reaches under other conditions: words put in its mouth, several samples a row."""
-    rows = []
-    for probe in run.results.get("probes") or []:
-        if probe["probe"] == "pass_at_k":
-            for k, estimate in probe["pass_at_k"].items():
-                interval = Interval(estimate["mean"], *estimate["interval"])
-                rows.append((probe["stage"], f"pass@{k}", percent(estimate["mean"]), percent_interval(interval)))
-        else:
-            interval = Interval(probe["accuracy"], *probe["interval"])
-            what = f"begun with {probe.get('prefix', '')}"
-            rows.append((probe["stage"], what, percent(probe["accuracy"]), percent_interval(interval)))
-    if not rows:
+    found = probes(run)
+    if not found:
         return None
-    return table(
-        ["stage", "probe", "per cent", "95 % interval"], rows, "Probes: what the model can do when asked otherwise"
+    tasks = len(run.tasks) > 1
+    extra = sorted({name for probe in found for name in probe.entry.get("extra", {}) if "pass_at_k" not in probe.entry})
+    columns = ["stage", *(["task"] if tasks else []), "probe", "per cent", "95 % interval", "0 to 100 %", "completions"]
+    rows = [
+        (
+            *(probe.stage, *([probe.task] if tasks else []), probe.name),
+            *(percent(probe.estimate.value), percent_interval(probe.estimate)),
+            whisker(probe.estimate.value, probe.estimate.low, probe.estimate.high),
+            str(probe.entry["n"]),
+            *(_measured(probe, name) for name in extra),
+        )
+        for probe in found
+    ]
+    note = (
+        "pass@k: at least one of k samples is right, estimated without bias from all samples of a row. forced: the "
+        "greedy answer when it has to begin with these words."
     )
+    columns += [name.replace("_", " ") for name in extra]
+    return join(
+        tag("h3", "Asked otherwise"),
+        table(columns, rows, "Accuracy when asked otherwise"),
+        tag("p", note, class_="note"),
+    )
+
+
+def _measured(probe: Probe, name: str) -> str:
+    """A further measure of forced answers; of samples the mean would speak of no k."""
+    return "" if "pass_at_k" in probe.entry else percent(probe.entry["extra"].get(name, {}).get("mean", math.nan))
 
 
 # --------------------------------------------------------------------------------------------------------------- curves
@@ -123,7 +155,7 @@ def curves_section(run: Run) -> Markup:
         drawn = [figure for figure in figures if figure is not None]
         if drawn:
             stages += [tag("h3", f"Stage {stage}"), tag("div", *drawn, class_="charts")]
-    note = "Faint: every update. Bold: a centred moving mean. Point at a chart to read it."
+    note = "Faint: every update. Bold: a centred moving mean. Point at a chart to read it, or use the arrow keys on it."
     empty = tag("p", "This run kept no event files (logger=none).")
     return section("curves", "Training curves", *(stages or [empty]), tag("p", note, class_="note") if stages else None)
 
@@ -142,6 +174,52 @@ def series_of(scalars: Mapping[str, Any], tags: Sequence[str]) -> list[Series]:
         for name in names
     }
     return [Series(label[name], scalars[name], place) for place, name in enumerate(names)]
+
+
+FLOPS = "FLOPs since the base"
+SPENDING = (
+    ("FLOPs", FLOPS, ("cost/flops",)),
+    ("time", "seconds of rollouts and updates", ("time/",)),
+)
+"""What a run spends: in words, as an axis, and the scalars that count it; a name that ends in a slash as above."""
+
+
+def spent_by_step(scalars: Scalars, tags: Sequence[str]) -> list[tuple[int, float]]:
+    """What a stage had spent at each of its steps."""
+    steps: dict[int, float] = {}
+    for name, line in scalars.items():
+        if any(name == tag or (tag.endswith("/") and name.startswith(tag)) for tag in tags):
+            for step, amount in line:
+                steps[step] = steps.get(step, 0.0) + amount
+    ordered = sorted(steps)
+    return list(zip(ordered, itertools.accumulate(steps[step] for step in ordered), strict=True))
+
+
+def spent_before(run: Run, stage: str, tags: Sequence[str]) -> float:
+    """What the stages between the base and this one had spent."""
+    names = [name for name in run.curves if name != "base"]
+    earlier = names[: names.index(stage)] if stage in names else []
+    return sum(spent[-1][1] for name in earlier if (spent := spent_by_step(run.curves[name], tags)))
+
+
+def by_spending(run: Run, stage: str, tags: Sequence[str]) -> list[tuple[float, float]]:
+    """A stage's reward against what had been spent since the base when the step that brought it was done."""
+    spent, before = spent_by_step(run.curves[stage], tags), spent_before(run, stage, tags)
+    steps = [step for step, _ in spent]
+    reward = [(bisect.bisect_right(steps, at), value) for at, value in run.curves[stage].get("rollout/reward", [])]
+    return [(before + (spent[place - 1][1] if place else 0.0), value) for place, value in reward] if spent else []
+
+
+def accuracy_by_flops(run: Run, task: str) -> list[tuple[float, float]]:
+    """Accuracy in per cent after every stage, at the length of training, against the FLOPs it took to get there."""
+    found: dict[str, tuple[float, float]] = {}
+    for entry in run.evaluations:
+        stage = entry["stage"]
+        if entry["task"] == task and stage not in found and (stage == "base" or stage in run.curves):
+            own = [] if stage == "base" else spent_by_step(run.curves[stage], ("cost/flops",))
+            spent = spent_before(run, stage, ("cost/flops",)) + (own[-1][1] if own else 0.0)
+            found[stage] = (spent, 100 * entry["accuracy"])
+    return list(found.values())
 
 
 # -------------------------------------------------------------------------------------------------------------- samples
@@ -194,16 +272,18 @@ def _labelled(name: str, value: Any) -> Markup:
 
 def rows_section(run: Run) -> Markup | None:
     """What training changed, row by row: the first evaluation against the last."""
-    if len(run.evaluations) < 2:
-        return None
-    first = run.evaluations[0]
-    same = [e for e in run.evaluations if e.get("completion_length") == first.get("completion_length")]
-    last = same[-1]
-    if last is first:
-        return None
-    grader = run.results.get("grader") or "strict"
-    lists = changes(run.rows(first), run.rows(last), grader, (first["stage"], last["stage"]))
-    return section("rows", f"Row by row: {first['stage']} against {last['stage']}", lists)
+    parts: list[Markup] = []
+    names = ("", "")
+    for task in run.tasks:
+        own = [entry for entry in run.evaluations if entry["task"] == task]
+        first = own[0]
+        last = [entry for entry in own if entry.get("completion_length") == first.get("completion_length")][-1]
+        if last is first:
+            continue
+        names = (first["stage"], last["stage"])
+        parts += [tag("h3", task)] if len(run.tasks) > 1 else []
+        parts.append(changes(run.rows(first), run.rows(last), run.grader(first), names))
+    return section("rows", f"Row by row: {names[0]} against {names[1]}", *parts) if parts else None
 
 
 def changes(before: Sequence[Row], after: Sequence[Row], grader: str, names: tuple[str, str]) -> Markup:
@@ -297,7 +377,13 @@ def cost_section(run: Run) -> Markup:
     note = tag(
         "p", "Seconds of the whole run are the clock's, evaluation included; all else is training.", class_="note"
     )
-    return section("cost", "Cost", table_of_cost, note)
+    figures = [
+        chart(f"Reward in stage {stage} against {title}", [Series("reward", by_spending(run, stage, tags), 0)], axis)
+        for stage in run.curves
+        for title, axis, tags in SPENDING
+    ]
+    drawn = [figure for figure in figures if figure is not None]
+    return section("cost", "Cost", table_of_cost, note, tag("div", *drawn, class_="charts") if drawn else None)
 
 
 def _plain(value: Any) -> str:

@@ -56,7 +56,8 @@ def results_table(cells: Sequence[Cell]) -> Table:
     shown = [tag for tag in CURVES if any(tag in cell.curves for cell in cells)]
     head = ("task", "model", "recipe", "stage", *(["length"] if lengths else []), *(["split"] if splits else []))
     extra = sorted({name for cell in cells for name in cell.extra})
-    columns = (*head, "accuracy", "95 % interval", "over", *(name.replace("_", " ") for name in extra))
+    asked = list(dict.fromkeys(name for cell in cells for name in cell.probes))
+    columns = (*head, "accuracy", "95 % interval", "over", *(name.replace("_", " ") for name in extra), *asked)
     flops = any(cell.flops is not None for cell in cells)
     columns += ("tokens", "truncated", *(CURVE_NAMES[tag] for tag in shown), "s", *(["FLOPs"] if flops else []))
     rows = []
@@ -64,6 +65,7 @@ def results_table(cells: Sequence[Cell]) -> Table:
         more = [str(cell.length)] * lengths + [str(cell.split)] * splits
         curves = [number(cell.curves.get(tag)) for tag in shown]
         measured = [percent(cell.extra.get(name, math.nan)) for name in extra]
+        measured += [percent(cell.probes.get(name, math.nan)) for name in asked]
         rows.append(
             (
                 *(cell.task, cell.model, cell.recipe, cell.stage, *more),
@@ -73,6 +75,8 @@ def results_table(cells: Sequence[Cell]) -> Table:
             )
         )
     note = "Accuracy in per cent. Interval: Student's t over seeds, Wilson's over rows for a single seed. s: seconds."
+    if asked:
+        note += " pass@k and forced words: per cent, the latter being put in the model's mouth."
     if shown:
         note += " Curves: mean of the last tenth of the stage's updates."
     return Table("Accuracy", columns, tuple(rows), note)
@@ -190,7 +194,7 @@ def _tex(text: str) -> str:
 def as_csv(cells: Sequence[Cell]) -> str:
     """The results with all their digits, one line a cell, shares as fractions."""
     fields = ["task", "model", "recipe", "stage", "split", "length", "seeds", "rows", "accuracy", "low", "high", "over"]
-    fields += ["accuracies", "tokens", "truncated", "extra", *CURVES, "seconds", "flops"]
+    fields += ["accuracies", "tokens", "truncated", "extra", "probes", *CURVES, "seconds", "flops"]
     out = io.StringIO()
     writer = csv.DictWriter(out, fields, lineterminator="\n")
     writer.writeheader()
@@ -221,5 +225,6 @@ def _record(cell: Cell) -> Mapping[str, Any]:
         "low": cell.accuracy.low,
         "high": cell.accuracy.high,
         "extra": " ".join(f"{name}={value!r}" for name, value in cell.extra.items()),
+        "probes": " ".join(f"{name.replace(' ', ':')}={value!r}" for name, value in cell.probes.items()),
         **{tag: cell.curves.get(tag, "") for tag in CURVES},
     }
