@@ -81,7 +81,7 @@ def check_pair(estimator: Any, loss: Any, allow: bool = False) -> None:
     reason, cure = unsound
     raise ValueError(
         f"loss: {type(loss).__name__} with {type(estimator).__name__} is refused: {reason}. "
-        f"Try: {cure}, or allow_unsound_pair=true [E207]"
+        f"Try: {cure}, or stages.grpo.module.allow_unsound_pair=true [E207]"
     )
 
 
