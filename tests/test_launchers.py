@@ -4,11 +4,14 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 
+from d1lit import cli
 from d1lit.composing import CONF, compose_jobs
 from d1lit.sweeps import FOLDER, notes_of, reached, show_sweep
 
@@ -107,6 +110,29 @@ def test_the_page_walks_through_each_way():
         "d1lit consolidate",
     ):
         assert way in commands, way
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-m", "seed=1,2"),
+        ("seed=1,2", "--multirun"),
+        ("task=sudoku", "-m", "seed=1,2"),
+        ("-m", "--config-dir", "mine", "seed=1,2"),
+        ("experiment=recipes",),
+    ],
+)
+def test_hydra_can_read_what_a_sweep_hands_to_it(words, tmp_path, monkeypatch):
+    handed: list[str] = []
+    monkeypatch.setattr(cli, "_hydra", handed.extend)
+    monkeypatch.setenv(FOLDER, "")
+    jobs = SimpleNamespace(configs=[SimpleNamespace(run_dir=str(tmp_path / "sweep"))], is_search=True)
+    assert cli._sweep(words, jobs) == 0
+    read = get_args_parser().parse_args(handed)
+    assert read.multirun
+    place, *rest = read.overrides
+    assert place.startswith("hydra.sweep.dir=")
+    assert rest == [word for word in words if "=" in word]
 
 
 @pytest.mark.nightly

@@ -149,8 +149,12 @@ def _sweep(words: Sequence[str], jobs: Jobs) -> int:
     place = (
         f"hydra.sweep.dir={quoted(notes_of(folder, fresh=True))}"  # for what sweepers and launchers write themselves
     )
+    # Hydra's parser takes overrides in one row only: flags stay before them, and the place is the first, so that one
+    # that was said wins.
+    others = [word for word in words if word not in _MULTIRUN]
+    first = next((n for n, word in enumerate(others) if "=" in word and not word.startswith("-")), len(others))
     try:
-        _hydra([*(() if any(word in _MULTIRUN for word in words) else _MULTIRUN[:1]), place, *words])
+        _hydra([_MULTIRUN[0], *others[:first], place, *others[first:]])
     except Exception as error:  # a launcher whose worker was killed; the table says what became of the jobs
         print(f"error: the sweep was cut short: {' '.join(str(error).split())[:300]}", file=sys.stderr)
     return show_sweep(folder, None if jobs.is_search else jobs.overrides)
