@@ -68,12 +68,14 @@ def longhand(policy: Policy, corruption: Corruption) -> tuple[Tensor, Tensor]:
             blind = ids.clone()
             blind[:, :PROMPT] = MASK
             mixed = logits(blind) + (corruption.guidance + 1) * (logits(ids) - logits(blind))
+            if corruption.exclude_mask:
+                mixed = mixed.masked_fill(torch.arange(mixed.shape[-1]) == MASK, -torch.inf)
             logp = (mixed / corruption.temperature).log_softmax(-1)
             for c in range(length):
                 if corruption.weight[n, j, c] != 0:
                     row = logp[corruption.score_from + c]
                     logprobs[n, j, c] = row[corruption.target_ids[n, j, c]]
-                    entropy[n, j, c] = -(row.exp() * row).sum()
+                    entropy[n, j, c] = torch.special.entr(row.exp()).sum()
     return logprobs, entropy
 
 
@@ -84,11 +86,11 @@ def gradients(policy: Policy, value: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("guidance", [0.0, 0.5])
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_scores_and_gradients_are_those_of_a_full_log_softmax(seed: int, guidance: float) -> None:
+@pytest.mark.parametrize(("seed", "exclude_mask"), [(0, False), (1, False), (2, False), (2, True)])
+def test_scores_and_gradients_are_those_of_a_full_log_softmax(seed: int, exclude_mask: bool, guidance: float) -> None:
     policy = small_policy()
     rollout, corruption = random_case(seed)
-    corruption = replace(corruption, guidance=guidance)
+    corruption = replace(corruption, guidance=guidance, exclude_mask=exclude_mask)
     expected, entropy = longhand(policy, corruption)
     scores = score(policy, rollout, corruption, want_entropy=True)
     torch.testing.assert_close(scores.logprobs, expected, atol=1e-10, rtol=1e-10)

@@ -58,7 +58,7 @@ class BlockELBOEstimator:
             hidden.append(chosen.any(1))
             weight.append((chosen * share[:, :, None]).sum(1))
         views = subset_views(context, torch.stack(hidden, 1), torch.stack(weight, 1).float(), score_padding=False)
-        return self._with_clean_copy(context, views, block) if self.two_stream else views
+        return _with_clean_copy(context, views, block) if self.two_stream else views
 
     def _blocks(self, context: Context) -> Int[Tensor, "N C"]:
         """Number of the block each completion position lies in, the completion's first being 0."""
@@ -67,24 +67,21 @@ class BlockELBOEstimator:
         first = rollout.prompt_mask.sum(1, keepdim=True) % self.block_length if self.count_from_prompt else 0
         return (first + place) // self.block_length
 
-    def _with_clean_copy(self, context: Context, views: Corruption, block: Int[Tensor, "N C"]) -> Corruption:
-        """The clean completion behind each view, and who sees whom."""
-        rollout, k = context.rollout, self.num_views
-        prompt, length = rollout.prompt_ids.shape[1], rollout.completion_ids.shape[1]
-        clean = rollout.completion_ids.repeat_interleave(k, 0)
-        attention = _block_attention(rollout.prompt_mask, rollout.completion_mask, block).repeat_interleave(k, 0)
-        place = torch.arange(prompt + length, device=rollout.device)
-        positions = torch.cat([place, place[prompt:]]).expand(len(clean), -1)
-        return replace(
-            views,
-            noised_ids=torch.cat([views.noised_ids, clean], 1),
-            attention=attention,
-            position_ids=positions,
-        )
-
     def combine(self, view_logprobs: Float[Tensor, "N K C"], corruption: Corruption, context: Context) -> LogProbs:
         """The weighted sum over views and tokens."""
         return sequence_logprobs(view_logprobs, corruption)
+
+
+def _with_clean_copy(context: Context, views: Corruption, block: Int[Tensor, "N C"]) -> Corruption:
+    """The clean completion behind each view, and who sees whom."""
+    rollout, k = context.rollout, views.view_of.shape[1]
+    prompt, length = rollout.prompt_ids.shape[1], rollout.completion_ids.shape[1]
+    clean = rollout.completion_ids.repeat_interleave(k, 0)
+    attention = _block_attention(rollout.prompt_mask, rollout.completion_mask, block).repeat_interleave(k, 0)
+    place = torch.arange(prompt + length, device=rollout.device)
+    positions = torch.cat([place, place[prompt:]]).expand(len(clean), -1)
+    noised_ids = torch.cat([views.noised_ids, clean], 1)
+    return replace(views, noised_ids=noised_ids, attention=attention, position_ids=positions)
 
 
 def _block_attention(

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from d1lit.draws import random_subset
-from d1lit.estimators.views import completion_views, prompt_uniforms
+from d1lit.estimators.views import completion_views, mask_prompt
 from d1lit.types import Context, Corruption, LogProbs, Unit
 
 Masks = Bool[Tensor, "N K C"]
@@ -68,6 +68,13 @@ def hide_in_block(context: Context, num_masks: int, block_length: int) -> tuple[
     return hidden, ~hidden & valid[:, None, :]
 
 
+def _at_random(context: Context, clean: Bool[Tensor, "N C"], prob: float, index: int) -> Bool[Tensor, "N C"]:
+    """Each clean context token with a small probability."""
+    if prob == 0:
+        return torch.zeros_like(clean)
+    return clean & (context.draws.uniform("context_mask", context.rollout.row_ids, clean.shape[1:], step=index) < prob)
+
+
 @dataclass(frozen=True)
 class SPGEstimator:
     """Sandwiched policy gradient (SPG, arXiv 2510.09541): the bound is chosen by the sign of the advantage.
@@ -111,21 +118,17 @@ class SPGEstimator:
 
     def corrupt(self, context: Context) -> Corruption:
         """m views of each rollout; everything after the end of the sequence is hidden in all of them."""
-        rollout, num_masks, prob = context.rollout, self.num_masks, self.context_mask_prob
-        scored, clean = self.mask(context, num_masks)
-        hidden = scored
-        prompts = rollout.prompt_ids[:, None, :].expand(-1, num_masks, -1)
-        if prob > 0:
-            rows, length = rollout.row_ids, hidden.shape[2]
-            uniform = [context.draws.uniform("context_mask", rows, (length,), step=k) for k in range(num_masks)]
-            hidden = hidden | (clean & (torch.stack(uniform, dim=1) < prob))
-            uniform = [prompt_uniforms(context, rows, prompts.shape[2], k) for k in range(num_masks)]
-            hidden_prompt = (torch.stack(uniform, dim=1) < prob) & rollout.prompt_mask[:, None, :]
-            prompts = torch.where(hidden_prompt, context.mask_token_id, prompts)
+        rollout, prob = context.rollout, self.context_mask_prob
+        scored, clean = self.mask(context, self.num_masks)
+        prompts, hidden = [], []
+        for k in range(self.num_masks):
+            hidden.append(scored[:, k] | _at_random(context, clean[:, k], prob, k))
+            prompts.append(mask_prompt(rollout, context, rollout.row_ids, slice(None), k, prob))
+        hidden = torch.stack(hidden, dim=1)
         shown = ~hidden & rollout.completion_mask[:, None, :]
         noised = torch.where(shown, rollout.completion_ids[:, None, :], context.mask_token_id)
         scored = hidden if self.score_context else scored
-        return completion_views(rollout, noised, scored.to(torch.float32), prompts)
+        return completion_views(rollout, noised, scored.to(torch.float32), torch.stack(prompts, dim=1))
 
     def combine(self, view_logprobs: Float[Tensor, "N K C"], corruption: Corruption, context: Context) -> LogProbs:
         """The bound that fits the sign of the advantage; both bounds are in `parts`."""

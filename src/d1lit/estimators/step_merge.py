@@ -18,7 +18,8 @@ class StepMergeEstimator:
     """d2-StepMerge (arXiv 2509.21474): the denoising steps cut into equal segments, one view at the start of each.
 
     Token k of a segment is scored from the state at the segment's start. One segment is d1's estimator without prompt
-    masks; as many as there are steps is the trajectory's own likelihood.
+    masks; as many as there are steps is the trajectory's own likelihood, at the sampler's temperature and with
+    `exclude_mask`.
     """
 
     num_segments: int
