@@ -1211,3 +1211,53 @@ SUDOKU += [
         ],
     ),
 ]
+
+# An equation that is not solved, and marks that math-verify passes over.
+GSM8K += [
+    (
+        {"answer": "18"},
+        [
+            "x^2=18",
+            "-x=18",
+            "1/x=18",
+            "2x=18",
+            "2y = 18",
+            "x/2 = 18",
+            "x+1=18",
+            "5 + x = 18",
+            "5x+3=18",
+            "|x|=18",
+            "x'=18",
+            "\\sqrt{x}=18",
+            "\\log x=18",
+            "\\frac{1}{x}=18",
+            "10^x=18",
+            "18...",
+            "...18",
+            "18(x)",
+            "18 x^2",
+        ],
+    ),
+]
+MATH += [
+    ({"answer": "5", "question": ""}, ["\\log x=5", "dx=5", "x^2=5", "-x=5", "|x|=5", "\\frac{dy}{dx}=5"]),
+    (
+        {"answer": "\\sqrt{3}", "question": ""},
+        [
+            "x^2=\\sqrt{3}",
+            "-x=\\sqrt{3}",
+            "1/x=\\sqrt{3}",
+            "2x=\\sqrt{3}",
+            "\\sqrt{x}=\\sqrt{3}",
+            "\\log x=\\sqrt{3}",
+            "10^x=\\sqrt{3}",
+            "\\frac{1}{x}=\\sqrt{3}",
+            "\\frac{dy}{dx}=\\sqrt{3}",
+            "|x|=\\sqrt{3}",
+            "f(f(x))=\\sqrt{3}",
+            "\\sqrt{3}^T",
+            '\\sqrt{3}"',
+            "\\sqrt{3}\\mod 5",
+        ],
+    ),
+]

@@ -73,6 +73,18 @@ def test_step(run) -> None:
             assert set(parts) == {"rollout", "reward", "scoring", "update"}
 
 
+@pytest.mark.slow
+def test_graders(run) -> None:
+    printed, content = run("graders")
+    assert is_table(printed, content)
+    records = {(record["reward"], record["texts"]): record for record in content["records"]}
+    assert len(records) == 36 and all(record["ours"] > 0 and record["ours_by_clock"] > 0 for record in records.values())
+    for name in ("number", "math, by spelling", "math, by algebra", "countdown", "sudoku"):
+        assert records[name, "ordinary"]["ours_paid"] > 0 < records[name, "ordinary"]["naive"]
+    assert not any(record["ours_paid"] for (name, kind), record in records.items() if kind == "repeated marks"
+                   and name in ("number", "countdown", "sudoku"))  # fmt: skip
+
+
 def test_growth(run, tmp_path: Path) -> None:
     printed, content = run("growth")
     assert is_table(printed, content) and len(content["records"]) == 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from torch import Tensor
 
 from d1lit.advantages import group_mean, overlong_penalty
 from d1lit.data import BatchPlan, PromptCycles, moved, prompt_batch
@@ -16,12 +18,12 @@ from d1lit.estimators import spg
 from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.losses.clipped import ClippedPolicyLoss
 from d1lit.losses.policy_gradient import ReinforceLoss
-from d1lit.losses.terms import k3, token_mean
+from d1lit.losses.terms import KLEstimator, absolute, k1, k2, k3, token_mean
 from d1lit.modules import DiffuGRPO
 from d1lit.modules.refilling import Judged, group_sources, lacks_spread, refilled
 from d1lit.rewards.parts import RewardParts
 from d1lit.scoring import score
-from d1lit.types import RewardBatch, Rollout, Verdict
+from d1lit.types import LogProbs, RewardBatch, Rollout, Verdict
 from tests.end_to_end.small import EOS, EvenTokens, make_module, prompt_rows, quiet, sampler, small_policy
 
 G = 3
@@ -159,6 +161,27 @@ def test_penalties_are_parts_of_the_reward(trainer: L.Trainer) -> None:
     torch.testing.assert_close(after.rewards, expected)
     batch = RewardBatch(expected[:, None], torch.ones(6, 1).bool(), torch.ones(1))
     torch.testing.assert_close(after.advantages, group_mean(batch, 3))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "value"),
+    [(k1, lambda d: d), (k2, lambda d: d**2 / 2), (k3, lambda d: torch.exp(-d) - 1 + d), (absolute, torch.abs)],
+)
+def test_the_kl_in_the_reward_has_its_closed_form(
+    trainer: L.Trainer, monkeypatch: pytest.MonkeyPatch, estimator: KLEstimator, value: Callable[[Tensor], Tensor]
+) -> None:
+    """Log-probs are 0.1, 0.2 ... above the reference's, the last of each completion weighs nothing."""
+    module = module_with(trainer, kl_in_reward=0.5, kl_in_reward_estimator=estimator)
+    module.policy.keep_reference()
+    d = torch.arange(1, 7).float()[:, None] * torch.tensor([0.1, -0.2, 9.0])
+    weight = torch.tensor([1.0, 1.0, 0.0]).expand(6, 3)
+    answers = iter([LogProbs(d, weight), LogProbs(torch.zeros(6, 3), weight)])
+    monkeypatch.setattr(module, "_likelihood", lambda *_: (next(answers), None))
+    mask, blank = torch.ones(6, 3).bool(), torch.zeros(6, 3)
+    rollout = Rollout(mask.long(), mask, mask.long(), mask, torch.arange(6), 3, mask.long(), blank, blank, blank)
+    rewards = RewardBatch(torch.ones(6, 1), torch.ones(6, 1).bool(), torch.ones(1))
+    total = module._with_penalties(Judged(rollout, {}, rewards), 0)[0].total
+    torch.testing.assert_close(total, 1.0 - 0.5 * (value(d[:, 0]) + value(d[:, 1])))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`d1lit verify` on a LLaDA-shaped folder of random weights: it says yes to its own text and no to any other."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,21 @@ def test_official_code_is_never_run_without_a_full_commit(folder: Path, tmp_path
     code, _ = run(folder, publish(tmp_path, ["x"] * 6), tmp_path / "out", "--run-official-code", commit)
     assert code == 2
     assert "no full commit" in capsys.readouterr().err
+
+
+def test_code_in_a_folder_is_never_run_for_no_commit_pins_it(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers reads a folder's code whatever revision it is given: this one would run."""
+    own, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(folder, own)
+    config = json.loads((own / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.C", "AutoModel": "evil.M"}
+    (own / "config.json").write_text(json.dumps(config))
+    (own / "evil.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    code, _ = run(own, publish(tmp_path, ["x"] * 6), tmp_path / "out", "--run-official-code", "a" * 40)
+    assert code == 2 and not ran.exists()
+    assert "is a folder, whose code no commit pins" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

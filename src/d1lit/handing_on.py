@@ -205,7 +205,7 @@ def _limits(run: Run) -> str:
     if better:
         lines.append(f"- It does not beat what needs no model at all: {', '.join(better)}.")
     truncated = [entry["truncated_fraction"] for entry in run.evaluations]
-    if truncated and not math.isnan(truncated[-1]) and truncated[-1] > 0:
+    if truncated and truncated[-1] is not None and not math.isnan(truncated[-1]) and truncated[-1] > 0:
         lines.append(f"- {100 * truncated[-1]:.1f} % of its test answers did not end within the completion length.")
     if (run.config.get("model") or {}).get("path") is None:
         lines.append("- It is a toy: a few hundred thousand weights, which know no language beyond the task's form.")

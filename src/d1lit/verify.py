@@ -239,6 +239,7 @@ def run_verify(
         rows: first rows only.
         prompts: template of a task in place of our TASK_eval, whose wording is not the paper's.
         official_revision: commit of the hub's model repository whose own code is RUN to compare logits; None for no.
+            A local folder is refused, for nothing pins its code.
         output: folder of the results.
 
     Raises:
@@ -256,6 +257,12 @@ def run_verify(
     rows_of = {task: read_published(published, task) for task in tasks}
     plans = {task: _plan(task, words) for task in tasks}
     plan = plans[tasks[0]]
+    if official_revision is not None and Path(plan.config.model.path).expanduser().is_dir():
+        # transformers takes a folder's code as it is and ignores both revisions: the pin would not hold.
+        raise ValueError(
+            f"--run-official-code: {plan.config.model.path} is a folder, whose code no commit pins. "
+            "Try: model.path=OWNER/NAME, the repository on the hub [E804]"
+        )
     policy, tokenizer = plan.make_policy()
     policy.eval()
     reports = []

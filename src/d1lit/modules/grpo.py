@@ -18,6 +18,7 @@ from d1lit.draws import CounterDraws
 from d1lit.errors import RunError
 from d1lit.joint_scoring import likelihoods
 from d1lit.losses import check_pair, check_trajectory
+from d1lit.losses.terms import KLEstimator, k1
 from d1lit.models import Policy
 from d1lit.models.sharding import gathered
 from d1lit.modules.accounting import Meter, StageCost, UpdateMetrics, cost_metrics, machine_peak, over_ranks
@@ -104,6 +105,7 @@ class DiffuGRPO(L.LightningModule):
         num_refills: int = 0,
         length_penalty: LengthPenalty | None = None,
         kl_in_reward: float = 0.0,
+        kl_in_reward_estimator: KLEstimator = k1,
     ) -> None:
         super().__init__()
         self.policy = policy
@@ -127,6 +129,7 @@ class DiffuGRPO(L.LightningModule):
         self.dropout_everywhere = dropout_everywhere
         self.length_penalty = length_penalty
         self.kl_in_reward = kl_in_reward
+        self.kl_in_reward_estimator = kl_in_reward_estimator
         self.experience: list[Experience] = []
         self.verdicts: dict[str, list[Verdict]] = {}
         """What the reward parts said of the latest rollout of this rank; the samples table reads it."""
@@ -267,7 +270,8 @@ class DiffuGRPO(L.LightningModule):
                 value = self._likelihood(rollout, rollout.entropy.new_zeros(len(rollout.row_ids)), step, 0)[0]
                 with self.policy.reference():
                     ref = self._likelihood(rollout, rollout.entropy.new_zeros(len(rollout.row_ids)), step, 0)[0]
-            kl = (torch.where(value.weight > 0, value.value - ref.value, 0.0) * value.weight).sum(1)
+            ratio = torch.where(value.weight > 0, value.value - ref.value, 0.0)
+            kl = (self.kl_in_reward_estimator(ratio) * value.weight).sum(1)
             rewards = with_part(rewards, gathered_rows(-kl), self.kl_in_reward)
             names.append("kl")
         return rewards, names

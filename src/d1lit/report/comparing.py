@@ -173,8 +173,10 @@ def _mean_cost(runs: Sequence[Run], key: str) -> float | None:
     return _mean(known) if len(known) == len(costs) else None
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+def _mean(values: Sequence[float | None]) -> float:
+    """NaN where one was not measured."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if len(known) == len(values) else math.nan
 
 
 def _closing(runs: Sequence[Run], stage: str) -> dict[str, float]:

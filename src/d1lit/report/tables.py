@@ -70,7 +70,7 @@ def results_table(cells: Sequence[Cell]) -> Table:
             (
                 *(cell.task, cell.model, cell.recipe, cell.stage, *more),
                 *(percent(cell.accuracy.value), percent_interval(cell.accuracy), cell.over, *measured),
-                *(f"{cell.tokens:.1f}", percent(cell.truncated), *curves),
+                *("" if math.isnan(cell.tokens) else f"{cell.tokens:.1f}", percent(cell.truncated), *curves),
                 *(number(cell.seconds), *([number(cell.flops)] if flops else [])),
             )
         )

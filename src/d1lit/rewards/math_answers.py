@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from d1lit.rewards.arithmetic import Refused, TooMuch, python_value
 from d1lit.rewards.extract import LONGEST_ANSWER, final_answer
-from d1lit.rewards.math_forms import APART, Form, normalised, top_level_items
+from d1lit.rewards.math_forms import APART, APPLIED, Form, normalised, top_level_items
 from d1lit.rewards.rows import judge_rows
 from d1lit.types import Example, Verdict
 
@@ -26,11 +26,12 @@ _LAYOUT = re.compile(r"[\s$]|\\(?:left|right|!|,)")
 _LONG_NUMERAL = re.compile(r"[0-9](?:\.?[0-9]){7}")
 _POWERS = re.compile(r"[0-9+\-*^{}()]+")
 _CHANGED = re.compile(
-    r"\\(?:not|neg|lnot|cancel|[lc]?dots|prime|overline|bar|approx|int|sum|prod|lim|max|min|gcd|lcm|det)(?![A-Za-z])"
-    r"|\\frac\{d\}|vmatrix|…|'|(?<=[0-9])_"
+    r"\\(?:not|neg|lnot|cancel|[lc]?dots|prime|overline|bar|approx|int|sum|prod|lim|max|min|gcd|lcm|det|[bp]?mod)(?![A-Za-z])"
+    r"|\\frac\{d\}|vmatrix|…|['\"]|\^\{?T|(?<=[0-9])_"
 )
 """What denies, changes or leaves open an answer, math-verify passes over, or is work still to be done."""
 _DANGLING = re.compile(r"(?<![A-Za-z])(?:and|or)[^A-Za-z0-9]*$")
+_NAME = re.compile(r"\\?[A-Za-z]+(?:_\{?[A-Za-z0-9]+\}?)?(?:\([A-Za-z]\))?")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _FRACTION_SIZE = re.compile(r"\\[dt]frac")
 _BRACKETS = ("()", "[]", "(]", "[)")
@@ -88,6 +89,8 @@ def decide(gold: Form, answer: Form) -> bool | Pairs:
         return False
     if _LONG_NUMERAL.search(answer.text) and not _LONG_NUMERAL.search(gold.text):
         return False  # many digits that come near a root or pi
+    if "=" in answer.text and "=" not in gold.text and not gold.symbol and _is_unsolved(answer.text):
+        return False
     if _RELATION.search(gold.text) and not _RELATION.search(answer.text):
         # An interval may say what a chain of inequalities says.
         return _whole(gold, answer) if answer.text[0] in "([" and answer.text[-1] in ")]" else False
@@ -97,6 +100,14 @@ def decide(gold: Form, answer: Form) -> bool | Pairs:
         return False
     verdict = _decide_items(gold_items, items, ordered=bool(kind)) if len(items) > 1 else None
     return _whole(gold, answer) if verdict is None else verdict
+
+
+def _is_unsolved(text: str) -> bool:
+    """Whether an equation has more on its left than a name, and a variable in it: `x^2=3`, `1/x=3`."""
+    left = text.split("=", 1)[0]
+    if APPLIED.match(left):
+        return True
+    return not _NAME.fullmatch(left) and any(map(str.isalpha, _COMMAND.sub("", left)))
 
 
 def _whole(gold: Form, answer: Form) -> Pairs:

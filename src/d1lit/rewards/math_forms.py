@@ -62,6 +62,8 @@ _SYMBOL = r"(?:\\?[A-Za-z]+(?:_\{?[A-Za-z0-9]+\}?)?)"
 _ASSIGNMENT = re.compile(
     rf"({_SYMBOL}(?:\({_SYMBOL}\))?|\({_SYMBOL}(?:,{_SYMBOL})+\))(?:=|\\in(?![A-Za-z0-9.+-]))(?=[^=])(.+)"
 )
+APPLIED = re.compile(r"\\(?:log|ln|lg|exp|sin|cos|tan|cot|sec|csc|arc[a-z]+|sqrt)|d[a-z]$")
+"""No name of what is asked for, but something done to it: `\\log x=5`, `dx=5`."""
 _TRAILING_WORDS = re.compile(r"([0-9}/)]|\\pi)\.?\s*([A-Za-z]{2,}(?:[.\s/]+[A-Za-z]{2,})*[.\s]*(?:\^\{?[23]\}?)?)$")
 _OPERATORS = tuple("-+*/^!<>=|")
 _FUNCTION_WORDS = frozenset(
@@ -223,7 +225,7 @@ def normalised(answer: str) -> Form:
     text = _without_loose_spaces(re.sub(r",\s*,", ",", text).strip()).rstrip(".,;")
     assignment = _ASSIGNMENT.fullmatch(text)
     symbol = ""
-    if assignment and "=" not in assignment[2]:
+    if assignment and "=" not in assignment[2] and not APPLIED.match(assignment[1]):
         symbol, text = assignment[1], assignment[2]
     text = _without_plus_minus(_spelled(text))
     choice = _CHOICE.fullmatch(text)

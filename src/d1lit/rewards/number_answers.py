@@ -23,13 +23,18 @@ _FRACTION = re.compile(r"(?P<sign>[+-]?)\$?(?P<over>[0-9]+)\s?/\s?(?P<under>[0-9
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s?\{([0-9]{1,40})\}\s?\{([0-9]{1,40})\}")
 _TEXT_MACRO = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox|operatorname)\s?\{([^{}\\]*)\}")
 _CURRENCY = re.compile(r"[€£¥₹]|(?<![A-Za-z])(?:USD|US)\b|\\\$")
-_UNIT_POWER = re.compile(r"(?<=[A-Za-z])(?:\^?\{?[23]\}?|[²³])(?![0-9.,])")
+_UNIT_POWER = re.compile(r"(?:(?<=[A-Za-z]{2})|(?<=[^A-Za-z]m))(?:\^?\{?[23]\}?|[²³])(?![0-9.,])")
 _FOREIGN_DIGIT = re.compile(r"[^\D0-9]|[⁰¹⁴-⁹₀-₉]")
 _UNFINISHED = re.compile(r"\s*[-/*](?![A-Za-z])")
 _AROUND = re.compile(r"[A-Za-z'°%\s/.!:;,()\[\]*_`~$-]*")
 _MULTIPLES = re.compile(r"\s?(?:[kKMBGT]|[mb]n)(?![A-Za-z])")
 _GLUED = re.compile(r"[.,]?[0-9]|\.[0-9]|\s?/\s?[0-9]|[eE]-?$")
-_DENIED = re.compile(r"[!<>~/:\u2248\u2260\u2264\u2265]\s?=")
+_DENIED = re.compile(r"[!<>~/:\u2248\u2260\u2264\u2265]\s?=|\.{3}|\u2026")
+_PRODUCT_SIGN = re.compile(r"(?<=[0-9])\s?[xX]\s?(?=[$0-9])")
+_UNSOLVED = re.compile(
+    r"[-0-9+*/^|{]\s?[b-fi-kn-rt-zB-HJ-Z](?![A-Za-z])|(?<![A-Za-z])[b-fi-kn-rt-zB-HJ-Z]\s?[-+*/^'|]|\\(?:sqrt|frac|log|ln|bar)"
+)
+"""Left of an equals sign: not the name of what is asked for, but something done to it (`2x = 18`)."""
 _BRACKETED_AFTER_MINUS = re.compile(r"(?<=-)\s?(\$?)[(\[]\s?([$0-9.,]+)\s?[)\]]")
 _FREE_MINUS = re.compile(r"(?<![A-Za-z])-|-(?![A-Za-z])")
 _CALLED = re.compile(
@@ -43,7 +48,7 @@ _BEFORE = re.compile(
     re.IGNORECASE,
 )
 _AFTER = re.compile(
-    r"[)\]*_$]*\s?!|[)\]]+[A-Za-z(\[]|[\s*_]*[-*/]?fold"  # 18!, (18)x, 18-fold
+    r"[)\]*_$]*\s?!|\([A-Za-z]\)|[)\]]+[A-Za-z(\[]|[\s*_]*[-*/]?fold"  # 18!, (18)x, 18-fold
     r"|\W*(?:score|odd|something|cube|square|in base|base)\W*(?!\w)"
 )
 _NEXT_LETTERS = re.compile(r"(\s?[-*/_]?)([A-Za-z]+)")
@@ -87,7 +92,10 @@ def read_number(answer: str) -> Fraction | None:
         return None
     if "=" in text:
         # "9 * 2 = 18" commits itself to what stands on the right; "x = 18" too.
-        text = text.rsplit("=", 1)[1].strip()
+        left, text = text.rsplit("=", 1)
+        if _UNSOLVED.search(_PRODUCT_SIGN.sub("*", left)):
+            return None
+        text = text.strip()
     match = _FRACTION.search(text)
     if match:
         if len(match["over"]) > MOST_DIGITS or len(match["under"]) > MOST_DIGITS or int(match["under"]) == 0:
