@@ -82,14 +82,14 @@ class Run:
 
     def rows(self, entry: Mapping[str, Any]) -> list[Row]:
         """Graded rows of one evaluation; none where its file is gone."""
-        file = entry.get("rows_file")
-        rows = read_lines(self.folder / file) if file else []
+        if not entry.get("rows_file"):
+            return []
+        file = self.folder / str(entry["rows_file"])
+        rows = read_lines(file)
         for row in rows:
             lacking = ROW_KEYS - set(row)
             if lacking:
-                raise ValueError(
-                    f"run: {self.folder / file} has a row without {min(lacking)}. Try: {_AS_WRITTEN} [E507]"
-                )
+                raise ValueError(f"run: {file} has a row without {min(lacking)}. Try: {_AS_WRITTEN} [E507]")
         return rows
 
     @cached_property
