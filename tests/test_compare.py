@@ -6,6 +6,7 @@ import io
 import json
 import math
 import random
+import re
 import statistics
 
 import pytest
@@ -149,29 +150,93 @@ def test_the_command_prints_the_real_runs_numbers(tmp_path, capsys):
         assert "sudoku" in capsys.readouterr().out
 
 
-def test_a_measure_by_seed_is_the_studys_own_table(tmp_path, capsys):
+STAGES = {
+    "sft": ["sft"],
+    "sft_more": ["sft", "sft_more"],
+    "grpo": ["grpo"],
+    "grpo_shuffled": ["sft", "grpo"],
+    "d1": ["sft", "grpo"],
+}
+
+
+def study_run(folder, recipe: str, seed: int) -> None:
+    """A run of experiments/recipes with cell accuracies, probes, baselines and cost drawn at random."""
+    rng = random.Random(f"{recipe} {seed}")
+    known_run(folder, [F] * 12, recipe=recipe, seed=seed)
+    results = json.loads((folder / "results.json").read_text())
+    (entry,), entries, asked = results["evaluations"], [], []
+    rows = [json.loads(line) for line in (folder / entry["rows_file"]).read_text().splitlines()]
+    for stage in ["base", *STAGES[recipe]]:
+        right = [float(rng.random() < 0.3) for _ in rows]
+        for row, good in zip(rows, right, strict=True):
+            row["extra"], row["strict"]["value"] = {"cell_accuracy": rng.random()}, good
+        file = f"evaluations/{stage}.jsonl"
+        (folder / file).write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+        entries.append({**entry, "stage": stage, "rows_file": file, "accuracy": sum(right) / len(rows)})
+        forced, passed = probed(rng.random() / 2, stage)
+        forced["extra"] = {"cell_accuracy": {"mean": rng.random()}}
+        passed["pass_at_k"] = {k: {"mean": rng.random(), "interval": [0.0, 1.0]} for k in ("1", "16")}
+        asked += [forced, passed]
+    baseline = {"n": 12, "accuracy": 0.25, "interval": [0.0, 1.0], "extra": {"cell_accuracy": {"mean": 0.4975}}}
+    more = {"evaluations": entries, "probes": asked, "baselines": {"row_fill": baseline}}
+    more["cost"] = {"seconds": 1.0, "flops": 2.03e12}
+    (folder / "results.json").write_text(json.dumps({**results, **more}))
+
+
+def markdown_tables(text: str) -> list[dict[str, dict[str, str]]]:
+    """Row to column to cell, of every pipe table."""
+    found, rows = [], []
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("|"):
+            rows.append([cell.strip().strip("*").replace("&lt;", "<") for cell in line.strip("|").split("|")])
+        elif rows:
+            head, _, *body = rows
+            found.append({row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in body})
+            rows = []
+    return found
+
+
+def test_measures_by_seed_are_the_studys_own_tables(tmp_path, capsys):
     """`d1lit compare --by-seed` and experiments/recipes/analyse.py read the same numbers out of the same runs."""
     module = importlib.util.spec_from_file_location("analyse", ROOT / "experiments" / "recipes" / "analyse.py")
     assert module is not None
     assert module.loader is not None
     analyse = importlib.util.module_from_spec(module)
     module.loader.exec_module(analyse)
-    rng = random.Random(0)
-    for recipe in ("sft", "d1"):
+    for recipe in STAGES:
         for seed in (11, 12):
-            folder = known_run(tmp_path / f"{recipe}{seed}", [F] * 12, recipe=recipe, seed=seed)
-            file = folder / "evaluations" / "final.jsonl"
-            rows = [json.loads(line) for line in file.read_text().splitlines()]
-            texts = [json.dumps({**row, "extra": {"cell_accuracy": rng.random()}}) + "\n" for row in reversed(rows)]
-            file.write_text("".join(texts))
-    folders = sorted(str(folder) for folder in tmp_path.iterdir())
+            study_run(tmp_path / f"recipe={recipe},seed={seed}", recipe, seed)
+    analyse.main(tmp_path)
+    told = capsys.readouterr().out
+    cells, apart, solved = markdown_tables(told)
+    # Every run drew its own base here; the study's column is the sft run's, and compare takes the first it is given.
+    folders = [*map(str, sorted(tmp_path.glob("*sft,*"))), *map(str, sorted(tmp_path.iterdir()))]
     assert commands.compare([*folders, "--by-seed", "--metric", "cell_accuracy", "--markdown"]) == 0
     printed = capsys.readouterr().out
-    runs = analyse.read(tmp_path)
-    for seed in (11, 12):
-        d1, sft = (analyse.cells(runs[recipe][seed], "grpo") for recipe in ("d1", "sft"))
-        assert f"| {seed} | {100 * d1.mean():.1f} | {100 * sft.mean():.1f} |" in printed
-        assert f"| {seed} | {analyse.shown(analyse.difference(sft, d1)).strip('*')} |" in printed
+    own_cells, own_solved, starts, pairs, forced, at_1, at_16, baselines, cost = markdown_tables(printed)
+    for seed in ("11", "12"):
+        assert {name: cells[seed][name] for name in own_cells[seed]} == own_cells[seed]
+        for column in ("base", "sft", "d1"):
+            assert forced[seed][column] == cells[seed][f"forced-x: {column}"]
+        assert starts[seed]["d1: grpo − sft"] == apart[seed]["d1: GRPO stage - its start"]
+        assert starts[seed]["grpo: grpo − base"] == apart[seed]["grpo: GRPO stage - its start"]
+        for other in ("grpo_shuffled", "sft_more"):
+            there = (
+                turned(pairs[seed][f"{other} − d1"]) if f"{other} − d1" in pairs[seed] else pairs[seed][f"d1 − {other}"]
+            )
+            assert there == apart[seed][f"d1 - {other}"]
+        for name in ("sft", "grpo", "d1"):
+            assert float(own_solved[seed][name]) == pytest.approx(float(solved[seed][name]), abs=0.051)
+            assert float(at_1[seed][name]) == pytest.approx(float(solved[seed][f"pass@1 {name}"]), abs=0.051)
+            assert float(at_16[seed][name]) == pytest.approx(float(solved[seed][f"pass@16 {name}"]), abs=0.051)
+    assert f"row_fill {baselines['row_fill']['cell accuracy']} % of cells" in told
+    assert cost["d1"]["FLOPs"] == "2.03e+12"
+
+
+def turned(shown: str) -> str:
+    """A difference with its interval, the other way round."""
+    value, low, high = (float(number) for number in re.findall(r"[-+][\d.]+", shown))
+    return f"{-value:+.1f} [{-high:+.1f}, {-low:+.1f}]"
 
 
 def test_the_same_folder_twice_counts_once():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from rich.console import Console
+from rich.text import Text
 
 from d1lit import commands
 from d1lit.chatting import answer, chat
@@ -168,6 +169,20 @@ def test_the_live_canvas_ends_in_the_same_answer_and_shows_masks():
     shown = answer(run, PUZZLE, 1, 0.0, Console(file=live, width=200, force_terminal=True), live=True)
     assert shown == expected
     assert "░" in live.getvalue()
+
+
+@pytest.mark.parametrize("sampler", ["dual_cache", "prefix_cache"])
+def test_the_live_canvas_is_whole_where_a_cache_hands_over_a_span(sampler, monkeypatch):
+    seen = []
+    monkeypatch.setattr("d1lit.chatting.drawn", lambda run, canvas: seen.append(list(canvas)) or Text())
+    run = open_run(real_run(), [f"sampler={sampler}"])
+    assert run.plan.sampler.cache is not None
+    console = Console(file=io.StringIO(), width=200, force_terminal=True)
+    answer(run, PUZZLE, 1, 0.0, console, live=True)
+    length, mask = run.plan.sampler.completion_length, run.policy.mask_token_id
+    assert {len(canvas) for canvas in seen} == {length}
+    assert [canvas.count(mask) for canvas in seen] == sorted((c.count(mask) for c in seen), reverse=True)
+    assert seen[0].count(mask) == length
 
 
 def test_chat_says_what_it_cannot_answer(tmp_path, capsys):

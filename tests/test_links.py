@@ -65,7 +65,11 @@ def test_every_relative_link_leads_somewhere(page):
 
 def test_the_navigation_has_every_page_once():
     nav = nav_pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
-    assert sorted(nav) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md"))
+    assert sorted(nav) == sorted(
+        page.relative_to(ROOT / "docs").as_posix()
+        for kind in ("*.md", "*.ipynb")
+        for page in (ROOT / "docs").rglob(kind)
+    )
 
 
 KEY = re.compile(r"`(\+?)([a-z_0-9]+(?:\.[a-z_0-9]+)+)=[^`]*`")

@@ -14,6 +14,8 @@ from PIL import Image, ImageSequence
 from d1lit import commands
 from d1lit.draws import CounterDraws
 from d1lit.models import build_policy
+from d1lit.opening import open_run
+from d1lit.playing import keep_recordings
 from d1lit.report.animation import write_gif
 from d1lit.report.page import player_page
 from d1lit.report.player import player
@@ -183,6 +185,14 @@ def test_a_finished_run_kept_recordings_for_its_report():
         for one in recording["rollouts"]:
             assert all(state_at(token, recording["steps"]) in ("fixed", "unreached") for token in one["tokens"])
             assert len(one["tokens"]) == 40
+
+
+def test_recordings_are_of_the_split_that_the_run_is_evaluated_on(tmp_path):
+    run = open_run(real_run(), ["evaluation.split=val"])
+    keep_recordings(run.plan, tmp_path, run.policy, run.tokenizer, num_rows=1)
+    (kept,) = json.loads((tmp_path / "recordings.json").read_text())
+    assert kept["id"] == next(iter(run.plan.task.rows("val")))["id"]
+    assert kept["id"] not in {row["id"] for row in run.plan.task.rows("test")}
 
 
 def test_play_refuses_a_folder_without_a_run(tmp_path, capsys):

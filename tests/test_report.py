@@ -301,6 +301,19 @@ def test_tensorboard_finds_settings_metrics_and_layout():
     assert "train/clip_fraction" in charts["KL and clip fraction"]
 
 
+def test_tensorboard_has_samples_as_text():
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = read_run(real_run())
+    accumulator = EventAccumulator(str(real_run() / "logs" / "grpo"), size_guidance={"tensors": 0}).Reload()
+    written = [event.tensor_proto.string_val[0].decode() for event in accumulator.Tensors("samples/grpo/text_summary")]
+    assert written
+    assert written[0].startswith("| prompt | completion | parsed | gold | reward | parts |")
+    sampled = [row for row in run.samples if row["stage"] == "grpo"]
+    assert sum(text.count("\n") - 1 for text in written) == len(sampled)
+    assert all(any(row["question"].replace("\n", " ⏎ ") in text for text in written) for row in sampled)
+
+
 def test_writing_the_final_metrics_again_replaces_them(tmp_path):
     run = copy_of(real_run(), tmp_path / "run")
     place = write_hparams(run)

@@ -51,10 +51,17 @@ class Watched:
         """Id that fills prompts on the left."""
         return self.policy.pad_token_id
 
-    def hidden(self, ids: Tensor, attention: Tensor | None = None, *positional: Any, **named: Any) -> Tensor:
+    def hidden(
+        self,
+        ids: Tensor,
+        attention: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        keep: Tensor | None = None,
+        cache: Any = None,
+    ) -> Tensor:
         """The policy's, after the canvas was shown."""
-        self.show(ids)
-        return self.policy.hidden(ids, attention, *positional, **named)
+        self.show(whole_canvas(ids, cache))
+        return self.policy.hidden(ids, attention, position_ids, keep, cache)
 
     def head(self, hidden: Tensor) -> Tensor:
         """The policy's."""
@@ -67,6 +74,16 @@ class Watched:
     def reference(self) -> Any:
         """The policy's."""
         return self.policy.reference()
+
+
+def whole_canvas(ids: Tensor, cache: Any) -> Tensor:
+    """The canvas of a forward that was given a span of it only, the rest as the cache remembers it."""
+    span = getattr(cache, "span", None)
+    if span is None:
+        return ids
+    canvas = cache.canvas["ids"].clone()
+    canvas[:, span[0] : span[1]] = ids
+    return canvas
 
 
 def chat(
@@ -132,9 +149,7 @@ def answer(run: OpenRun, text: str, turn: int, temperature: float | None, consol
     with Live(console=console, auto_refresh=False) as screen:
 
         def show(ids: Tensor) -> None:
-            # A cache hands over part of the canvas only: the completion is always its end.
-            canvas = ids[0, -min(ids.shape[1], sampler.completion_length) :].tolist()
-            screen.update(drawn(run, canvas), refresh=True)
+            screen.update(drawn(run, ids[0, -sampler.completion_length :].tolist()), refresh=True)
 
         rollout = sampler(Watched(run.policy, show), batch, 1, draws)
         said = decode(run.tokenizer, run.policy.eos_token_id, rollout.completion_ids[0].cpu())

@@ -87,13 +87,14 @@ def group_size_of(plan: Plan) -> int:
 
 
 def keep_recordings(plan: Plan, folder: Path, policy: Policy, tokenizer: Any, num_rows: int = 4) -> None:
-    """recordings.json: a few test rows, for the player in the report."""
-    available = len(plan.task.rows("test"))
+    """recordings.json: a few rows of the split that the run is evaluated on, for the player in the report."""
+    split = plan.config.evaluation.split
+    available = len(plan.task.rows(split))
     numbers = list(range(min(num_rows, available)))
     stage = plan.stages[-1].name if plan.stages else "base"
     # Four completions a row are enough to see; more would make the report heavy.
     size = min(4, group_size_of(plan))
-    recordings = record_rows(plan, policy, tokenizer, numbers, stage=stage, split="test", group_size=size)
+    recordings = record_rows(plan, policy, tokenizer, numbers, stage=stage, split=split, group_size=size)
     (folder / "recordings.json").write_text(json.dumps(recordings), encoding="utf-8")
 
 

@@ -1,5 +1,7 @@
 """Every command and snippet of README and docs does what the page says, or at least composes where it needs a GPU or a hub."""
 
+import io
+import json
 import re
 import shlex
 import subprocess
@@ -13,7 +15,7 @@ import yaml
 from d1lit import cli
 from d1lit import commands as d1lit_commands
 from d1lit.composing import compose_jobs
-from tests.real_runs import real_run
+from tests.real_runs import copy_of, real_run
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -134,6 +136,42 @@ def test_evaluating_commands_run(page, command, tmp_path, monkeypatch, capsys):
     words = [f"run={real_run()}" if word == "run=outputs/RUN" else word for word in shlex.split(command)[2:]]
     assert cli.evaluate([*words, "evaluation.rows=2"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("results.json")
+
+
+@pytest.mark.slow
+def test_the_commands_that_look_at_runs_run(tmp_path, monkeypatch, capsys):
+    """Those of docs/results.md, one after another in one working folder, on copies of a real run; nothing is sent."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("RUN", "A", "B"):
+        copy_of(real_run(), tmp_path / "outputs" / name)
+        results = json.loads((tmp_path / "outputs" / name / "results.json").read_text())
+        (tmp_path / "outputs" / name / "results.json").write_text(json.dumps({**results, "recipe": name}))
+    asked = [command for page, command in OURS if page == "docs/results.md" and "--yes" not in command]
+    asked = [command for command in asked if not any(word in command for word in NEEDS_MORE)]
+    assert {command.split()[1] for command in asked} == {
+        "report",
+        "play",
+        "compare",
+        "chat",
+        "doctor",
+        "export",
+        "push",
+    }
+    for command in asked:
+        name, *words = shlex.split(command)[1:]
+        words = [word for w in words for word in (sorted(map(str, Path().glob(w))) if "*" in w else [w])]
+        monkeypatch.setattr(sys, "stdin", io.StringIO("0130000110030214\n"))
+        assert d1lit_commands.COMMANDS[name][0](words) == 0, command
+        assert capsys.readouterr().out.strip(), command
+    made = (
+        "compare.html",
+        "player.gif",
+        "outputs/RUN/player-test-3.html",
+        "merged/config.json",
+        "official/config.json",
+    )
+    assert all((tmp_path / name).is_file() for name in made)
 
 
 def test_blocks_of_python_and_yaml_are_files_that_a_test_uses():

@@ -50,13 +50,15 @@ class Alarm:
 
     def __post_init__(self) -> None:
         if self.action not in ACTIONS:
-            raise ValueError(
-                f"alarm on {self.metric}: action must be one of {', '.join(ACTIONS)}, got {self.action!r}. Try: warn"
-            )
+            choices = f"must be one of {', '.join(ACTIONS)}, got {self.action!r}"
+            raise ValueError(f"{_KEY}: action of the alarm on {self.metric} {choices}. Try: warn [E202]")
         if all(bound is None for bound in (self.above, self.below, self.drop, self.ratio)):
-            raise ValueError(f"alarm on {self.metric}: has no bound. Try: above, below, drop or ratio")
+            raise ValueError(
+                f"{_KEY}: the alarm on {self.metric} has no bound. Try: above, below, drop or ratio [E202]"
+            )
         if self.patience < 1 or not 0 <= self.memory < 1:
-            raise ValueError(f"alarm on {self.metric}: needs patience >= 1 and 0 <= memory < 1. Try: 1 and 0.9")
+            what = f"the alarm on {self.metric} needs patience >= 1 and 0 <= memory < 1"
+            raise ValueError(f"{_KEY}: {what}. Try: 1 and 0.9 [E202]")
 
     def broken(self, value: float, mean: float, count: int) -> str | None:
         """Which bound the value breaks, given the running mean of `count` earlier ones."""

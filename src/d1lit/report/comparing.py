@@ -130,8 +130,8 @@ def _cell(name: str, key: tuple[Any, ...], entries: Sequence[tuple[Run, Mapping[
         },
         probes=_mean_probes(own, stage, task) if with_probes else {},
         curves=_closing(own, stage),
-        seconds=_mean_cost(own, "seconds"),
-        flops=_mean_cost(own, "flops"),
+        seconds=mean_cost(own, "seconds"),
+        flops=mean_cost(own, "flops"),
     )
 
 
@@ -166,7 +166,7 @@ def _mean_probes(runs: Sequence[Run], stage: str, task: str) -> dict[str, float]
     return {name: _mean([of[name] for of in each]) for name in each[0] if all(name in of for of in each)}
 
 
-def _mean_cost(runs: Sequence[Run], key: str) -> float | None:
+def mean_cost(runs: Sequence[Run], key: str) -> float | None:
     """Of what every run's results say it cost; None where one does not say."""
     costs = [run.results.get("cost", {}).get(key) for run in runs]
     known = [float(cost) for cost in costs if cost is not None]
