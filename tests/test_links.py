@@ -86,6 +86,7 @@ def configurations() -> list[DictConfig]:
         ("train", ["recipe=vrpo", "task=countdown"]),
         ("train", ["recipe=sft", "task=code"]),
         ("train", ["recipe=d1", "task=unified"]),
+        ("train", ["recipe=spg"]),
         ("evaluate", ["task=sudoku"]),
     ]
     return [compose_jobs(name, words).configs[0] for name, words in asked]
