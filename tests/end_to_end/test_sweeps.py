@@ -28,6 +28,7 @@ def test_table_names_the_killed_the_refused_and_the_missing(tmp_path, monkeypatc
     assert ended == [0, -9, 2]
     assert show_sweep(folder, jobs) == 1
     shown = capfd.readouterr().err
+    assert [row[1:3] for row in table_rows(shown)][1] == ["seed=1", "failed: killed by signal 9"]
     for words in (
         "seed=0",
         "well",
@@ -37,6 +38,18 @@ def test_table_names_the_killed_the_refused_and_the_missing(tmp_path, monkeypatc
         "seed=2 failed: seed: bad",
     ):
         assert words in shown
+
+
+def table_rows(shown: str) -> list[list[str]]:
+    """The cells of the closing table, each put together again from the lines it was folded into."""
+    rows: list[list[str]] = []
+    for line in shown[shown.rindex("sweep in ") :].splitlines():
+        cells = [cell.strip() for cell in line.split("│")[1:-1]]
+        if cells and cells[0]:
+            rows.append(cells)
+        elif cells:
+            rows[-1] = [f"{one} {more}".strip() for one, more in zip(rows[-1], cells, strict=True)]
+    return rows
 
 
 def test_devices_are_shared_out(tmp_path, monkeypatch):
@@ -127,8 +140,7 @@ def test_six_jobs_over_two_workers_survive_one_killed(tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     command += ["recipe=sft", "task=sudoku", "debug=fast", "report=false", "logger=none", f"run_dir={folder}"]
     command += ["seed=1,2,3,4,5,6", "scale.sft.max_updates=30"]
-    wide = {**os.environ, "COLUMNS": "1000"}  # each row of the table on a line
-    sweep = subprocess.Popen(command, cwd=ROOT, env=wide, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    sweep = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline, owner = time.monotonic() + 900, None
     while owner is None and time.monotonic() < deadline:
         owner = next(iter(folder.glob("*/.lock.owner")), None)
@@ -141,7 +153,7 @@ def test_six_jobs_over_two_workers_survive_one_killed(tmp_path):
     assert sorted(record["status"] for record in records) == [-9, 0, 0, 0, 0, 0]
     (killed,) = [record for record in records if record["status"] == -9]
     assert killed["run_dir"] == str(owner.parent)
-    (row,) = (line for line in shown.splitlines() if "│" in line and "killed by signal 9" in line)
-    assert [cell.strip() for cell in row.split("│")][2].split() == killed["overrides"]
-    assert str(owner.parent) in row
+    (row,) = (row for row in table_rows(shown) if row[2] == "failed: killed by signal 9")
+    assert row[1].split() == killed["overrides"]
+    assert row[5].replace(" ", "") == str(owner.parent)
     assert len(list(folder.glob("*/results.json"))) == 5
