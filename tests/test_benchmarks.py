@@ -85,6 +85,7 @@ def test_graders(run) -> None:
                    and name in ("number", "countdown", "sudoku"))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_growth(run, tmp_path: Path) -> None:
     printed, content = run("growth")
     assert is_table(printed, content) and len(content["records"]) == 6

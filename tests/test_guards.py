@@ -303,7 +303,7 @@ def test_the_running_mean_is_the_plain_mean_at_first_and_survives_a_checkpoint()
     [{}, {"above": 1.0, "patience": 0}, {"above": 1.0, "memory": 1.0}],
 )
 def test_alarms_without_meaning_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"^callbacks\.alarms: the alarm on train/kl .*\. Try: .* \[E202\]$"):
+    with pytest.raises(ValueError, match=r"^callbacks\.alarms\.alarms: the alarm on train/kl .*\. Try: .* \[E202\]$"):
         Alarm("train/kl", **settings)
 
 

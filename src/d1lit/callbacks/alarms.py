@@ -16,7 +16,7 @@ from d1lit.callbacks.saving import SaveCheckpoints
 from d1lit.checkpoint import list_checkpoints, read_facts, verify
 from d1lit.errors import RunError
 
-_KEY = "callbacks.alarms"
+_KEY = "callbacks.alarms.alarms"
 Action = Literal["warn", "stop", "rollback"]
 ACTIONS = ("warn", "stop", "rollback")
 
