@@ -6,163 +6,20 @@ counted operations over a stated or measured peak, times a stated share of it th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from omegaconf import OmegaConf
 
-from d1lit.components import build
 from d1lit.costs import RolloutPlan, matmul_peak, rollout_flops
-from d1lit.data import BatchPlan
-from d1lit.draws import CounterDraws
 from d1lit.errors import ConfigError
-from d1lit.footprint import Memory, Work, count_parameters, cycle_flops, memory, network_shape, update_flops
-from d1lit.joint_scoring import corruptions_at_once
-from d1lit.models import MaskedDiffusionConfig, build_tiny_tokenizer
-from d1lit.models.layouts import read_config
-from d1lit.models.loading import load_config
-from d1lit.models.policy import bytes_without_gradient
-from d1lit.models.presets import tiny_config
-from d1lit.modules import Prompts
-from d1lit.modules.muon import MuonWithAdamW
-from d1lit.plan import Plan, StageParts, evaluation_sampler
-from d1lit.sampling import BlockSampler
-from d1lit.strategies import FullySharded, Setting
-from d1lit.types import Context, Rollout
-
-GIB = 2**30
-_ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-
-
-# ------------------------------------------------------------------------------------------------------------ the model
-
-
-def shape_of(plan: Plan) -> MaskedDiffusionConfig:
-    """The model's configuration without its weights: from its folder, or as the YAML of a published model states it.
-
-    Raises:
-        ConfigError: for a hub id of which nothing is known here.
-    """
-    model = plan.config.model
-    if model.path is None:
-        ids = build_tiny_tokenizer()
-        special = (ids.mask_token_id, ids.eos_token_id, ids.pad_token_id)
-        return tiny_config(len(ids), *special, **OmegaConf.to_container(model.tiny))  # type: ignore[arg-type]
-    folder = Path(model.path).expanduser()
-    if folder.is_dir():
-        return load_config(folder)
-    if model.get("shape") is None:
-        raise ConfigError(
-            "model.path", f"{model.path} is no folder here, and its shape is not known", "a local folder", "E401"
-        )
-    return read_config(OmegaConf.to_container(model.shape, resolve=True), model.path)  # type: ignore[arg-type]
-
-
-# ------------------------------------------------------------------------------------------------ stages as workloads
-
-
-def stage_work(plan: Plan, parts: StageParts, world_size: int) -> Work:
-    """A stage of a plan as numbers."""
-    model = plan.config.model
-    config = shape_of(plan)
-    counts = count_parameters(config, parts.lora)
-    setting = Setting(world_size, plan.device, parts.lora is None and model.path is not None)
-    strategy = build(plan.config, "strategy")(setting)
-    keywords: Mapping[str, Any] = parts.module.keywords if isinstance(parts.module, partial) else {}
-    loss = keywords["loss"]
-    # Stated numbers are those of GPUs.
-    on_gpu = plan.device.type == "cuda" or plan.config.hardware.peak_tflops is not None
-    muon = isinstance(parts.optimizer, partial) and parts.optimizer.func is MuonWithAdamW
-    slots = 2.0 - counts.matrices / counts.trainable if muon else 2.0
-    common = Work(
-        config=config,
-        counts=counts,
-        itemsize=_ITEMSIZE[model.dtype],
-        optimizer_slots=slots,
-        world_size=world_size,
-        is_sharded=isinstance(strategy, FullySharded),
-        is_offloaded=isinstance(strategy, FullySharded) and strategy.offload and on_gpu,
-        recomputes_blocks=model.gradient_checkpointing,
-        num_micro=parts.batch_size // (parts.micro_batch_size * world_size),
-        views=parts.micro_batch_size,
-        length=0,
-        scored=0,
-        views_per_chunk=keywords.get("views_per_chunk"),
-        keeps_reference=False,
-        on_gpu=on_gpu,
-        is_quantized=parts.lora is not None and parts.lora.quantize is not None,
-        caches=plan.sampler.cache is not None,
-        validation=_evaluation_plan(plan, None) if parts.validate_every is not None and plan.task.val_rows else None,
-    )
-    if isinstance(parts.data, Prompts):
-        return _rl_work(plan, parts, common, keywords, bool(getattr(loss, "needs_reference", False)))
-    layout = parts.data.layout.keywords  # type: ignore[attr-defined]
-    completion = layout.get("completion_length", layout.get("max_length"))
-    prompt = plan.task.max_prompt_length if "completion_length" in layout else 0
-    return replace(common, length=prompt + completion, scored=completion)
-
-
-def _rl_work(plan: Plan, parts: StageParts, common: Work, keywords: Mapping[str, Any], needs_reference: bool) -> Work:
-    sampler, group, inner = plan.sampler, keywords["group_size"], keywords["num_inner_updates"]
-    prompt, completion = plan.task.max_prompt_length, sampler.completion_length
-    rows = parts.batch_size // common.world_size * group
-    views, length = _views(keywords["estimator"], parts.micro_batch_size, group, prompt, completion, inner)
-    exact_weights = common.itemsize >= 4
-    needs_old = keywords["loss"].needs_old
-    view_bytes = bytes_without_gradient(common.config, length, common.itemsize)
-    count = inner if needs_reference else inner - 1
-    at_once = corruptions_at_once(max(1, count), views, view_bytes, common.views_per_chunk)
-    return replace(
-        common,
-        views=views,
-        length=length,
-        scored=completion,
-        keeps_reference=(needs_reference or bool(keywords.get("kl_in_reward"))) and parts.lora is None,
-        rollout=_rollout_plan(sampler, rows, prompt),
-        rollout_rows=rows * (2 if sampler.guidance else 1),
-        passes=(inner - 1 if needs_old else 0) + (inner if needs_reference else 0),
-        corruptions_at_once=at_once,
-        merges=parts.lora is not None and (exact_weights or keywords["merge_for_rollouts"]),
-    )
-
-
-def _rollout_plan(sampler: BlockSampler, rows: int, prompt_length: int) -> RolloutPlan:
-    """A sampler's work on what one forward holds of some rows; a guided row counts twice."""
-    rows *= 2 if sampler.guidance else 1
-    at_once, span = min(rows, sampler.rows_per_forward or rows), None if sampler.cache is None else sampler.cache.span
-    canvas = (sampler.completion_length, sampler.block_length, sampler.steps_per_block)
-    return RolloutPlan(at_once, prompt_length, *canvas, span)
-
-
-def _evaluation_plan(plan: Plan, length: int | None) -> RolloutPlan:
-    """What one forward holds in an evaluation or a look at the validation rows."""
-    prompt = max(max(part.max_prompt_length, part.max_test_prompt_length) for part, _ in plan.task.portions(None))
-    return _rollout_plan(evaluation_sampler(plan, length), plan.config.evaluation.batch_size, prompt)
-
-
-def _views(estimator: Any, prompts: int, group: int, prompt: int, completion: int, inner: int) -> tuple[int, int]:
-    """How many views the estimator makes of one micro-batch, and how long they are: by letting it make them."""
-    rows = prompts * group
-    ids = torch.zeros((rows, prompt), dtype=torch.int64)
-    tokens = torch.zeros((rows, completion), dtype=torch.int64)
-    numbers = torch.zeros((rows, completion))
-    order = torch.arange(completion).expand(rows, -1).clone()
-    everywhere = torch.ones_like(tokens, dtype=torch.bool)
-    row_ids = torch.arange(rows)
-    seen = torch.ones_like(ids, dtype=torch.bool)
-    rollout = Rollout(ids, seen, tokens, everywhere, row_ids, group, order, numbers, numbers, numbers)
-    advantages = torch.where(torch.arange(rows) % 2 == 0, 1.0, -1.0)
-    corruption = estimator.corrupt(Context(rollout, advantages, 0, inner, 1, CounterDraws(0)))
-    return tuple(corruption.noised_ids.shape)  # type: ignore[return-value]
-
-
-# -------------------------------------------------------------------------------------------------------- the verdict
+from d1lit.fitting_memory import GIB, cures, device_memory, micro_batch_sizes, with_micro_batches
+from d1lit.footprint import Memory, Work, cycle_flops, memory, network_shape, update_flops
+from d1lit.plan import Plan, StageParts
+from d1lit.workloads import evaluation_plan, stage_work
 
 
 @dataclass(frozen=True)
@@ -242,7 +99,7 @@ def estimate_evaluations(
     count = len(task.rows(settings.split)[: settings.rows])
     found = []
     for length in settings.lengths or [plan.sampler.completion_length]:
-        rollout = _evaluation_plan(plan, length)
+        rollout = evaluation_plan(plan, length)
         share = -(-count // world_size) * (2 if plan.sampler.guidance else 1)
         flops = rollout_flops(network_shape(work.config), replace(rollout, rows=share))
         hours = flops / (peak * utilisation) / 3600
@@ -255,97 +112,6 @@ def _evaluation_bytes(work: Work, rollout: RolloutPlan) -> int:
     whole = replace(work, rollout=rollout, validation=None, merges=False, is_sharded=False, is_offloaded=False)
     need = memory(whole)
     return need.weights + need.rollout
-
-
-# --------------------------------------------------------------------------------- micro-batches from a memory budget
-
-FILL = 0.9
-"""Share of a device's memory that micro-batches chosen by the estimate may fill."""
-
-
-def micro_batch_sizes(plan: Plan, world_size: int) -> dict[str, int]:
-    """For each stage whose `micro_batch_size` is null, the largest that fits every device, by the estimate.
-
-    1 where nothing does: the dry run then says what would help.
-    """
-    found = {}
-    for parts in plan.stages:
-        if not parts.fits_memory:
-            continue
-        share = parts.batch_size // world_size
-        sizes = [size for size in range(share, 0, -1) if share % size == 0]
-        limit = FILL * device_memory(plan)
-        needs = ((size, stage_work(plan, replace(parts, micro_batch_size=size), world_size)) for size in sizes)
-        found[parts.name] = next((size for size, work in needs if memory(work).peak <= limit), 1)
-    return found
-
-
-def with_micro_batches(plan: Plan, sizes: Mapping[str, int]) -> Plan:
-    """The plan with micro-batches of these sizes."""
-    if not sizes:
-        return plan
-    stages = [replace(s, micro_batch_size=sizes.get(s.name, s.micro_batch_size)) for s in plan.stages]
-    return replace(plan, stages=stages)
-
-
-def smaller(plan: Plan, parts: StageParts, work: Work) -> Iterator[tuple[str, Work]]:
-    """Ways for a stage to need less memory, the cheapest first, each with the words of the command line that ask it."""
-    few = None if work.rollout is None else replace(work.rollout, rows=min(4, work.rollout.rows))
-    recompute = "" if work.recomputes_blocks else "model.gradient_checkpointing=true "
-    if recompute:
-        yield recompute.strip(), replace(work, recomputes_blocks=True)
-    if parts.micro_batch_size > 1:
-        one = replace(stage_work(plan, replace(parts, micro_batch_size=1), work.world_size), recomputes_blocks=True)
-        yield f"{recompute}{_key(plan, parts, 'micro_batch_size')}=1", one
-    if few is not None:
-        chunks = f"+stages.{parts.name}.module.views_per_chunk=1"
-        cut = replace(work, recomputes_blocks=True, views_per_chunk=1)
-        yield f"{recompute}{chunks}", cut
-        yield f"{recompute}{chunks} sampler.rows_per_forward=4", replace(cut, rollout=few)
-    if work.counts.adapter and not work.is_quantized and not work.is_sharded:
-        packed = replace(work, recomputes_blocks=True, is_quantized=True, rollout=few)
-        rows = "" if few is None else " sampler.rows_per_forward=4"
-        yield f"{recompute}{_key(plan, parts, 'lora')}.quantize=nf4{rows}", packed
-    if any(stage.lora is not None and stage.lora.quantize is not None for stage in plan.stages):
-        return  # fsdp cannot shard four bits
-    sizes = [devices for devices in (1, 2, 4, 8, 16, 32, 64) if devices >= work.world_size and _divides(plan, devices)]
-    for devices, offload in [(d, False) for d in sizes if d > 1] + [(d, True) for d in sizes if work.on_gpu]:
-        size = min(parts.micro_batch_size, parts.batch_size // devices)
-        there = stage_work(plan, replace(parts, micro_batch_size=size), devices)
-        sharded = replace(there, recomputes_blocks=True, is_sharded=True, is_offloaded=offload)
-        yield f"{recompute}strategy=fsdp{'_offload' if offload else ''} trainer.devices={devices}", sharded
-
-
-def _key(plan: Plan, parts: StageParts, name: str) -> str:
-    """The key that a setting of a stage is set by: where its YAML refers to another, that one."""
-    stage: Any = OmegaConf.to_container(plan.config.stages[parts.name], resolve=False)
-    raw = stage[name]
-    return raw[2:-1] if isinstance(raw, str) and raw.startswith("${") else f"stages.{parts.name}.{name}"
-
-
-def _divides(plan: Plan, devices: int) -> bool:
-    """Whether every stage's batch can be cut for so many devices."""
-    for parts in plan.stages:
-        try:
-            BatchPlan(parts.batch_size, min(parts.micro_batch_size, max(1, parts.batch_size // devices)), devices)
-        except ValueError:
-            return False
-    return True
-
-
-def cures(plan: Plan, parts: StageParts, work: Work, limit: float) -> list[str]:
-    """What would make the stage fit: up to two ways."""
-    found = (words for words, changed in smaller(plan, parts, work) if memory(changed).peak <= limit)
-    return list(islice(found, 2))
-
-
-def device_memory(plan: Plan) -> float:
-    """Bytes of one device: stated, or this machine's."""
-    if plan.config.hardware.memory_gib is not None:
-        return float(plan.config.hardware.memory_gib * GIB)
-    if plan.device.type == "cuda":
-        return float(torch.cuda.get_device_properties(plan.device).total_memory)
-    return float(psutil.virtual_memory().total)
 
 
 def device_limits(plan: Plan) -> tuple[float, float, str]:
@@ -422,7 +188,7 @@ def _check_evaluation(plan: Plan, entry: EvaluationEstimate, work: Work, limit: 
     """Refuse an evaluation that does not fit, naming how many rows of a forward would."""
     if entry.memory <= limit:
         return
-    rollout = _evaluation_plan(plan, entry.completion_length)
+    rollout = evaluation_plan(plan, entry.completion_length)
     streams = 2 if plan.sampler.guidance else 1
     fits = [n for n in (32, 16, 8, 4, 2, 1) if streams <= n < rollout.rows]
     fits = [n for n in fits if _evaluation_bytes(work, replace(rollout, rows=n)) <= limit]

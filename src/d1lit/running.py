@@ -28,10 +28,11 @@ from d1lit.build import check_hub_model, plan_run
 from d1lit.callbacks import StopFlag
 from d1lit.checkpoint import differing_keys, flatten, lock_run
 from d1lit.errors import ConfigError
-from d1lit.estimates import estimate_run, micro_batch_sizes, with_micro_batches
+from d1lit.estimates import estimate_run
 from d1lit.evaluating import PACKAGES, TaskEvaluator
 from d1lit.evaluation import write_whole
 from d1lit.fitting import make_trainer
+from d1lit.fitting_memory import micro_batch_sizes, with_micro_batches
 from d1lit.models import Policy, save_weights
 from d1lit.plan import Plan, make_stage
 from d1lit.presenting import present
