@@ -99,10 +99,11 @@ def _later(model: str) -> pytest.MarkDecorator:
 
 
 def recipes_and_models():
-    """All combinations; quick are the tiny model with every recipe, and d1's recipe with every model."""
-    for recipe in choices("recipe"):
+    """All combinations; quick are the tiny model with every second recipe, and d1's recipe with every model."""
+    for number, recipe in enumerate(choices("recipe")):
         for model in choices("model"):
-            marks = () if model == "tiny" or recipe == "d1" else _later(model)
+            marks = pytest.mark.slow if model == "tiny" and number % 2 else ()
+            marks = marks if model == "tiny" or recipe == "d1" else _later(model)
             yield pytest.param(recipe, model, marks=marks, id=f"{recipe}-{model}")
 
 
