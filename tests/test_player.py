@@ -172,7 +172,7 @@ def test_play_writes_a_page_and_a_gif_of_a_real_run(tmp_path, capsys):
     page, gif = capsys.readouterr().out.split()
     assert gif == str(tmp_path / "a.gif")
     text = Path(page).read_text(encoding="utf-8")
-    assert len(re.findall("Rollout [12]:", text)) == 2
+    assert len(re.findall("<h4>Rollout [12]: reward", text)) == 2
     assert commands.play([str(run), "--row", "100000"]) == 2
     error = capsys.readouterr().err
     assert "--row: test has no row 100000. Try: 0 to" in error
