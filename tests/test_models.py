@@ -488,6 +488,7 @@ def test_what_is_no_model_is_refused_in_one_line(tmp_path: Path, monkeypatch: py
         load_network(str(tmp_path / "weightless"))
 
 
+@pytest.mark.slow
 def test_from_pretrained_works_in_a_fresh_process(tmp_path: Path) -> None:
     network = network_of("dream")
     network.save_pretrained(tmp_path / "model")

@@ -223,7 +223,8 @@ def test_children_of_children_in_sessions_of_their_own_end_with_the_run(walls: S
     done.set()
     watcher.join()
     assert not left
-    assert started
+    if "while" in ending:  # the others are over before anybody can look
+        assert started
     assert report.all_passed == (ending == RIGHT)
 
 

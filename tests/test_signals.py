@@ -184,7 +184,10 @@ MOMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("moment", "visit", "step"), MOMENTS)
+@pytest.mark.parametrize(
+    ("moment", "visit", "step"),
+    [pytest.param(*m, marks=pytest.mark.slow if i % 3 else ()) for i, m in enumerate(MOMENTS)],
+)
 def test_asked_twice_at_a_chosen_moment(
     runs: Runs, tmp_path: Path, reference: Reference, moment: str, visit: int, step: int
 ) -> None:

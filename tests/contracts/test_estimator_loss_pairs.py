@@ -101,7 +101,7 @@ def two_updates(estimator: Any, loss: Any, trainer: L.Trainer) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if i % 2 else ()) for i, n in enumerate(ESTIMATORS)]
+    "name", [pytest.param(n, marks=pytest.mark.slow if i % 4 else ()) for i, n in enumerate(ESTIMATORS)]
 )
 def test_estimator_with_every_loss(name, trainer):
     estimator = component("estimator", name)
