@@ -128,3 +128,10 @@ def test_demonstrations_of_the_8b_preset_have_their_own_limit(task, tmp_path):
     text = tokenizer.decode(long.prompt_ids)
     assert LONG in text
     assert text.index("Let x") == tokenizer.decode(found.rows[0].prompt_ids).index("Short"), "no head is cut"
+
+
+def test_an_evaluation_by_the_users_own_parts_is_not_shared():
+    (plain,) = compose_jobs("train", ["task=sudoku", "recipe=sft"]).configs
+    (own,) = compose_jobs("train", ["task=sudoku", "recipe=sft", "sampler.commit._target_=mine.Commit"]).configs
+    assert not bases.has_own_parts(plain)
+    assert bases.has_own_parts(own)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from d1lit.models import head
-from d1lit.models.head import chunked_entropy, chunked_logprobs, tile_shape
+from d1lit.models.head import chunked_entropy, chunked_logprobs, few_logits, tile_shape
 
 POSITIONS, VOCABULARY, WIDTH, TARGETS = 11, 53, 6, 3
 
@@ -109,3 +109,17 @@ def test_a_tile_keeps_to_its_budget(positions: int, vocabulary: int) -> None:
         assert 1 <= rows <= positions and 1 <= columns <= vocabulary
         assert 4 * rows * columns <= budget
     assert tile_shape(positions, vocabulary, 1) == (1, 1)
+
+
+def test_few_positions_have_the_logits_of_many():
+    generator = torch.Generator().manual_seed(0)
+    weight, hidden = torch.randn(97, 16, generator=generator), torch.randn(1, 4, 16, generator=generator)
+    with torch.no_grad():
+        for count in (2, 3, 4):
+            found = few_logits(hidden[:, :count], weight)
+            assert found is not None
+            assert found.is_contiguous()
+            torch.testing.assert_close(found, hidden[:, :count] @ weight.T, atol=1e-5, rtol=0)
+        assert few_logits(hidden[:, :1], weight) is None
+        assert few_logits(hidden.double(), weight.double()) is None
+    assert few_logits(hidden, weight) is None, "a gradient is wanted"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from d1lit.callbacks import StopFlag
 from d1lit.checkpoint import lock_run
@@ -94,9 +95,10 @@ def base_hash(plan: Plan) -> str:
 def kept_evaluations(plan: Plan) -> Path | None:
     """Where runs keep evaluations of the base that this one starts from, for each other.
 
-    None where they are not wanted, in all processes but the first, and for an adapter, which does not hold its weights.
+    None where they are not wanted, in all processes but the first, for an adapter, which does not hold its weights, and
+    where a part of the task or the sampler is the user's own, whose code no hash here knows.
     """
-    if not plan.config.evaluation.reuse_base or not is_first():
+    if not plan.config.evaluation.reuse_base or not is_first() or has_own_parts(plan.config):
         return None
     if plan.base is not None:
         return cache_folder() / "evaluations" / base_hash(plan)
@@ -109,6 +111,12 @@ def kept_evaluations(plan: Plan) -> Path | None:
         with file.open("rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())
     return cache_folder() / "evaluations" / digest.hexdigest()[:16]
+
+
+def has_own_parts(config: DictConfig) -> bool:
+    """Whether task or sampler name a class or function from outside the project."""
+    texts = [OmegaConf.to_yaml(node, resolve=True) for node in (config.task, config.sampler)]
+    return any(not name.startswith("d1lit.") for text in texts for name in re.findall(r"_target_: '?([\w.]+)", text))
 
 
 def keep_base(weights: Path, tokenizer: Any, home: Path) -> None:

@@ -20,7 +20,7 @@ DEFAULT_BUDGET = 16 * 2**20  # bytes for the logits of one tile
 GPU_BUDGET = 256 * 2**20  # there every tile costs launches, and nothing is gained by staying within a cache
 GPU_TAIL_BYTES = 512 * 2**20  # bytes of one softmax where tokens are drawn on a GPU
 _ROWS, _COLUMNS = 1024, 4096  # a tile of this size keeps products of matrices efficient; taller or wider gains nothing
-_FEW = 4  # positions below which the head is not worth reordering
+_FEW = 4  # positions up to which the head is not worth reordering
 _SLICE = 8192  # rows of a low-precision head cast at a time where the device cannot accumulate in fp32 by itself
 
 
