@@ -123,6 +123,12 @@ class Session:
             self._adapted = None
             free(self)
 
+    def let_go(self) -> None:
+        """Give the network's memory back, to other processes as well."""
+        self.without_adapter()
+        self._policy = None
+        free(self)
+
     def autocast(self) -> AbstractContextManager[Any]:
         """The adapter is in fp32 and its products in bf16, as under trainer.precision=bf16-mixed."""
         return torch.autocast("cuda", torch.bfloat16) if self.is_cuda else nullcontext()

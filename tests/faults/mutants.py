@@ -127,7 +127,7 @@ def run_tests(source: Path, tests: tuple[str, ...]) -> bool:
         sys.path.insert(0, str(source))
         os.environ["PYTHONPATH"] = str(source)
         os.chdir(ROOT)
-        words = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--no-header", *tests]
+        words = ["-x", "-q", "-n", "0", "-m", "not nightly", "-p", "no:cacheprovider", "--no-header", *tests]
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
