@@ -1,11 +1,10 @@
-"""The whole program, `train.py`, on one GPU: the built-in model, then LLaDA-8B's shape with random weights.
+"""The whole program, `train.py`, on one GPU: LLaDA-8B's shape with random weights, then the built-in model.
 
     python benchmarks/gpu_program.py [--shape llada_8b|tiny] [--device cuda|cpu] [--seconds 500] [--only WORD ...]
 
 Every run is a process of its own with a command line that anyone could type; what it cost, section by section, is read
-from its results.json. `dry_run`'s estimate for the same words stands beside the memory that was measured. A run that
-fails is noted with its last line and the others go on; none starts after `--seconds`. Weights are random: nothing
-here is about quality.
+from its results.json. A run that fails is noted with its last lines and the others go on; none starts after
+`--seconds`. Weights are random: nothing here is about quality.
 """
 
 from __future__ import annotations
@@ -47,20 +46,20 @@ SFT = ("scale.sft.max_updates=2", "scale.sft.batch_size=2", "stages.sft.validate
 FAST = ("sampler=dual_cache", "model.compile=true", "model.cuda_graphs=true", "model.gradient_checkpointing=false")
 
 RUNS: dict[str, tuple[str, ...]] = {
-    "built-in model": BUILTIN,
-    "built-in model, graphs and fused kernels": (*BUILTIN, "model.compile=true", "model.cuda_graphs=true"),
     "SFT, merge, GRPO": ("recipe=d1", *RANDOM, *SFT, "scale.grpo.max_updates=8", "sampler=dual_cache"),
     "GRPO, shared prompt mask, graphs and fused kernels": (
         "recipe=grpo", *RANDOM, *FAST, "estimator=one_step_shared", "scale.grpo.max_updates=16",
     ),
-    "GRPO, exact sampler": ("recipe=grpo", *RANDOM, "scale.grpo.max_updates=8", "model.compile=true"),
     "GRPO, four bits": (
         "recipe=grpo", *RANDOM, "sampler=dual_cache", "scale.grpo.lora.quantize=nf4", "scale.grpo.max_updates=8",
     ),
-    "GRPO, fsdp": ("recipe=grpo", *RANDOM, "sampler=dual_cache", "strategy=fsdp", "scale.grpo.max_updates=8"),
     "GRPO, fsdp_offload": (
         "recipe=grpo", *RANDOM, "sampler=dual_cache", "strategy=fsdp_offload", "scale.grpo.max_updates=8",
     ),
+    "built-in model": BUILTIN,
+    "built-in model, graphs and fused kernels": (*BUILTIN, "model.compile=true", "model.cuda_graphs=true"),
+    "GRPO, fsdp": ("recipe=grpo", *RANDOM, "sampler=dual_cache", "strategy=fsdp", "scale.grpo.max_updates=8"),
+    "GRPO, exact sampler": ("recipe=grpo", *RANDOM, "scale.grpo.max_updates=8", "model.compile=true"),
 }  # fmt: skip
 
 
@@ -127,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=500.0, help="no run starts later, and none goes on longer")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu_program.json")
     parser.add_argument("--only", nargs="*", default=None, help="words of the names of the runs that are wanted")
+    parser.add_argument("--estimates", action="store_true", help="dry_run's memory for the same words beside it")
     known = parser.parse_args(arguments)
     shape = SHAPES[known.shape]
     shape = replace(shape, vocab_size=max(shape.vocab_size, len(build_tiny_tokenizer())))
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 continue
             model = () if "built-in" in name else ("model=llada_8b", f"model.path={home / 'model'}")
             run = run_once((*words, *model), home / f"run{number}", cache, session.left + 60)
-            run["dry_run"] = estimate((*words, *model), home, cache) if model else []
+            run["dry_run"] = estimate((*words, *model), home, cache) if model and known.estimates else []
             session.note(name, run)
             print(
                 f"{name}: {run.get('error') or format(run['wall_s'], '.0f') + ' s'}", *run.get("said", ()), flush=True

@@ -235,6 +235,21 @@ def test_huge_log_ratios_stay_finite_and_equal_float64(name: str, where: str) ->
     torch.testing.assert_close(loss, exact_loss, rtol=1e-5, atol=1e-6 * scale)
 
 
+@pytest.mark.parametrize("name", [n for n in TOKEN_LOSSES if n not in ("reinforce", "wd1")])
+@pytest.mark.parametrize("there", [float("inf"), float("nan")])
+def test_what_stands_at_masked_positions_does_not_matter(name: str, there: float) -> None:
+    """Not even where it is no number: the selection comes before every sum."""
+    inputs, leaf = make_inputs()
+    assert inputs.old is not None and inputs.ref is not None
+    masked = inputs.logprobs.weight == 0
+    old, ref = (torch.where(masked, there, part.value) for part in (inputs.old, inputs.ref))
+    weight = inputs.logprobs.weight
+    odd = replace(inputs, old=LogProbs(old, weight), ref=LogProbs(ref, weight))
+    loss, grad = (found := LOSSES[name](inputs)[0]), _gradient(found, leaf)
+    other = LOSSES[name](odd)[0]
+    assert bool(masked.any()) and torch.equal(loss, other) and torch.equal(grad, _gradient(other, leaf))
+
+
 def test_k3_is_never_negative_and_k1_k2_have_their_gradients() -> None:
     d = torch.linspace(-3, 3, 61, dtype=torch.float64, requires_grad=True)
     assert bool((terms.k3(d[None]) >= 0).all())

@@ -19,12 +19,13 @@ from d1lit.losses.clipped import ClippedPolicyLoss
 from d1lit.losses.supervised import token_mean as supervised_token_mean
 from d1lit.losses.terms import k3, token_mean
 from d1lit.masking import BernoulliMask, GridTimes, UniformTimes
-from d1lit.models import LoraSettings, add_lora
+from d1lit.models import KVCache, LoraSettings, Policy, add_lora
 from d1lit.modules import DiffuGRPO, MaskedSFT
 from d1lit.modules.optimizing import constant
+from d1lit.sampling import BlockSampler, DualCache
 from d1lit.schedules import LinearSchedule
-from d1lit.types import Context, Corruption, LogProbs
-from tests.end_to_end.small import EOS, Noise, fit, largest_shift, make_module, prompt_rows, sgd, small_policy
+from d1lit.types import Context, Corruption, LogProbs, Rollout
+from tests.end_to_end.small import EOS, Noise, fit, largest_shift, make_module, prompt_rows, sampler, sgd, small_policy
 
 
 class Watched(DiffuGRPO):
@@ -248,3 +249,17 @@ def test_drawing_from_the_global_generators_changes_nothing(dropout):
         plain = stage()
         for seed in (1, 9):
             assert largest_shift(plain, stage(Noise(seed))) == 0.0
+
+
+def test_an_approximate_sampler_is_compared_in_every_tenth_rollout(monkeypatch):
+    """A comparison costs a forward a step, which is about what a cached rollout costs."""
+    compared, replay = [], BlockSampler.replay
+
+    def noted(self: BlockSampler, policy: Policy, rollout: Rollout, num_rows: int) -> Tensor:
+        compared.append(module.global_step)
+        return replay(self, policy, rollout, num_rows)
+
+    monkeypatch.setattr(BlockSampler, "replay", noted)
+    module = make_module(small_policy(), sampler=sampler(cache=DualCache(KVCache)), num_inner_updates=2, num_updates=42)
+    fit(module)
+    assert compared == [0, 20, 40], "optimizer steps at the start of rollouts 0, 10 and 20"

@@ -19,7 +19,7 @@ from d1lit.fitting import make_trainer
 from d1lit.plan import make_stage
 from d1lit.quiet import quiet_libraries
 from d1lit.recipes import StageFolder, run_stage
-from tests.faults.jobs import SMALL
+from tests.faults.jobs import EARNS, SMALL
 
 SETTLED = 0.2
 """Share of the steps before growth is measured: caches fill, allocators find their size."""
@@ -77,6 +77,7 @@ def growth(steps: int) -> Growth:
             *(word for word in SMALL if not word.startswith(("debug", "evaluation", "report"))),
             "scale.grpo={batch_size:2,micro_batch_size:2,group_size:2}",
             f"scale.grpo.max_updates={steps}",
+            *EARNS,
             "stages.grpo.module.num_inner_updates=2",
             f"stages.grpo.validate_every={max(2, steps // 20)}",
             f"callbacks.save.every_n_steps={max(2, steps // 40)}",

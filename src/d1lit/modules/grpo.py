@@ -68,8 +68,9 @@ from d1lit.types import (
 MAX_FAILED_FRACTION = 0.5
 """A run whose judges fail (timeout, error) on more than this share of a rollout's completions stops."""
 LOGGED_OUTCOMES: tuple[Outcome, ...] = ("timeout", "error", "unparsed", "refused")
-REPLAYED_ROWS = 2
-"""Rollouts of a batch on which an approximate sampler is compared with the exact network: one forward a step."""
+REPLAYED_ROWS, REPLAYED_EVERY = 2, 10
+"""An approximate sampler is compared with the exact network on two rows of every tenth rollout. That takes one
+forward a step: of every rollout it would cost as much as a cached rollout itself."""
 
 
 class DiffuGRPO(L.LightningModule):
@@ -206,7 +207,8 @@ class DiffuGRPO(L.LightningModule):
         eos = self.policy.eos_token_id
         self.metrics.add_rollout(rollout, rewards, advantages, names, self.group_size, eos)
         self.metrics.add_outcomes({kind: outcome_fraction(self.verdicts, kind) for kind in LOGGED_OUTCOMES})
-        self._measure_approximation(rollout)
+        if step % REPLAYED_EVERY == 0:
+            self._measure_approximation(rollout)
         with self.meter("scoring"), nullcontext() if self.dropout_everywhere else evaluation_mode(self.policy):
             totals = neutral_totals(rewards, self.group_size)
             return self._freeze(rollout, totals[here], advantages[here], step, num_micro)
