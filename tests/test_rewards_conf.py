@@ -6,7 +6,8 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from d1lit.rewards.parts import RewardParts
+from d1lit.rewards.graders import countdown_grader, gsm8k_grader, math_grader, sudoku_grader
+from d1lit.rewards.parts import Counted, RewardParts
 
 FOLDER = Path(__file__).resolve().parents[1] / "conf" / "reward"
 ROWS = {
@@ -16,6 +17,7 @@ ROWS = {
     "sudoku": {"puzzle": "3102200002100320", "solution": "3142243142131324", "answer": "", "question": ""},
 }
 RIGHT = {"gsm8k": "18", "math500": "\\boxed{\\frac{1}{2}}", "countdown": "3*4+5", "sudoku": "3142243142131324"}
+GRADERS = {"gsm8k": gsm8k_grader, "math500": math_grader, "countdown": countdown_grader, "sudoku": sudoku_grader}
 MOST = {
     "gsm8k": 4.0,
     "math500": 3.0,
@@ -32,9 +34,10 @@ MOST = {
 def test_a_configuration_builds_and_a_right_answer_earns_all_of_it(file: Path) -> None:
     if file.stem not in MOST:
         pytest.skip(f"{file.name} belongs to a task tested elsewhere")
-    reward = instantiate(OmegaConf.load(file))
-    assert isinstance(reward, RewardParts)
+    built = instantiate(OmegaConf.load(file))
+    assert isinstance(built, RewardParts)
     task = file.stem.removeprefix("d1_")
+    reward = built.judged_by(Counted(GRADERS[task](), "strict"))
     text = f"<reasoning>\nso\n</reasoning>\n<answer>\n{RIGHT[task]}\n</answer>\n"
     verdicts = reward.grade([text], [ROWS[task]])
     total = sum(reward.weights[name] * column[0].value for name, column in verdicts.items())

@@ -44,7 +44,7 @@ REWARDS: dict[str, tuple[Reward, dict[str, Any]]] = {
     "boxed_in_tags": (formats.BoxedInTags(1.0, 0.75, 0.5, 0.25), MATH),
     "math": (MathAnswer(MathVerify(SECONDS)), MATH),
     "countdown": (CountdownSolved(), COUNTDOWN),
-    "countdown_attempt": (CountdownAttempt(0.1), COUNTDOWN),
+    "countdown_attempt": (CountdownAttempt(CountdownSolved(), 0.1), COUNTDOWN),
     "sudoku": (SudokuSolved(), SUDOKU),
     "cell_share": (CellShare(), SUDOKU),
     "givens_kept": (GivensKept(), SUDOKU),

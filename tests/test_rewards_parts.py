@@ -96,7 +96,7 @@ def test_formats_pay_their_shape_alone() -> None:
 
 def test_countdown_pays_an_attempt() -> None:
     texts = ["<answer>3*4+5</answer>", "<answer>3+4+5</answer>", "<answer>none</answer>", "3*4+5"]
-    assert values(CountdownAttempt(0.1), texts, COUNTDOWN) == [1.0, 0.1, 0.1, 0.0]
+    assert values(CountdownAttempt(CountdownSolved(), 0.1), texts, COUNTDOWN) == [1.0, 0.1, 0.1, 0.0]
     assert values(CountdownSolved(), texts, COUNTDOWN) == [1.0, 0.0, 0.0, 0.0]
 
 

@@ -66,12 +66,12 @@ def plan_run(config: DictConfig, trains: bool = True) -> Plan:
     task = _task(OmegaConf.to_yaml(config.task, resolve=True), "train" if trains else config.evaluation.split)
     sampler = build(config, "sampler", BlockSampler)
     world_size = _world_size(config)
-    stages = [_stage(config, f"stages.{name}", name, world_size) for name in config.recipe.stages]
+    stages = [_stage(config, f"stages.{name}", name, world_size, task) for name in config.recipe.stages]
     for stage in stages:
         _check_stage(config, f"stages.{stage.name}", stage, world_size)
     base = None
     if config.model.path is None:  # the first process makes it for all
-        base = _stage(config, "model.base", "base", world_size=1)
+        base = _stage(config, "model.base", "base", 1, task)
         _check_stage(config, "model.base", base, world_size=1)
     plan = Plan(config, task, sampler, stages, base)
     for stage in stages:
@@ -110,7 +110,7 @@ def _check_is_d1(config: DictConfig) -> None:
             raise ConfigError("paper_compat", cause, "recipe=d1, grpo or sft, or paper_compat=false", "E207")
 
 
-def _stage(config: DictConfig, key: str, name: str, world_size: int) -> StageParts:
+def _stage(config: DictConfig, key: str, name: str, world_size: int, task: AnyTask) -> StageParts:
     node = OmegaConf.select(config, key)
     if node is None:
         raise ConfigError("recipe.stages", f"no stage {name!r}", f"a defaults entry /stage@stages.{name}", "E209")
@@ -121,7 +121,7 @@ def _stage(config: DictConfig, key: str, name: str, world_size: int) -> StagePar
         raise under(ValueError(str(error)), key) from None
     return StageParts(
         name=name,
-        module=build(config, f"{key}.module"),
+        module=_judged(build(config, f"{key}.module"), task),
         data=build(config, f"{key}.data"),
         optimizer=build(config, f"{key}.optimizer"),
         lr_schedule=build(config, f"{key}.lr_schedule"),
@@ -134,6 +134,18 @@ def _stage(config: DictConfig, key: str, name: str, world_size: int) -> StagePar
         validate_every=node.validate_every,
         select=node.select,
     )
+
+
+def _judged(module: Any, task: AnyTask) -> Any:
+    """A stage's module whose reward, where it has one, asks the task's own grader."""
+    reward = module.keywords.get("reward") if isinstance(module, partial) else None
+    if not isinstance(reward, RewardParts):
+        return module
+    try:
+        judged = reward.judged_by(task.counted)
+    except ValueError as error:
+        raise as_config_error(error, "reward") from None
+    return partial(module.func, *module.args, **{**module.keywords, "reward": judged})
 
 
 def _check_stage(config: DictConfig, key: str, stage: StageParts, world_size: int) -> None:

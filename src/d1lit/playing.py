@@ -47,7 +47,7 @@ def record_rows(
     wrong = [number for number in numbers if not 0 <= number < len(rows)]
     if wrong:
         raise ConfigError("--row", f"{split} has no row {wrong[0]}", f"0 to {len(rows) - 1}", "E110")
-    reward = build(plan.config, "reward", RewardParts)
+    reward = build(plan.config, "reward", RewardParts).judged_by(plan.task.counted)
     sampler = replace(plan.sampler, record_trace=True)
     found = []
     for number in numbers:

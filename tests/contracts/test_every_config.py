@@ -72,8 +72,9 @@ def test_advantage(name):
 def test_reward(name):
     task = name.removeprefix("d1_")
     config = config_with(f"task={task}", f"reward={name}")
-    reward = build(config, "reward", RewardParts)
-    example = build(config, "task", AnyTask).rows("train")[0]
+    own = build(config, "task", AnyTask)
+    reward = build(config, "reward", RewardParts).judged_by(own.counted)
+    example = own.rows("train")[0]
     verdicts = reward.grade(["", "<answer>0</answer>"], [example, example])
     assert list(verdicts) == list(reward.names)
     for part in verdicts.values():

@@ -149,7 +149,8 @@ def test_loss(folder):
 
 
 def test_reward(folder):
-    reward = build(composed(folder, "task=sudoku", "reward=sudoku_brief"), "reward", RewardParts)
+    config = composed(folder, "task=sudoku", "reward=sudoku_brief")
+    reward = build(config, "reward", RewardParts).judged_by(build(config, "task", Task).counted)
     example = {"puzzle": "1020300000000000", "solution": "1" * 16}
     verdicts = reward.grade(["", "x" * 65], [example] * 2)
     assert set(verdicts) == {"solved", "cell_share", "givens_kept", "brief"}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from d1lit.rewards.arithmetic import Refused, exact_value
 from d1lit.rewards.extract import final_answer
 from d1lit.rewards.rows import judge_rows
-from d1lit.types import Example, Verdict
+from d1lit.types import Example, Reward, Verdict
 
 _WRAPPINGS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
 
@@ -58,15 +58,15 @@ class CountdownSolved:
 
 @dataclass(frozen=True)
 class CountdownAttempt:
-    """1 where the expression solves the row, `attempt` for any other answer given, 0 for none (d1's 0 / 0.1 / 1)."""
+    """1 where the grader says right, `attempt` for any other answer given, 0 for none (d1's 0 / 0.1 / 1)."""
 
+    grader: Reward
     attempt: float
 
     def __call__(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Verdict]:
-        return judge_rows(self._judge, completions, examples)
+        return [self._paid(*pair) for pair in zip(completions, self.grader(completions, examples), strict=True)]
 
-    def _judge(self, text: str, example: Example) -> Verdict:
-        verdict = _judge(text, example)
-        if verdict.value == 1.0 or verdict.parsed is None:
+    def _paid(self, text: str, verdict: Verdict) -> Verdict:
+        if verdict.value == 1.0 or final_answer(text) is None:
             return verdict
-        return Verdict(self.attempt, verdict.outcome, verdict.parsed)
+        return replace(verdict, value=self.attempt)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal
 
 from d1lit.types import Example, Outcome, Reward, Verdict
 
@@ -34,6 +37,34 @@ class RewardParts:
     def grade(self, completions: Sequence[str], examples: Sequence[Example]) -> dict[str, list[Verdict]]:
         """Verdicts of every part, in the order of the completions."""
         return {name: part(completions, examples) for name, part in self.parts.items()}
+
+    def judged_by(self, grader: Reward) -> RewardParts:
+        """The same reward, the task's grader handed to every part that waits for one.
+
+        Args:
+            grader: the verdict of the task's grader that counts.
+
+        Raises:
+            ValueError: a waiting part lacks another argument, or refuses its values.
+        """
+        parts = {}
+        for name, part in self.parts.items():
+            try:
+                parts[name] = _completed(part, grader)
+            except TypeError as error:
+                raise ValueError(f"reward.parts.{name}: {error}. Try: what its class asks for [E205]") from None
+        return replace(self, parts=parts)
+
+
+def _completed(part: Reward, grader: Reward) -> Reward:
+    """A part that was bound with `_partial_: true` and waits to be made; any other as it is."""
+    if isinstance(part, OnTask):
+        return replace(part, reward=_completed(part.reward, grader))
+    if not isinstance(part, partial):
+        return part
+    if "grader" in inspect.signature(part.func).parameters:
+        return part(**{"grader": grader} | part.keywords)  # one that its YAML names stays
+    return part() if isinstance(part.func, type) else part  # a function of texts and rows is a reward already
 
 
 @dataclass(frozen=True)
@@ -78,7 +109,7 @@ class Grade:
 
 @dataclass(frozen=True)
 class Grader:
-    """Grades the same way in reward, validation and test: strictly, and as the d1 paper did."""
+    """A task's one judge of answers, in reward, validation and test: strictly, and as the d1 paper did."""
 
     strict: Reward
     d1: Reward
@@ -92,3 +123,27 @@ class Grader:
             Grade(strict[i], paper[i], {name: verdicts[i].value for name, verdicts in measured.items()})
             for i in range(len(completions))
         ]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The verdict of a grader that counts, as a share of the most it can be (of Sudoku's cells under d1)."""
+
+    grader: Grader
+    counts: Literal["strict", "d1"]
+
+    def __call__(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Verdict]:
+        """Verdicts in the order of the completions; the other verdict is not asked for."""
+        judge: Reward = getattr(self.grader, self.counts)
+        return [_as_share(verdict) for verdict in judge(completions, examples)]
+
+
+def _as_share(verdict: Verdict) -> Verdict:
+    if verdict.out_of == 1.0:
+        return verdict
+    return replace(verdict, value=verdict.value / verdict.out_of if verdict.out_of else 0.0, out_of=1.0)
+
+
+def correctness(grader: Reward) -> Reward:
+    """The part of a reward that is the task's grader itself."""
+    return grader

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from d1lit.rewards.parts import Grade
 from d1lit.tasks.prompting import Template, graded_text
 from d1lit.tasks.source import Split
 from d1lit.tasks.task import Overlap, Task
-from d1lit.types import Example
+from d1lit.types import Example, Reward, Verdict
+
+Judged = TypeVar("Judged")
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,24 @@ class MixedJudges:
 
     def grade(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Grade]:
         """One grade for each completion of the matching example."""
-        grades: dict[int, Grade] = {}
-        for name, task in self.members.items():
+        return self._by_task({name: task.judges.grade for name, task in self.members.items()}, completions, examples)
+
+    def counted(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Verdict]:
+        """Of each completion the verdict that counts in its example's task."""
+        return self._by_task({name: task.counted for name, task in self.members.items()}, completions, examples)
+
+    @staticmethod
+    def _by_task(
+        judges: Mapping[str, Callable[[Sequence[str], Sequence[Example]], list[Judged]]],
+        completions: Sequence[str],
+        examples: Sequence[Example],
+    ) -> list[Judged]:
+        judged: dict[int, Judged] = {}
+        for name, judge in judges.items():
             mine = [n for n, example in enumerate(examples) if example["task"] == name]
-            found = task.judges.grade([completions[n] for n in mine], [examples[n] for n in mine])
-            grades |= dict(zip(mine, found, strict=True))
-        return [grades[n] for n in range(len(completions))]
+            found = judge([completions[n] for n in mine], [examples[n] for n in mine])
+            judged |= dict(zip(mine, found, strict=True))
+        return [judged[n] for n in range(len(completions))]
 
 
 @dataclass(frozen=True)
@@ -82,10 +96,15 @@ class MixedTask:
         """The name that stands beside every number of the whole."""
         return f"{self.name}-synthetic" if self.synthetic else self.name
 
-    @property
-    def judges(self) -> Any:
-        """Both graders, by each row's task."""
+    @cached_property
+    def judges(self) -> MixedJudges:
+        """The members' graders, by each row's task."""
         return MixedJudges(self.tasks)
+
+    @property
+    def counted(self) -> Reward:
+        """The verdict that counts, by each row's task: what a reward pays for."""
+        return self.judges.counted
 
     @property
     def baselines(self) -> dict[str, Any]:

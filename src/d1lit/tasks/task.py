@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from d1lit.rewards.parts import Counted
 from d1lit.tasks.demonstrations import read_demonstrations
 from d1lit.tasks.prompting import Template, encode_prompts, load_template
 from d1lit.tasks.reading import Columns, Row, read_rows
@@ -96,8 +97,8 @@ class Task:
         demonstration_columns: columns of `question` and `completion` in that data.
         demonstration_prompt: template of demonstrations that bring their own questions.
         short_traces: compact traces (calculator marks, joined steps) instead of full rationales.
-        grader: whose verdict results count; every row keeps both.
-        judges: both graders; used by reward, validation and test alike.
+        grader: whose verdict counts, in reward, validation and test; every evaluated row keeps both.
+        judges: the task's one grader, which gives both verdicts.
         baselines: answers that need no model, by name; each from the rows to answer and the train rows.
         scales: the values that each model scale brings with it; read by the configuration, not here.
     """
@@ -155,6 +156,11 @@ class Task:
     def display_name(self) -> str:
         """The name that stands beside every number: with `-synthetic` where the test rows only stand in."""
         return f"{self.name}-synthetic" if self.synthetic else self.name
+
+    @cached_property
+    def counted(self) -> Counted:
+        """The verdict that counts, of the one grader: what a reward pays for."""
+        return Counted(self.judges, self.grader)
 
     @cached_property
     def template(self) -> Template:
