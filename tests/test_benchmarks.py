@@ -159,3 +159,22 @@ def test_gpu_notes_what_fails_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     assert content["machine"]["peak_tflops"] > 0
     gpu.main([*arguments, "--seconds", "-1", "--only", "machine", "rollout"])
     assert "rollout: not run, the time is up" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_whole_program_in_a_small_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """What a GPU is given to do, on a processor: processes of `train.py` on a folder in LLaDA's layout."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    program = importlib.import_module("gpu_program")
+    quick = ["scale.grpo.max_updates=2", "sampler.completion_length=32", "scale.sft.layout.max_length=1024"]
+    runs = {"SFT, merge, GRPO": (*program.RUNS["SFT, merge, GRPO"], *quick), "wrong": ("recipe=nothing",)}
+    monkeypatch.setattr(program, "RUNS", runs)
+    out = tmp_path / "program.json"
+    program.main(["--shape", "tiny", "--device", "cpu", "--out", str(out), "--estimates"])
+    content, printed = json.loads(out.read_text()), capsys.readouterr().out
+    run = content["SFT, merge, GRPO"]
+    assert set(run["stages"]) == {"sft", "grpo"} and content["tables"][0] in printed
+    assert {"rollout", "replay", "scoring", "update"} <= set(run["stages"]["grpo"]["sections"])
+    assert any("memory of each device" in line for line in run["dry_run"])
+    assert content["wrong"]["status"] == 2 and "recipe: no choice" in content["wrong"]["error"]
