@@ -106,9 +106,13 @@ MUTANTS = (
         ("tests/test_losses.py::test_huge_log_ratios_stay_finite_and_equal_float64",),
     ),
     # what comes from elsewhere
-    Mutant("security.py", "    if not _inside(identity, packages):", "    if False:", (SECURITY,)),
+    Mutant(
+        "security.py", "if not (identity in components() or _inside(identity, packages)):", "if False:", (SECURITY,)
+    ),
+    Mutant("security.py", "(identity in components() or", "(_inside(identity, ['d1lit']) or", (SECURITY,)),
     Mutant("security.py", "is not found:", "is None:", (SECURITY,)),
-    Mutant("security.py", "if not resolved.is_relative_to(root):", "if False:", (SECURITY,)),
+    Mutant("foreign.py", 'and not word.startswith("-")]', "]", (SECURITY,)),
+    Mutant("foreign.py", "resolve=False", "resolve=True", (SECURITY,)),
     Mutant("security.py", "_SECRET_VALUES.sub(REDACTED, text)", "text", (SECURITY,)),
     Mutant("tasks/reading.py", "if len(line) > MAX_LINE_BYTES:", "if False:", ("tests/test_tasks_reading.py",)),
     Mutant(
