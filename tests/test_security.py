@@ -15,12 +15,15 @@ from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 import d1lit
-from d1lit.cli import _ITSELF, _own_packages, evaluate
+from d1lit.cli import _ITSELF, _job_name, _own_packages, evaluate
+from d1lit.commands import refused
 from d1lit.errors import ConfigError
 from d1lit.foreign import stored_words
 from d1lit.opening import plan_of_run
+from d1lit.running import without_secrets
 from d1lit.security import (
     REDACTED,
     UNNAMED,
@@ -31,6 +34,7 @@ from d1lit.security import (
     redact,
     redact_text,
 )
+from d1lit.sweeps import FOLDER, blank_secrets, notes_of, run_job, show_sweep
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -385,3 +389,90 @@ def test_shapes_and_absent_secrets_are_kept() -> None:
     assert redact_text("commit 0c3d4c0f6a0c4a7e9b1d2c3f4a5b6c7d8e9f0a1b, token=null") == (
         "commit 0c3d4c0f6a0c4a7e9b1d2c3f4a5b6c7d8e9f0a1b, token=null"
     )
+
+
+SHAPES: list[Any] = [
+    "correct horse battery",
+    "ab,cd;ef&gh}ij]kl",
+    'it\'s "quoted" and: coloned',
+    "a long one " * 20 + "correct",
+    ["first-of-two", "second-of-two"],
+    {"user": "somebody", "inner": {"pin": 987654}},
+    "two\nlines",
+]
+
+
+def words_in(shape: Any) -> list[str]:
+    """What must not be left of a secret: each piece of its text."""
+    if isinstance(shape, dict):
+        return [word for value in shape.values() for word in words_in(value)]
+    if isinstance(shape, list):
+        return [word for value in shape for word in words_in(value)]
+    return [word for word in re.split(r"[\s,;&}\]\"':]+", str(shape)) if len(word) > 1 and word not in ("it", "and")]
+
+
+@pytest.mark.parametrize("name", ["password", "hub.token", "api_key", "credentials"])
+@pytest.mark.parametrize("shape", SHAPES, ids=range(len(SHAPES)))
+def test_secrets_of_any_shape_are_not_stored(name: str, shape: Any) -> None:
+    config: Any = OmegaConf.create({"callbacks": {"x": {"b": "kept, as it is"}}, "seed": 3})
+    OmegaConf.update(config, f"callbacks.x.{name}", shape)
+    text = without_secrets(config)
+    assert [word for word in words_in(shape) if word in text] == []
+    assert yaml.safe_load(text)["seed"] == 3 and yaml.safe_load(text)["callbacks"]["x"]["b"] == "kept, as it is"
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "+a.token=ab\\,cd",
+        "+a.token='ab;cd&ef'",
+        "+a.token=[ab,cd]",
+        "++a.credentials.user=ab",
+        "--hub-token=ab,cd",
+        "a={b:1,token:ab,c:[cd]}",
+        "a={token:[ab,cd]}",
+        "a={b:{api_key:'ab}cd'},c:cd}",
+        "a/token@b=ab cd",
+    ],
+)
+def test_nothing_of_a_secret_word_is_left(word: str) -> None:
+    (stored,) = redact([word])
+    assert stored == f"{word.split('=')[0]}='{REDACTED}'"
+    said = redact_text(f"the job {word} failed")
+    assert redact(["a.b={c:[ab,cd]}", "x.token=null", "task.mask_token=ab"]) == [
+        "a.b={c:[ab,cd]}",
+        "x.token=null",
+        "task.mask_token=ab",
+    ]
+    assert word.startswith(("++a.cred", "a/token", "a={token:[")) or "ab" not in said
+
+
+def test_a_run_that_was_told_a_secret_can_be_opened(tmp_path: Path) -> None:
+    words = redact(["seed=3", "+callbacks.x={_target_:mine.X,token:ab}", "+logger.token=ab"])
+    run = foreign_run(tmp_path / "run", *words)
+    assert stored_words(run, []) == ["task=sudoku", "debug=fast", "seed=3"]
+
+
+def test_errors_show_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(ConfigError("logger.token", "'ab,cd' is no choice", "logger.token=null", "E201")) == 2
+    said = capsys.readouterr().err
+    assert "ab" not in said and "logger.token=null" in said
+
+
+def test_sweeps_show_and_keep_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path / "sweep"))
+    notes = notes_of(tmp_path / "sweep")
+    told = ["seed=1", "+logger.token='ab;secret,cd'"]
+    hydra = {"hydra": {"overrides": {"task": told}}, "logger": {"token": "ab;secret,cd"}}
+    (notes / "multirun.yaml").write_text(yaml.safe_dump(hydra))
+    blank_secrets(notes)
+    name = _job_name(told)
+    assert name != _job_name(["seed=1", "+logger.token=other"]) and name.startswith("seed=1,+logger.token=")
+    run_job([sys.executable, "-c", "import sys; sys.exit(3)"], 0, told, tmp_path / "sweep" / name)
+    show_sweep(tmp_path / "sweep", [told, told])
+    out, err = capfd.readouterr()
+    assert (out + err).count("seed=1") >= 3
+    files = {file: file.read_text() for file in notes.iterdir()}
+    assert {file.name for file in files} == {"multirun.yaml", "job-0.json"}
+    for text in (out, err, name, *files.values()):
+        assert "secret" not in text

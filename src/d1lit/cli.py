@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d1lit.commands import COMMANDS, no_such_command, refused
+from d1lit.security import redact, redact_text
 
 if TYPE_CHECKING:
     from d1lit.composing import Jobs
@@ -158,7 +159,7 @@ def _sweep(words: Sequence[str], jobs: Jobs) -> int:
     try:
         _hydra([_MULTIRUN[0], *others[:first], place, *others[first:]])
     except Exception as error:  # a launcher whose worker was killed; the table says what became of the jobs
-        print(f"error: the sweep was cut short: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+        print(f"error: the sweep was cut short: {redact_text(' '.join(str(error).split()))[:300]}", file=sys.stderr)
     return show_sweep(folder, None if jobs.is_search else jobs.overrides)
 
 
@@ -175,8 +176,9 @@ def _hydra(words: Sequence[str]) -> int:
     def job(config) -> float | None:
         from d1lit.processes import place
         from d1lit.running import run_training
-        from d1lit.sweeps import FOLDER, reached, run_job
+        from d1lit.sweeps import FOLDER, blank_secrets, notes_of, reached, run_job
 
+        blank_secrets(notes_of(Path(os.environ[FOLDER])))
         said = list(HydraConfig.get().overrides.task)
         swept = HydraConfig.get().sweeper.get("params") or {}  # by an experiment: a sweep even over one value
         fixed = _fixed_keys(words) - set(swept)
@@ -203,8 +205,10 @@ def _fixed_keys(words: Sequence[str]) -> set[str]:
 
 def _job_name(varying: Sequence[str]) -> str:
     """A folder's name from what only this job of a sweep was told."""
-    name = re.sub(r"[^\w=.,+-]+", "_", ",".join(varying)) or "default"
-    return name if len(name) <= 150 else f"{name[:140]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    whole, name = (re.sub(r"[^\w=.,+-]+", "_", ",".join(words)) for words in (varying, redact(list(varying))))
+    if name == whole and len(name) <= 150:
+        return name or "default"
+    return f"{name[:140]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"  # two secrets are two folders
 
 
 def _where_to_look(words: Sequence[str]) -> list[str]:

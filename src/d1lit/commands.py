@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from d1lit.errors import ConfigError, RunError, explained, from_system, out_of_memory
+from d1lit.security import redact_text
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells everybody, when imported, what it lacks on a CPU
 
@@ -52,13 +53,14 @@ def refused(error: Exception) -> int:
         rank = place().rank
     if isinstance(error, ValueError) and is_about_configuration(error):
         if rank == 0:
-            print(f"error: {as_config_error(error)}", file=sys.stderr)
+            print(f"error: {redact_text(str(as_config_error(error)))}", file=sys.stderr)
         return 2
     said = error if isinstance(error, RunError) else out_of_memory(error)
     if isinstance(error, OSError):
         said = from_system(error)
     if said is None:
         raise error
+    said = redact_text(str(said))
     print(f"error: {said}" if rank == 0 else f"error in process {rank}: {said}", file=sys.stderr)
     return 1
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from d1lit.errors import ConfigError
-from d1lit.security import check_config, check_resolvers
+from d1lit.security import BLANKED, check_config, check_resolvers
 from d1lit.wording import as_config_error
 
 _OF_ANOTHER_RUN = ("run_dir", "resume", "dry_run")
@@ -20,7 +20,8 @@ _ONE_JOB = "hydra.mode=RUN"
 def stored_words(folder: Path, words: Sequence[str]) -> list[str]:
     """The KEY=VALUE that a run was started with, as far as `words` do not say otherwise.
 
-    Options and what is Hydra's own are left out: they could name a folder whose YAMLs nobody has looked at.
+    Options and what is Hydra's own are left out: they could name a folder whose YAMLs nobody has looked at. So are
+    secrets, which were not kept.
 
     Raises:
         ConfigError: if there is no run, or its words ask for a resolver.
@@ -34,6 +35,7 @@ def stored_words(folder: Path, words: Sequence[str]) -> list[str]:
         raise ConfigError("run", f"{file} is not what train.py wrote ({error})", "another run", "E504") from None
     said = {_key(word) for word in words} | set(_OF_ANOTHER_RUN)
     kept = [word for word in stored if _key(word) not in said and not word.startswith("-")]
+    kept = [word for word in kept if not word.endswith(f"={BLANKED}")]
     kept = [word for word in kept if not _key(word).startswith(("hydra.", "hydra/")) or word == _ONE_JOB]
     try:
         for word in kept:

@@ -168,6 +168,8 @@ def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
 # ------------------------------------------------------------------------------------------------------------- secrets
 
 REDACTED = "<redacted>"
+BLANKED = f"'{REDACTED}'"
+"""The value of a word of a command line, as Hydra can read it."""
 
 _ALWAYS = {
     "password", "passwords", "passwd", "passphrase", "pwd", "secret", "secrets", "credential", "credentials", "apikey",
@@ -199,9 +201,11 @@ _SECRET_VALUES = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-_ASSIGNMENT = re.compile(
-    r"""(?P<name>[A-Za-z][\w.-]*)(?P<sign>["']?\s*[=:]\s*)(?P<value>"[^"]*"|'[^']*'|[^\s,;&'"}]+)"""
-)
+_NAMED = re.compile(r"""(?P<name>[A-Za-z][\w.-]*)["']?\s*[=:]\s*""")
+_VALUE = re.compile(r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|\[[^\]]*\]|\{[^}]*\}|\S)+""", re.DOTALL)
+"""What stands behind a name, to the next space outside quotes and brackets: too much goes rather than too little."""
+_WORD = re.compile(r"(?P<key>[+~-]*(?P<name>[A-Za-z][\w./@-]*))=(?P<value>.+)", re.DOTALL)
+_NOTHING = ("null", "none", "true", "false")
 _OPTION = re.compile(r"--?(?P<name>[A-Za-z][\w-]*)")
 
 
@@ -217,31 +221,43 @@ def is_secret_name(name: str) -> bool:
 
 
 def redact_text(text: str) -> str:
-    """A line for a log, a command line or a card, without the secrets in it."""
-
-    def assignment(match: re.Match[str]) -> str:
-        if not is_secret_name(match["name"]) or match["value"].lower() in ("null", "none", "true", "false"):
-            return match[0]
-        return f"{match['name']}{match['sign']}{REDACTED}"
-
-    return _ASSIGNMENT.sub(assignment, _SECRET_VALUES.sub(REDACTED, text))
+    """A line for a log or a card, without the secrets in it."""
+    text = _SECRET_VALUES.sub(REDACTED, text)
+    parts, done = [], 0
+    for match in _NAMED.finditer(text):
+        value = _VALUE.match(text, match.end())
+        if match.start() < done or value is None or not is_secret_name(match["name"]):
+            continue
+        if value[0].lower().rstrip(",;&)]}") not in _NOTHING:
+            parts += [text[done : match.end()], REDACTED]
+            done = value.end()
+    return "".join([*parts, text[done:]])
 
 
 def redact(tree: Any) -> Any:
     """A copy of nested mappings and lists without secrets: by the name of a key, and by the look of a value.
 
-    A list is also read as a command line: what follows `--hf-token` is a secret.
+    A list is also read as a command line: what follows `--hf-token` or `hf_token=` is a secret.
     """
     if isinstance(tree, Mapping):
         return {key: _blank(value) if is_secret_name(str(key)) else redact(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        items = [redact(item) for item in tree]
+        items = [_redact_word(item) if isinstance(item, str) else redact(item) for item in tree]
         for i, item in enumerate(tree[:-1]):
             option = _OPTION.fullmatch(item) if isinstance(item, str) else None
             if option is not None and is_secret_name(option["name"]):
                 items[i + 1] = _blank(tree[i + 1])
         return type(tree)(items)
     return redact_text(tree) if isinstance(tree, str) else tree
+
+
+def _redact_word(word: str) -> str:
+    """KEY=VALUE without its whole value where a part of the key, or a name in the value, is that of a secret."""
+    match = _WORD.fullmatch(word)
+    if match is None or match["value"].lower() in _NOTHING:
+        return redact_text(word)
+    names = [*re.split("[./@]", match["name"]), *(inner["name"] for inner in _NAMED.finditer(match["value"]))]
+    return f"{match['key']}={BLANKED if any(map(is_secret_name, names)) else redact_text(match['value'])}"
 
 
 def _blank(value: Any) -> Any:

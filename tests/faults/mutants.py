@@ -114,6 +114,12 @@ MUTANTS = (
     Mutant("foreign.py", 'and not word.startswith("-")]', "]", (SECURITY,)),
     Mutant("foreign.py", "resolve=False", "resolve=True", (SECURITY,)),
     Mutant("security.py", "_SECRET_VALUES.sub(REDACTED, text)", "text", (SECURITY,)),
+    Mutant(
+        "running.py",
+        "redact(OmegaConf.to_container(config, resolve=True))",
+        "OmegaConf.to_container(config, resolve=True)",
+        (SECURITY,),
+    ),
     Mutant("tasks/reading.py", "if len(line) > MAX_LINE_BYTES:", "if False:", ("tests/test_tasks_reading.py",)),
     Mutant(
         "rewards/arithmetic.py", "if len(text) > LONGEST_EXPRESSION:", "if False:", ("tests/test_rewards_parts.py",)
