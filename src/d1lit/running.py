@@ -226,6 +226,13 @@ def environment() -> dict[str, Any]:
 def tell_rows(plan: Plan) -> None:
     """Print what the data is and what was left out."""
     say(f"{plan.task.display_name}: " + "; ".join(plan.task.overlap.lines()))
+    for key, commit in hub_commits(plan).items():
+        say(f"{key}: the hub's commit {commit}")
+
+
+def hub_commits(plan: Plan) -> dict[str, str]:
+    """Of the data sets that were read from the hub, by the keys that name them."""
+    return {key: commit for key, commit in plan.task.commits.items() if commit is not None}
 
 
 def tell_dropped(plan: Plan, tokenizer: Any) -> None:
@@ -264,6 +271,7 @@ def finish(
         "model": plan.config.model.name,
         "seed": plan.seed,
         "grader": plan.task.grader,
+        "hub_commits": hub_commits(plan),
         "data": {
             **plan.task.overlap.record(),
             "dropped_rows": {parts.name: plan.rows_of(parts, tokenizer).dropped for parts in plan.stages},

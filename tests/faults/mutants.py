@@ -121,6 +121,8 @@ MUTANTS = (
         (SECURITY,),
     ),
     Mutant("tasks/reading.py", "if len(line) > MAX_LINE_BYTES:", "if False:", ("tests/test_tasks_reading.py",)),
+    Mutant("tasks/reading.py", "if len(str(values)) > MAX_LINE_BYTES:", "if False:", ("tests/test_tasks_reading.py",)),
+    Mutant("tasks/reading.py", "and not found.startswith(asked):", "and False:", ("tests/test_tasks_reading.py",)),
     Mutant(
         "rewards/arithmetic.py", "if len(text) > LONGEST_EXPRESSION:", "if False:", ("tests/test_rewards_parts.py",)
     ),
