@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"modules"},
     {"callbacks", "recipes", "report"},
     {"wording"},
-    {"composing"},
+    {"composing", "foreign"},
     {"components", "values"},
     {"plan"},
     {"build"},

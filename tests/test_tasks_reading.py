@@ -4,15 +4,18 @@ import gzip
 import io
 import json
 import os
+import re
 import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pytest
 
+from d1lit.running import hub_commits
 from d1lit.tasks import (
     CountdownSource,
     Gsm8kSource,
@@ -211,6 +214,80 @@ def test_location_that_leads_nowhere(location: str, cause: str) -> None:
     assert cause in str(failure.value) and "Try: " in str(failure.value) and "\n" not in str(failure.value)
 
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class FakeBuilder:
+    """What `datasets` makes of a hub id, without the hub."""
+
+    def __init__(self, rows: list[dict[str, Any]], download: int | None, prepared: int, asked: list[Any]) -> None:
+        self.hash, self.rows, self.prepared, self.asked = COMMIT, rows, prepared, asked
+        self.info = SimpleNamespace(download_size=download, dataset_size=None)
+
+    def download_and_prepare(self) -> None:
+        self.asked.append("fetched")
+        self.info.dataset_size = self.prepared
+
+    def as_dataset(self, split: str) -> datasets.Dataset:
+        self.asked.append(split)
+        return datasets.Dataset.from_list(self.rows)
+
+
+def from_hub(
+    monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]], download: int | None = 100, prepared: int = 100
+) -> list[Any]:
+    """Let every hub id lead to these rows; what is asked of `datasets` from now on."""
+    asked: list[Any] = []
+
+    def load_dataset_builder(*names: Any, **more: Any) -> FakeBuilder:
+        asked.append((*names, more))
+        return FakeBuilder(rows, download, prepared, asked)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
+    return asked
+
+
+@pytest.mark.parametrize("revision", ["", f"@{COMMIT}", f"@{COMMIT[:8]}", "@v1.0", "@refs/pr/3"])
+def test_hub_data_is_pinned_and_its_commit_known(revision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = from_hub(monkeypatch, [GOOD["gsm8k"]])
+    task = make_task("gsm8k", train=f"somebody/something{revision}:main")
+    assert len(task.rows("train")) == 1
+    assert asked == [("somebody/something", "main", {"revision": revision[1:] or None}), "fetched", "train"]
+    assert task.commits == {"task.train_data": COMMIT}
+    assert hub_commits(SimpleNamespace(task=task)) == {"task.train_data": COMMIT}  # type: ignore[arg-type]
+
+
+def test_hub_data_of_another_commit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a connection `datasets` takes what its cache holds, whatever was asked for."""
+    asked = from_hub(monkeypatch, [GOOD["gsm8k"]])
+    with pytest.raises(ValueError, match=f"the cache holds commit {COMMIT} of it"):
+        make_task("gsm8k", train="somebody/something@fedcba9").rows("train")
+    assert "fetched" not in asked
+
+
+@pytest.mark.parametrize(("download", "prepared", "fetched"), [(2**50, 100, False), (None, 2**50, True)])
+def test_hub_data_that_is_too_large_is_refused(
+    download: int | None, prepared: int, fetched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = from_hub(monkeypatch, [GOOD["gsm8k"]], download, prepared)
+    with pytest.raises(ValueError, match=rf"^task\.train_data: .*{2**50} bytes, more than"):
+        make_task("gsm8k", train="somebody/something").rows("train")
+    assert ("fetched" in asked) is fetched and "train" not in asked
+
+
+def test_a_row_of_a_table_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MAX_LINE_BYTES", 100)
+    rows = [{"question": "1+1?", "answer": "2"}, {"question": "1+1?" * 100, "answer": "2"}]
+    from_hub(monkeypatch, rows)
+    file = tmp_path / "a.parquet"
+    file.write_bytes(parquet({name: [row[name] for row in rows] for name in rows[0]}))
+    for location in ("somebody/something", str(file)):
+        with pytest.raises(
+            ValueError, match=rf"^task\.train_data: {re.escape(location)}:2: the row is longer than 100"
+        ):
+            make_task("gsm8k", train=location).rows("train")
+
+
 def test_folder_and_pipe_are_refused_at_once(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe.jsonl"
     os.mkfifo(pipe)
@@ -300,7 +377,8 @@ def test_checked_rows_are_cached_by_content_and_survive_a_cache_that_cannot_be_w
 def test_demonstrations_of_every_known_form(row: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines_of(row))
-    (found,) = read_demonstrations(str(path), "task.demonstration_data", {})
+    (found,), commit = read_demonstrations(str(path), "task.demonstration_data", {})
+    assert commit is None
     assert found["question"] == "q" and found["completion"] == "<reasoning>t</reasoning>\n<answer>a</answer>"
 
 

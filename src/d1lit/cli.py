@@ -6,8 +6,8 @@ Nothing heavy is imported at the top: `--help` has to answer at once.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import itertools
-import json
 import os
 import re
 import sys
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d1lit.commands import COMMANDS, no_such_command, refused
+from d1lit.security import redact, redact_text
 
 if TYPE_CHECKING:
     from d1lit.composing import Jobs
@@ -56,7 +57,7 @@ Choices of each group (GROUP=CHOICE):
 
 _HYDRA_FLAGS = ("--cfg", "-c", "--info", "-i", "--resolve", "--package", "-p", "--shell-completion", "-sc")
 _MULTIRUN = ("-m", "--multirun")
-_ITSELF = (sys.executable, "-c", "from d1lit.cli import main; main()")
+_ITSELF = (sys.executable, "-P", "-c", "from d1lit.cli import main; main()")
 
 
 def main() -> None:
@@ -116,16 +117,18 @@ def evaluate(words: Sequence[str]) -> int:
         print(EVALUATE_HELP.format(groups=_groups()))
         return 0
     from d1lit.composing import compose_jobs
+    from d1lit.foreign import check_foreign, stored_words
     from d1lit.values import check_values
 
     _see_user_code(words)
     try:
-        said_by_run = _overrides_of_run(words)
+        run = next((word.split("=", 1)[1] for word in words if word.startswith("run=")), None)
+        said_by_run = [] if run is None else stored_words(Path(run), words)
         jobs = compose_jobs("evaluate", [*said_by_run, *words])
         for config in jobs.configs:
             check_values(config)
-            if said_by_run:
-                _check_foreign(config, words)
+            if run is not None:
+                check_foreign(config, words, _own_packages(words))
         from d1lit.build import processes_to_start
         from d1lit.evaluate_command import run_evaluation
         from d1lit.processes import launch
@@ -156,7 +159,7 @@ def _sweep(words: Sequence[str], jobs: Jobs) -> int:
     try:
         _hydra([_MULTIRUN[0], *others[:first], place, *others[first:]])
     except Exception as error:  # a launcher whose worker was killed; the table says what became of the jobs
-        print(f"error: the sweep was cut short: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+        print(f"error: the sweep was cut short: {redact_text(' '.join(str(error).split()))[:300]}", file=sys.stderr)
     return show_sweep(folder, None if jobs.is_search else jobs.overrides)
 
 
@@ -173,8 +176,9 @@ def _hydra(words: Sequence[str]) -> int:
     def job(config) -> float | None:
         from d1lit.processes import place
         from d1lit.running import run_training
-        from d1lit.sweeps import FOLDER, reached, run_job
+        from d1lit.sweeps import FOLDER, blank_secrets, notes_of, reached, run_job
 
+        blank_secrets(notes_of(Path(os.environ[FOLDER])))
         said = list(HydraConfig.get().overrides.task)
         swept = HydraConfig.get().sweeper.get("params") or {}  # by an experiment: a sweep even over one value
         fixed = _fixed_keys(words) - set(swept)
@@ -201,8 +205,10 @@ def _fixed_keys(words: Sequence[str]) -> set[str]:
 
 def _job_name(varying: Sequence[str]) -> str:
     """A folder's name from what only this job of a sweep was told."""
-    name = re.sub(r"[^\w=.,+-]+", "_", ",".join(varying)) or "default"
-    return name if len(name) <= 150 else f"{name[:140]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    whole, name = (re.sub(r"[^\w=.,+-]+", "_", ",".join(words)) for words in (varying, redact(list(varying))))
+    if name == whole and len(name) <= 150:
+        return name or "default"
+    return f"{name[:140]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"  # two secrets are two folders
 
 
 def _where_to_look(words: Sequence[str]) -> list[str]:
@@ -214,37 +220,20 @@ def _where_to_look(words: Sequence[str]) -> list[str]:
     return found
 
 
-def _overrides_of_run(words: Sequence[str]) -> list[str]:
-    """What the evaluated run was started with, as far as the command line does not say otherwise."""
-    from d1lit.errors import ConfigError
-
-    run = next((word.split("=", 1)[1] for word in words if word.startswith("run=")), None)
-    if run is None:
-        return []
-    file = Path(run) / "overrides.json"
-    if not file.is_file():
-        raise ConfigError("run", f"{run} is not a run's folder", "a folder that train.py has made", "E504")
-    said = {word.split("=", 1)[0].lstrip("+~") for word in words} | {"run_dir", "resume", "dry_run"}
-    try:
-        stored = [str(word) for word in json.loads(file.read_text(encoding="utf-8"))]
-    except (ValueError, TypeError) as error:
-        raise ConfigError("run", f"{file} is not what train.py wrote ({error})", "another run", "E504") from None
-    keys = [(word, word.split("=", 1)[0].lstrip("+~")) for word in stored]
-    return [word for word, key in keys if key not in said and not key.startswith("hydra.")]
+def _own_packages(words: Sequence[str]) -> list[str]:
+    """Modules of the folders named here, as far as that is where Python finds them."""
+    stems = [(file.stem, folder) for folder in _user_folders(words) for file in folder.iterdir()]
+    return [
+        stem for stem, folder in stems if stem.isidentifier() and not stem.startswith("_") and _comes_from(stem, folder)
+    ]
 
 
-def _check_foreign(config: object, words: Sequence[str]) -> None:
-    """What another run's folder says is data: it may name d1lit's components and those of folders named here."""
-    from omegaconf import OmegaConf
-
-    from d1lit.security import check_config
-    from d1lit.wording import as_config_error
-
-    own = [file.stem for folder in _user_folders(words) for file in folder.iterdir() if not file.stem.startswith(".")]
-    try:
-        check_config(OmegaConf.to_container(config, resolve=True), ("d1lit.strategies", *own))  # type: ignore[arg-type]
-    except ValueError as error:
-        raise as_config_error(error, "run") from None
+def _comes_from(name: str, folder: Path) -> bool:
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        return False
+    places = [spec.origin] if spec.origin else list(spec.submodule_search_locations or ())
+    return any(Path(place).resolve().is_relative_to(folder) for place in places)
 
 
 def _asks_help(words: Sequence[str]) -> bool:
@@ -261,9 +250,9 @@ def _groups() -> str:
 
 
 def _see_user_code(words: Sequence[str]) -> None:
-    """Let YAMLs in a folder of the user's name classes that stand beside them."""
-    sys.path.insert(0, os.getcwd())
-    sys.path += [str(folder) for folder in _user_folders(words)]  # last: they hide nothing that is installed
+    """Let YAMLs in a folder of the user's name classes that stand beside them, or in the working folder."""
+    # Last, so that they hide nothing that is installed: the working folder may be one that was downloaded.
+    sys.path += [os.getcwd(), *map(str, _user_folders(words))]
 
 
 def _user_folders(words: Sequence[str]) -> list[Path]:

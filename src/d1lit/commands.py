@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from d1lit.errors import ConfigError, RunError, explained, from_system, out_of_memory
+from d1lit.security import redact_text
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells everybody, when imported, what it lacks on a CPU
 
@@ -52,13 +53,14 @@ def refused(error: Exception) -> int:
         rank = place().rank
     if isinstance(error, ValueError) and is_about_configuration(error):
         if rank == 0:
-            print(f"error: {as_config_error(error)}", file=sys.stderr)
+            print(f"error: {redact_text(str(as_config_error(error)))}", file=sys.stderr)
         return 2
     said = error if isinstance(error, RunError) else out_of_memory(error)
     if isinstance(error, OSError):
         said = from_system(error)
     if said is None:
         raise error
+    said = redact_text(str(said))
     print(f"error: {said}" if rank == 0 else f"error in process {rank}: {said}", file=sys.stderr)
     return 1
 
@@ -205,10 +207,21 @@ def _add_open(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust", action="append", default=[], metavar="PACKAGE", help="a package of yours the run uses"
+    )
+    parser.add_argument("--config-dir", metavar="DIR", help="the folder of your own YAMLs that the run uses")
+
+
+def _searched(folder: str | None) -> list[str]:
+    return [] if folder is None else [f"--config-dir={folder}"]
+
+
 def _see(trusted: Sequence[str]) -> None:
-    """Let a trusted package that stands in the working folder be found."""
+    """Let a trusted package that stands in the working folder be found; last, so that it hides nothing installed."""
     if trusted:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())
 
 
 def chat(words: Sequence[str]) -> int:
@@ -287,16 +300,14 @@ def export(words: Sequence[str]) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="is created")
     parser.add_argument("--layout", choices=("d1lit", "official"), default="d1lit", help="names of the weights")
-    parser.add_argument(
-        "--trust", action="append", default=[], metavar="PACKAGE", help="a package of yours the run uses"
-    )
+    _add_trust(parser)
     given = parser.parse_args(list(words))
     _see(given.trust)
 
     def act() -> int:
         from d1lit.handing_on import export as write
 
-        print(write(given.run, given.folder, given.layout, given.trust))
+        print(write(given.run, given.folder, given.layout, given.trust, _searched(given.config_dir)))
         return 0
 
     return _guarded(act)
@@ -310,16 +321,24 @@ def consolidate(words: Sequence[str]) -> int:
     parser.add_argument("--stage", help="whose checkpoint (default: the last stage that has one)")
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     parser.add_argument("--layout", choices=("d1lit", "official"), default="d1lit", help="names of the weights")
-    parser.add_argument(
-        "--trust", action="append", default=[], metavar="PACKAGE", help="a package of yours the run uses"
-    )
+    _add_trust(parser)
     given = parser.parse_args(list(words))
     _see(given.trust)
 
     def act() -> int:
         from d1lit.consolidating import consolidate as write
 
-        print(write(given.run, given.folder, given.stage, given.step, given.layout, given.trust))
+        print(
+            write(
+                given.run,
+                given.folder,
+                given.stage,
+                given.step,
+                given.layout,
+                given.trust,
+                _searched(given.config_dir),
+            )
+        )
         return 0
 
     return _guarded(act)

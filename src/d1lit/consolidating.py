@@ -24,6 +24,7 @@ def consolidate(
     step: int | None = None,
     layout: Literal["d1lit", "official"] = "d1lit",
     trusted: Sequence[str] = (),
+    words: Sequence[str] = (),
 ) -> Path:
     """Write the model that stands in a checkpoint as one folder that transformers reads, its adapter merged.
 
@@ -36,13 +37,14 @@ def consolidate(
         step: of the checkpoint; None for the newest.
         layout: our own names, which d1lit and transformers read, or those of the model's family.
         trusted: packages whose components the run may name.
+        words: KEY=VALUE that now hold instead of the run's.
 
     Raises:
         ConfigError: if there is no such checkpoint, if it does not verify, or if the target is taken.
     """
     if (target / "config.json").exists():
         raise ConfigError("consolidate", f"{target} holds a model already", "another folder", "E505")
-    plan = plan_of_run(run, trusted=trusted)
+    plan = plan_of_run(run, words, trusted)
     name, checkpoint = find_checkpoint(run, [parts.name for parts in plan.stages], stage, step)
     reason = verify(checkpoint)
     if reason is not None:

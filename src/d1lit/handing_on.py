@@ -226,7 +226,11 @@ def _licence(config: Mapping[str, Any]) -> str:
 
 
 def export(
-    folder: Path, target: Path, layout: Literal["d1lit", "official"] = "d1lit", trusted: Sequence[str] = ()
+    folder: Path,
+    target: Path,
+    layout: Literal["d1lit", "official"] = "d1lit",
+    trusted: Sequence[str] = (),
+    words: Sequence[str] = (),
 ) -> Path:
     """The run's final model as one whole: adapters merged in float32, with tokenizer and card.
 
@@ -237,13 +241,14 @@ def export(
         target: is created; refused if it holds a model already.
         layout: our own names, which d1lit and transformers read, or those of the model's family.
         trusted: packages whose components the run may name.
+        words: KEY=VALUE that now hold instead of the run's.
 
     Raises:
         ConfigError: without a finished run, or where the target is taken.
     """
     if (target / "config.json").exists():
         raise ConfigError("export", f"{target} holds a model already", "another folder", "E505")
-    run = open_run(folder, (), trusted)
+    run = open_run(folder, words, trusted)
     network = run.policy.network
     if isinstance(run.policy.model, PeftModel):
         network, shift = merge(run.policy.model, _some_prompts(run))

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from d1lit.build import plan_run
 from d1lit.composing import compose_jobs
 from d1lit.errors import ConfigError
+from d1lit.foreign import check_foreign, stored_words
 from d1lit.handover import policy_of_run
 from d1lit.models import Policy
 from d1lit.plan import Plan
 from d1lit.quiet import quiet_libraries
-from d1lit.security import check_config
-from d1lit.wording import as_config_error
-
-OWN = ("d1lit.strategies",)
-"""Of d1lit's own packages, those of which functions are named too; they only build a strategy."""
-OF_ANOTHER_RUN = ("run_dir", "resume", "dry_run")
 
 
 @dataclass(frozen=True)
@@ -65,18 +57,7 @@ def plan_of_run(folder: Path, words: Sequence[str] = (), trusted: Sequence[str] 
         ConfigError: if there is no run, or it asks for components that are not allowed.
     """
     quiet_libraries()
-    file = folder / "overrides.json"
-    if not file.is_file():
-        raise ConfigError("run", f"{folder} holds no run", "a folder that train.py has made", "E504")
-    said = [word.split("=", 1)[0].lstrip("+~") for word in words]
-    kept = [
-        word
-        for word in map(str, json.loads(file.read_text(encoding="utf-8")))
-        if word.split("=", 1)[0].lstrip("+~") not in (*said, *OF_ANOTHER_RUN)
-    ]
+    kept = stored_words(folder, words)
     (config,) = compose_jobs("evaluate", [*kept, *words]).configs
-    try:
-        check_config(OmegaConf.to_container(config, resolve=True), (*OWN, *trusted))  # type: ignore[arg-type]
-    except ValueError as error:
-        raise as_config_error(error, "run") from None
+    check_foreign(config, words, trusted)
     return plan_run(config, trains=False)

@@ -40,7 +40,7 @@ from d1lit.processes import first_decides, is_first, join_world, place, slurm_jo
 from d1lit.quiet import quiet_libraries
 from d1lit.recipes import is_first_process, read_costs, run_recipe
 from d1lit.report.console import console, say, show_table
-from d1lit.security import redact, redact_text
+from d1lit.security import redact
 
 OUTPUTS = Path("outputs")
 """Where runs stand that name no folder of their own."""
@@ -75,7 +75,7 @@ def run_training(config: DictConfig, overrides: Sequence[str], plan: Plan | None
         say(f"{name}: micro-batches of {size}, by the memory of a device")
     with removed_if_refused(folder, is_new), held_by_first(folder), flag.installed():
         first_decides(partial(refuse_changes, config, folder))
-        write_once(folder / "config.yaml", redact_text(OmegaConf.to_yaml(config, resolve=True)))
+        write_once(folder / "config.yaml", without_secrets(config))
         write_once(folder / "overrides.json", json.dumps(redact(list(overrides))))
         write_once(folder / "environment.json", json.dumps(redact(environment()), indent=2))
         started = time.time()
@@ -130,7 +130,7 @@ def refuse_changes(config: DictConfig, folder: Path) -> None:
     file = folder / "config.yaml"
     if not file.exists():
         return
-    now = redact_text(OmegaConf.to_yaml(config, resolve=True))
+    now = without_secrets(config)
     old, new = (flatten(_as_tree(text)) for text in (file.read_text(encoding="utf-8"), now))
     changed = differing_keys(old, new, MAY_CHANGE)
     if not changed:
@@ -144,6 +144,11 @@ def refuse_changes(config: DictConfig, folder: Path) -> None:
         before = folder / name
         if before.exists():  # the new ones are written in their place
             os.replace(before, before.with_name(f"{before.stem}.until-{time.strftime('%Y%m%d-%H%M%S')}{before.suffix}"))
+
+
+def without_secrets(config: DictConfig) -> str:
+    """The configuration, resolved, as it stands in the run's folder."""
+    return yaml.safe_dump(redact(OmegaConf.to_container(config, resolve=True)), sort_keys=False, allow_unicode=True)
 
 
 def _as_tree(text: str) -> dict[str, Any]:
@@ -221,6 +226,13 @@ def environment() -> dict[str, Any]:
 def tell_rows(plan: Plan) -> None:
     """Print what the data is and what was left out."""
     say(f"{plan.task.display_name}: " + "; ".join(plan.task.overlap.lines()))
+    for key, commit in hub_commits(plan).items():
+        say(f"{key}: the hub's commit {commit}")
+
+
+def hub_commits(plan: Plan) -> dict[str, str]:
+    """Of the data sets that were read from the hub, by the keys that name them."""
+    return {key: commit for key, commit in plan.task.commits.items() if commit is not None}
 
 
 def tell_dropped(plan: Plan, tokenizer: Any) -> None:
@@ -259,6 +271,7 @@ def finish(
         "model": plan.config.model.name,
         "seed": plan.seed,
         "grader": plan.task.grader,
+        "hub_commits": hub_commits(plan),
         "data": {
             **plan.task.overlap.record(),
             "dropped_rows": {parts.name: plan.rows_of(parts, tokenizer).dropped for parts in plan.stages},

@@ -1,4 +1,4 @@
-"""What is not to be trusted: configurations from elsewhere, paths in them, and secrets on their way to a log.
+"""What is not to be trusted: configurations from elsewhere, and secrets on their way to a log.
 
 The user's own YAML and command line are trusted. A configuration that comes with a checkpoint, from a hub or from
 another run's folder is data: it may name only components of this list. And no secret leaves through what a run writes.
@@ -10,27 +10,36 @@ import importlib
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-_D1LIT_CLASSES = ("callbacks", "evaluation", "models", "modules", "tasks")
-_D1LIT_ALL = (
-    "advantages", "data", "estimators", "losses", "masking", "modules.optimizing", "rewards", "sampling", "schedules",
-    "scoring", "strategies",
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+UNNAMED = (
+    *(f"d1lit.rewards.d1_{task.lower()}.D1{task}Evaluation" for task in ("Countdown", "Gsm8k", "Math", "Sudoku")),
+    *(f"d1lit.losses.weighted.{name}_centering" for name in ("no", "negative", "importance")),
+    *(f"d1lit.masking.{name}Times" for name in ("LowDiscrepancy", "Antithetic", "LogUniformMask")),
+    "d1lit.estimators.spg.hide_all", "d1lit.estimators.spg.hide_block", "d1lit.estimators.spg.hide_random",
+    "d1lit.losses.supervised.batch_mean", "d1lit.losses.supervised.sequence_mean", "d1lit.losses.terms.absolute",
+    "d1lit.losses.terms.k1_with_score", "d1lit.masking.BlockMask", "d1lit.masking.ExactCountMask",
+    "d1lit.masking.context_adaptive_weight", "d1lit.rewards.baselines.random_solution",
+    "d1lit.rewards.countdown.CountdownSolved",
 )  # fmt: skip
+"""Components of d1lit that no YAML of `conf/` names. What is no component may do anything: some run programs."""
 CLASSES_FROM = (
-    *(f"d1lit.{name}" for name in _D1LIT_CLASSES),
     "torch.optim", "torch.nn", "lightning.pytorch.callbacks", "lightning.pytorch.loggers",
     "lightning.pytorch.strategies", "lightning.pytorch.plugins", "lightning.pytorch.trainer",
     "lightning.pytorch.Trainer",
 )  # fmt: skip
 """Packages of which a class may be built. Their functions may not be called: some write files, some unpickle them."""
-ANYTHING_FROM = tuple(f"d1lit.{name}" for name in _D1LIT_ALL)
-"""Packages of components, of which functions may be called too."""
 
 _DOTTED = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z][A-Za-z0-9_]*)+")
-_RESOLVER = re.compile(r"\$\{[^}]*:")
+_CALLABLE = (type, FunctionType)
+_COMPONENT = re.compile(r"_target_: *(d1lit\.[\w.]+)")
+_RESOLVER = re.compile(r"\$\{(?!oc\.(?:select:|env:D1LIT_))[^}]*:")
+"""What asks for more than another key, or for one of our own variables, as YAMLs of `conf/` do."""
 
 
 # ------------------------------------------------------------------------------------------------------------- targets
@@ -52,16 +61,16 @@ def why_refused(dotted: str, trusted: Sequence[str] = ()) -> str | None:
     """
     if _DOTTED.fullmatch(dotted) is None:
         return "is not a plain dotted name (private names are not components)"
-    if not _inside(dotted, (*CLASSES_FROM, *ANYTHING_FROM, *trusted)):
+    if not _inside(dotted, ("d1lit", *CLASSES_FROM, *trusted)):
         return "is not on the list of components"
     found = _resolve(dotted)
-    if not isinstance(found, (type, FunctionType)):
+    if not isinstance(found, _CALLABLE):
         return "does not lead to a class or a function"
     identity = f"{found.__module__}.{found.__qualname__}"
     if _DOTTED.fullmatch(identity) is None:
         return f"leads to {identity}, which is not a component"
-    packages = (*ANYTHING_FROM, *trusted, *(CLASSES_FROM if isinstance(found, type) else ()))
-    if not _inside(identity, packages):
+    packages = (*trusted, *(CLASSES_FROM if isinstance(found, type) else ()))
+    if not (identity in components() or _inside(identity, packages)):
         return f"leads to {identity}, which is not on the list of components"
     module = sys.modules.get(found.__module__)
     if module is None or _attribute(module, found.__qualname__.split(".")) is not found:
@@ -69,11 +78,20 @@ def why_refused(dotted: str, trusted: Sequence[str] = ()) -> str | None:
     return None
 
 
+@lru_cache(maxsize=1)
+def components() -> frozenset[str]:
+    """Where the components of d1lit are defined: those that a YAML of `conf/` names, and `UNNAMED`."""
+    texts = (file.read_text(encoding="utf-8") for file in CONF.rglob("*.yaml"))
+    named = {name for text in texts for name in _COMPONENT.findall(text)}
+    found = (_resolve(name) for name in (*named, *UNNAMED))
+    return frozenset(f"{part.__module__}.{part.__qualname__}" for part in found if isinstance(part, _CALLABLE))
+
+
 def check_config(config: Mapping[str, Any], trusted: Sequence[str] = ()) -> None:
-    """Refuse a configuration from elsewhere that would call, or read, what it should not.
+    """Refuse a configuration from elsewhere that would call what it should not.
 
     Args:
-        config: plain nested mappings and lists.
+        config: plain nested mappings and lists, resolved.
         trusted: further packages the user has named as their own.
 
     Raises:
@@ -87,7 +105,20 @@ def check_config(config: Mapping[str, Any], trusted: Sequence[str] = ()) -> None
                     f"{key}: {value!r} {reason}; this configuration comes from elsewhere. "
                     "Try: copy the part into your own YAML, if you trust it [E211]"
                 )
-        elif isinstance(value, str) and _RESOLVER.search(value):
+
+
+def check_resolvers(config: Any, typed: Sequence[str] = ()) -> None:
+    """Refuse a configuration from elsewhere that would read your environment.
+
+    Args:
+        config: plain nested mappings and lists, with interpolations as they were written.
+        typed: words of the user's own, which may ask for what they like.
+
+    Raises:
+        ValueError: naming key, value and cure.
+    """
+    for key, value in _leaves(config, ""):
+        if isinstance(value, str) and _RESOLVER.search(value) and not any(value in word for word in typed):
             raise ValueError(
                 f"{key}: {value!r} asks for a resolver, which could read your environment; this configuration comes "
                 "from elsewhere. Try: write the value itself [E211]"
@@ -134,27 +165,11 @@ def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield path, node
 
 
-# --------------------------------------------------------------------------------------------------------------- paths
-
-
-def path_within(root: Path | str, path: Path | str) -> Path:
-    """The path, relative ones taken from `root`, with links followed, if it stays inside `root`.
-
-    Raises:
-        ValueError: if it leads outside.
-    """
-    root = Path(root).resolve()
-    if "\0" in str(path):
-        raise ValueError(f"path {str(path)!r} holds a null character")
-    resolved = (root / path).resolve()
-    if not resolved.is_relative_to(root):
-        raise ValueError(f"path {str(path)!r} leads outside {root}. Try: a path below it")
-    return resolved
-
-
 # ------------------------------------------------------------------------------------------------------------- secrets
 
 REDACTED = "<redacted>"
+BLANKED = f"'{REDACTED}'"
+"""The value of a word of a command line, as Hydra can read it."""
 
 _ALWAYS = {
     "password", "passwords", "passwd", "passphrase", "pwd", "secret", "secrets", "credential", "credentials", "apikey",
@@ -186,9 +201,11 @@ _SECRET_VALUES = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-_ASSIGNMENT = re.compile(
-    r"""(?P<name>[A-Za-z][\w.-]*)(?P<sign>["']?\s*[=:]\s*)(?P<value>"[^"]*"|'[^']*'|[^\s,;&'"}]+)"""
-)
+_NAMED = re.compile(r"""(?P<name>[A-Za-z][\w.-]*)["']?\s*[=:]\s*""")
+_VALUE = re.compile(r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|\[[^\]]*\]|\{[^}]*\}|\S)+""", re.DOTALL)
+"""What stands behind a name, to the next space outside quotes and brackets: too much goes rather than too little."""
+_WORD = re.compile(r"(?P<key>[+~-]*(?P<name>[A-Za-z][\w./@-]*))=(?P<value>.+)", re.DOTALL)
+_NOTHING = ("null", "none", "true", "false")
 _OPTION = re.compile(r"--?(?P<name>[A-Za-z][\w-]*)")
 
 
@@ -204,31 +221,43 @@ def is_secret_name(name: str) -> bool:
 
 
 def redact_text(text: str) -> str:
-    """A line for a log, a command line or a card, without the secrets in it."""
-
-    def assignment(match: re.Match[str]) -> str:
-        if not is_secret_name(match["name"]) or match["value"].lower() in ("null", "none", "true", "false"):
-            return match[0]
-        return f"{match['name']}{match['sign']}{REDACTED}"
-
-    return _ASSIGNMENT.sub(assignment, _SECRET_VALUES.sub(REDACTED, text))
+    """A line for a log or a card, without the secrets in it."""
+    text = _SECRET_VALUES.sub(REDACTED, text)
+    parts, done = [], 0
+    for match in _NAMED.finditer(text):
+        value = _VALUE.match(text, match.end())
+        if match.start() < done or value is None or not is_secret_name(match["name"]):
+            continue
+        if value[0].lower().rstrip(",;&)]}") not in _NOTHING:
+            parts += [text[done : match.end()], REDACTED]
+            done = value.end()
+    return "".join([*parts, text[done:]])
 
 
 def redact(tree: Any) -> Any:
     """A copy of nested mappings and lists without secrets: by the name of a key, and by the look of a value.
 
-    A list is also read as a command line: what follows `--hf-token` is a secret.
+    A list is also read as a command line: what follows `--hf-token` or `hf_token=` is a secret.
     """
     if isinstance(tree, Mapping):
         return {key: _blank(value) if is_secret_name(str(key)) else redact(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        items = [redact(item) for item in tree]
+        items = [_redact_word(item) if isinstance(item, str) else redact(item) for item in tree]
         for i, item in enumerate(tree[:-1]):
             option = _OPTION.fullmatch(item) if isinstance(item, str) else None
             if option is not None and is_secret_name(option["name"]):
                 items[i + 1] = _blank(tree[i + 1])
         return type(tree)(items)
     return redact_text(tree) if isinstance(tree, str) else tree
+
+
+def _redact_word(word: str) -> str:
+    """KEY=VALUE without its whole value where a part of the key, or a name in the value, is that of a secret."""
+    match = _WORD.fullmatch(word)
+    if match is None or match["value"].lower() in _NOTHING:
+        return redact_text(word)
+    names = [*re.split("[./@]", match["name"]), *(inner["name"] for inner in _NAMED.finditer(match["value"]))]
+    return f"{match['key']}={BLANKED if any(map(is_secret_name, names)) else redact_text(match['value'])}"
 
 
 def _blank(value: Any) -> Any:

@@ -16,10 +16,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 from rich.table import Table
 
 from d1lit.report.console import console
+from d1lit.security import redact
 
 FOLDER = "D1LIT_SWEEP"
 """Environment variable: the folder of the sweep, for whichever process starts a job."""
@@ -53,14 +55,14 @@ def run_job(command: Sequence[str], number: int, overrides: Sequence[str], run_d
                 cause = line.strip().removeprefix("error: ") if line.startswith("error: ") else cause
             status = child.wait()
     record = {
-        "overrides": words,
+        "overrides": redact(words),
         "run_dir": str(run_dir),
         "status": status,
         "seconds": round(time.monotonic() - started, 1),
     }
     (notes / f"job-{number}.json").write_text(json.dumps(record))
     if status:
-        print(f"error: the job {' '.join(words)} failed: {cause or _ended(status)}", file=sys.stderr)
+        print(f"error: the job {' '.join(redact(words))} failed: {cause or _ended(status)}", file=sys.stderr)
     return status
 
 
@@ -71,6 +73,16 @@ def notes_of(folder: Path, fresh: bool = False) -> Path:
     for file in notes.glob("job-*.json") if fresh else ():
         file.unlink()
     return notes
+
+
+def blank_secrets(notes: Path) -> None:
+    """Take the secrets out of the configuration that Hydra's sweeper has left among the notes."""
+    file = notes / "multirun.yaml"
+    if file.is_file():
+        text = yaml.safe_dump(redact(yaml.safe_load(file.read_text(encoding="utf-8"))), sort_keys=False)
+        whole = file.with_name(f".multirun-{platform.node()}-{os.getpid()}.yaml")  # other jobs may do the same
+        whole.write_text(text, encoding="utf-8")
+        os.replace(whole, file)
 
 
 @contextmanager
@@ -170,7 +182,7 @@ def show_sweep(folder: Path, jobs: Sequence[Sequence[str]] | None) -> int:
         file = notes_of(folder) / f"job-{number}.json"
         if not file.exists():
             failed += 1
-            table.add_row(str(number), " ".join(overrides), "failed: not run to its end", "", "", "")
+            table.add_row(str(number), " ".join(redact(list(overrides))), "failed: not run to its end", "", "", "")
             continue
         record = json.loads(file.read_text())
         failed += record["status"] != 0

@@ -135,10 +135,14 @@ def test_other_draws_between_the_steps_change_nothing(server, grpo, tmp_path):
 
 
 def test_secrets_of_a_configuration_stand_nowhere_in_what_a_run_writes(server, tmp_path):
-    """F13: twenty, ten by their names and ten by their looks, on the command line of a run with every kind of output."""
-    named = {name: f"{name}-correct-horse-{n:02d}" for n, name in enumerate(NAMED[:10])}
+    """F13: twenty, ten by their names and ten by their looks, on the command line of a run with every kind of output.
+
+    Those with names hold what ends a word elsewhere; a list and a map of them are told too.
+    """
+    named = {name: f"{name} correct,horse;and&battery-{n:02d}" for n, name in enumerate(NAMED[:10])}
     looks = {f"note_{n}": value for n, value in enumerate(VALUES[:10])}
     told = ",".join(f"{key}:'{value}'" for key, value in (named | looks).items())
+    told += ",api_keys:[battery-90,battery-91],secrets:{inner:battery-92}"
     words = [word for word in JOBS["sft"].words if not word.startswith("report=")]
     words += [
         f"+callbacks.confidant={{_target_:tests.end_to_end.small.Confidant,{told}}}",
@@ -151,7 +155,7 @@ def test_secrets_of_a_configuration_stand_nowhere_in_what_a_run_writes(server, t
     assert kinds <= {file.name for file in files} and any("tfevents" in file.name for file in files)
     for file in [*files, log]:
         content = file.read_bytes()
-        for secret in (*named.values(), *looks.values()):
+        for secret in ("horse;and", "battery-", *named.values(), *looks.values()):
             assert secret.encode() not in content, f"{secret} in {file.name}"
     assert b"<redacted>" in (tmp_path / "run" / "config.yaml").read_bytes()
 

@@ -106,11 +106,23 @@ MUTANTS = (
         ("tests/test_losses.py::test_what_stands_at_masked_positions_does_not_matter",),
     ),
     # what comes from elsewhere
-    Mutant("security.py", "    if not _inside(identity, packages):", "    if False:", (SECURITY,)),
+    Mutant(
+        "security.py", "if not (identity in components() or _inside(identity, packages)):", "if False:", (SECURITY,)
+    ),
+    Mutant("security.py", "(identity in components() or", "(_inside(identity, ['d1lit']) or", (SECURITY,)),
     Mutant("security.py", "is not found:", "is None:", (SECURITY,)),
-    Mutant("security.py", "if not resolved.is_relative_to(root):", "if False:", (SECURITY,)),
+    Mutant("foreign.py", 'and not word.startswith("-")]', "]", (SECURITY,)),
+    Mutant("foreign.py", "resolve=False", "resolve=True", (SECURITY,)),
     Mutant("security.py", "_SECRET_VALUES.sub(REDACTED, text)", "text", (SECURITY,)),
+    Mutant(
+        "running.py",
+        "redact(OmegaConf.to_container(config, resolve=True))",
+        "OmegaConf.to_container(config, resolve=True)",
+        (SECURITY,),
+    ),
     Mutant("tasks/reading.py", "if len(line) > MAX_LINE_BYTES:", "if False:", ("tests/test_tasks_reading.py",)),
+    Mutant("tasks/reading.py", "if len(str(values)) > MAX_LINE_BYTES:", "if False:", ("tests/test_tasks_reading.py",)),
+    Mutant("tasks/reading.py", "and not found.startswith(asked):", "and False:", ("tests/test_tasks_reading.py",)),
     Mutant(
         "rewards/arithmetic.py", "if len(text) > LONGEST_EXPRESSION:", "if False:", ("tests/test_rewards_parts.py",)
     ),

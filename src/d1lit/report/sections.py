@@ -17,7 +17,7 @@ from d1lit.report.markup import Markup, join, table, tag
 from d1lit.report.player import part_words, player
 from d1lit.report.runs import Row, Run, Scalars
 from d1lit.report.tables import number, percent, percent_interval
-from d1lit.security import redact, redact_text
+from d1lit.security import redact
 from d1lit.statistics import Interval
 
 MOST_SAMPLES = 8
@@ -330,9 +330,7 @@ def _change(before: Row, after: Row, names: tuple[str, str]) -> Markup:
 def repeat_section(run: Run) -> Markup:
     """The command, the machine, and the whole configuration."""
     environment = run.environment
-    said = " ".join(
-        shlex.quote(redact_text(word)) for word in run.overrides if not word.startswith(("run_dir=", "resume="))
-    )
+    said = " ".join(shlex.quote(word) for word in redact(run.overrides) if not word.startswith(("run_dir=", "resume=")))
     commit = environment.get("commit")
     steps = [f"git checkout {commit}"] if commit else []
     command = "\n".join([*steps, f"python train.py {said}".strip()])

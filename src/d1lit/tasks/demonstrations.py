@@ -16,8 +16,8 @@ _S1K: tuple[tuple[str, str], ...] = (
 """Columns of thinking and final answer: s1K, s1K-1.1 (two authors; the first one is taken), and a common short form."""
 
 
-def read_demonstrations(location: str, key: str, columns: Columns) -> list[dict[str, Any]]:
-    """Rows with `question` and `completion`, from a file or the hub.
+def read_demonstrations(location: str, key: str, columns: Columns) -> tuple[list[dict[str, Any]], str | None]:
+    """Rows with `question` and `completion`, from a file or the hub, and the commit of the latter.
 
     Rows that have the columns of s1K become `<reasoning>thinking</reasoning>`, a newline, `<answer>attempt</answer>`,
     as d1 writes them. Other rows must have the columns that `columns` names for `question` and `completion`; a
@@ -29,7 +29,8 @@ def read_demonstrations(location: str, key: str, columns: Columns) -> list[dict[
     taken: dict[str, Any] = {name: name for pair in _S1K for name in pair}
     taken |= {"question": columns.get("question", ("question", "prompt"))}
     taken |= {"completion": columns.get("completion", "completion")}
-    return [_demonstration(row) for row in read_rows(location, key, taken, ("question",), "train")]
+    rows = read_rows(location, key, taken, ("question",), "train")
+    return [_demonstration(row) for row in rows], rows[0].commit
 
 
 def _demonstration(row: Row) -> dict[str, Any]:

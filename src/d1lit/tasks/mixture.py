@@ -144,6 +144,11 @@ class MixedTask:
         parts = [task.overlap for task in self.tasks.values()]
         return Overlap(**{f.name: sum(getattr(part, f.name) for part in parts) for f in fields(Overlap)})
 
+    @property
+    def commits(self) -> dict[str, str | None]:
+        """The members' commits, by name and key."""
+        return {f"{name} {key}": commit for name, task in self.tasks.items() for key, commit in task.commits.items()}
+
     def rows(self, split: Split) -> list[dict[str, Any]]:
         """Examples of a split: train in the stated shares, the others each once."""
         own = {name: [{**row, "task": name} for row in task.rows(split)] for name, task in self.tasks.items()}

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +20,10 @@ MAX_LINE_BYTES = 16 * 2**20
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _ARCHIVES = (".gz", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z")
 _ARCHIVE_MAGIC = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf")
-_HUB_ID = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<subset>[\w.-]+))?(:(?P<split>[\w.-]+))?")
+_HUB_ID = re.compile(
+    r"(?P<path>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<subset>[\w.-]+))?(:(?P<split>[\w.-]+))?"
+)
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _CHECKS_VERSION = 1  # part of the cache's name: raise it when a check is added
 _BOM = b"\xef\xbb\xbf"
 
@@ -32,6 +35,8 @@ class Row:
     place: str
     """Where it stands: "task.train_data: FILE:LINE"."""
     values: Mapping[str, Any]
+    commit: str | None = None
+    """Of the hub's data set; None for a file."""
 
 
 def read_rows(location: str, key: str, columns: Columns, required: Sequence[str], default_split: str) -> list[Row]:
@@ -40,7 +45,7 @@ def read_rows(location: str, key: str, columns: Columns, required: Sequence[str]
     A file is checked line by line once; `datasets` keeps the checked rows in its cache under the file's sha256.
 
     Args:
-        location: a path, or a hub id as `owner/name[:subset[:split]]`.
+        location: a path, or a hub id as `owner/name[@revision][:subset[:split]]`.
         key: the configuration key that named the location, for messages.
         columns: which column each field is read from; a field not listed is read from the column of its own name.
         required: fields that every row must have.
@@ -50,6 +55,7 @@ def read_rows(location: str, key: str, columns: Columns, required: Sequence[str]
         ValueError: one line, for whatever is wrong with the location or a row.
     """
     path = Path(location).expanduser()
+    commit = None
     if path.is_file():
         found = _file_rows(path, key)
     elif path.exists():
@@ -61,8 +67,8 @@ def read_rows(location: str, key: str, columns: Columns, required: Sequence[str]
             f"{key}: no file {location}. Try: an existing path, a hub id owner/name, or {key}=builtin [E301]"
         )
     else:
-        found = _hub_rows(location, key, default_split)
-    rows = [Row(place, _fields(values, place, key, columns, required)) for place, values in found]
+        commit, found = _hub_rows(location, key, default_split)
+    rows = [Row(place, _fields(values, place, key, columns, required), commit) for place, values in found]
     if not rows:
         raise ValueError(f"{key}: {location} holds no rows. Try: another file, or {key}=builtin [E305]")
     return rows
@@ -277,24 +283,40 @@ def _parquet_rows(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ValueError(
             f"{key}: {path}: cannot be read as parquet ({_first_line(failure)}). Try: write it again [E302]"
         ) from None
-    return ((f"{key}: {path}:{number}", dict(values)) for number, values in enumerate(table, start=1))
+    return _table_rows(table, f"{key}: {path}")
 
 
-def _hub_rows(location: str, key: str, default_split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _table_rows(table: Iterable[Mapping[str, Any]], place: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, values in enumerate(table, start=1):
+        if len(str(values)) > MAX_LINE_BYTES:
+            raise ValueError(f"{place}:{number}: the row is longer than {MAX_LINE_BYTES} bytes. Try: shorten it [E302]")
+        yield f"{place}:{number}", dict(values)
+
+
+def _hub_rows(location: str, key: str, default_split: str) -> tuple[str | None, Iterator[tuple[str, dict[str, Any]]]]:
+    """The commit of a hub data set, and its rows; none of it is fetched where its card says that it is too large."""
     match = _HUB_ID.fullmatch(location)
     if match is None:
         raise ValueError(
-            f"{key}: {location!r} is neither a file nor a hub id. Try: a path, or owner/name[:subset[:split]] [E301]"
+            f"{key}: {location!r} is neither a file nor a hub id. "
+            "Try: a path, or owner/name[@revision][:subset[:split]] [E301]"
         )
     split = match["split"] or default_split
 
-    def load() -> Any:
-        from datasets import load_dataset
+    def load() -> tuple[str | None, Any]:
+        from datasets import load_dataset_builder
 
-        return load_dataset(match["path"], match["subset"], split=split)
+        builder = load_dataset_builder(match["path"], match["subset"], revision=match["revision"])
+        asked, found = match["revision"] or "", str(builder.hash)
+        if _COMMIT.fullmatch(asked) and not found.startswith(asked):  # out of the cache, without a connection
+            raise ValueError(f"the cache holds commit {found} of it")
+        _check_size(builder.info)
+        builder.download_and_prepare()
+        _check_size(builder.info)
+        return builder.hash, builder.as_dataset(split=split)
 
     try:
-        table = _quietly(load)
+        commit, table = _quietly(load)
     except (ConnectionError, OSError) as failure:
         if type(failure).__name__ == "DatasetNotFoundError":
             raise ValueError(
@@ -308,7 +330,13 @@ def _hub_rows(location: str, key: str, default_split: str) -> Iterator[tuple[str
             f"{key}: {location} cannot be loaded ({_first_line(failure)}). "
             f"Try: owner/name:subset:split, or {key}=PATH [E306]"
         ) from None
-    return ((f"{key}: {location}:{number}", dict(values)) for number, values in enumerate(table, start=1))
+    return commit, _table_rows(table, f"{key}: {location}")
+
+
+def _check_size(info: Any) -> None:
+    size = max(info.download_size or 0, info.dataset_size or 0)
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"{size} bytes, more than {MAX_FILE_BYTES}")
 
 
 def _first_line(failure: Exception) -> str:

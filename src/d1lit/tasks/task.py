@@ -80,7 +80,7 @@ class Task:
     Args:
         name: what the task is called in tables, before any `-synthetic`.
         source: generator of built-in rows and reader of data rows.
-        train_data: `builtin`, a path, or a hub id `owner/name[:subset[:split]]`.
+        train_data: `builtin`, a path, or a hub id `owner/name[@revision][:subset[:split]]`.
         test_data: the same for the test rows; every row is kept, in order.
         columns: column of each field in the data.
         num_builtin: how many rows `builtin` generates for `train` (validation included) and `test`.
@@ -189,6 +189,11 @@ class Task:
         """What was done to keep the splits apart."""
         return self._splits.overlap
 
+    @cached_property
+    def commits(self) -> dict[str, str | None]:
+        """Commit of what was read so far, by the key that names it; None for a file."""
+        return {}
+
     def encode(self, split: Split, tokenizer: Any) -> tuple[list[list[int]], list[Example], int]:
         """Prompt ids of a split, the rows kept, and how many were dropped as too long (never any of test).
 
@@ -245,7 +250,7 @@ class Task:
         One in a hundred is held out, as in d1 (SFT/sft_train.py); there by a shuffle, here by a hash of the question.
         """
         key = "task.demonstration_data"
-        found = read_demonstrations(self.demonstration_data, key, self.demonstration_columns)
+        found, self.commits[key] = read_demonstrations(self.demonstration_data, key, self.demonstration_columns)
         test = {"".join(row["question"].split()) for row in self.rows("test")}
         kept = [row for row in found if "".join(row["question"].split()) not in test]
         if not kept:
@@ -307,7 +312,9 @@ class Task:
             return [self._with_id(row) for row in rows], 0, 0
         found: list[tuple[Row, dict[str, Any]]] = []
         other = unanswered = 0
-        for row in read_rows(location, key, self.columns, self.source.required, split):
+        read = read_rows(location, key, self.columns, self.source.required, split)
+        self.commits[key] = read[0].commit
+        for row in read:
             try:
                 example = self.source.example(row.values, row.place)
             except NoAnswer:
