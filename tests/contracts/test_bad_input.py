@@ -99,6 +99,7 @@ CASES: dict[str, tuple[str, str, str]] = {
     "sequence bound under a token clip": ("estimator=espo loss=clipped", "loss", "allow_unsound_pair"),
     "steps under a sequence loss": ("estimator=one_step loss=dmpo", "loss", "refused"),
     "StableDRL without its bound": ("estimator=elbo loss=stable_drl", "loss", "spg"),
+    "complements without a mirror": ("recipe=sft schedule=cosine stages.sft.module.complementary=true", "stages.sft.module.complementary", "schedule=linear"),
     "reward without a weight": ("~reward.weights.solved", "reward.weights", "solved"),
     # missing things
     "missing data file": ("task.train_data=/nowhere/rows.jsonl", "task.train_data", "/nowhere/rows.jsonl"),

@@ -51,17 +51,6 @@ class MaskedSFT(L.LightningModule):
         complementary: bool = False,
     ) -> None:
         super().__init__()
-        middle = torch.tensor([0.3])
-        if complementary and abs(float(schedule.mask_prob(middle) + schedule.mask_prob(1 - middle)) - 1) > 0.01:
-            raise ValueError(
-                f"module.complementary: {type(schedule).__name__} does not hide at 1 - t what it shows at t, so the "
-                "complement of a mask has no weight. Try: schedule=linear"
-            )
-        if complementary and isinstance(mask, BlockMask | ExactCountMask):
-            raise ValueError(
-                f"module.complementary: what {type(mask).__name__} leaves visible follows another law than what it "
-                "hides. Try: module.mask._target_=d1lit.masking.BernoulliMask"
-            )
         self.policy = policy
         self.schedule = schedule
         self.times = times
@@ -82,6 +71,27 @@ class MaskedSFT(L.LightningModule):
         self.meter = Meter(policy.work)
         self.cost = StageCost()
         self.strict_loading = False  # frozen weights are not in a checkpoint: the stage starts from them
+
+    @staticmethod
+    def check(schedule: Schedule, mask: Any, complementary: bool = False, **others: Any) -> None:
+        """Refuse what has no meaning, before there is a network.
+
+        Raises:
+            ValueError: naming the key, the value and the cure.
+        """
+        if not complementary:
+            return
+        middle = torch.tensor([0.3])
+        if abs(float(schedule.mask_prob(middle) + schedule.mask_prob(1 - middle)) - 1) > 0.01:
+            raise ValueError(
+                f"module.complementary: {type(schedule).__name__} does not hide at 1 - t what it shows at t, so the "
+                "complement of a mask has no weight. Try: schedule=linear"
+            )
+        if isinstance(mask, BlockMask | ExactCountMask):
+            raise ValueError(
+                f"module.complementary: what {type(mask).__name__} leaves visible follows another law than what it "
+                "hides. Try: module.mask._target_=d1lit.masking.BernoulliMask"
+            )
 
     def training_step(self, batch: CompletionBatch, batch_idx: int) -> Tensor:
         """Hide, predict, weigh."""
