@@ -160,11 +160,11 @@ def test_losses_say_what_they_need(name: str) -> None:
     loss = LOSSES[name]
     inputs, _ = make_inputs(name in SEQUENCE_LOSSES)
     spared = inputs
-    if not loss.needs_reference:
+    if not loss.traits.needs_reference:
         spared = replace(spared, ref=None)
-    if not loss.needs_entropy:
+    if not loss.traits.needs_entropy:
         spared = replace(spared, entropy=None)
-    if not loss.needs_old:
+    if not loss.traits.needs_old:
         spared = replace(spared, old=None)
     torch.testing.assert_close(loss(spared)[0], loss(inputs)[0])
 
@@ -370,8 +370,6 @@ def test_preference_loss_longhand_and_ties() -> None:
     loss, _ = PreferenceLoss(0.2, terms.unit_length)(inputs)
     assert float(loss) == pytest.approx(total / (N / 2), abs=1e-5)
     assert not bool(_gradient(loss, leaf)[4:6].any())
-    with pytest.raises(ValueError, match=r"^group_size: "):
-        PreferenceLoss(0.2, terms.unit_length)(replace(inputs, group_size=4))
 
 
 def test_linear_bound_of_bgpo_survives_where_its_logarithm_would_not() -> None:
@@ -402,10 +400,8 @@ def test_off_policy_filter_drops_only_bad_rollouts_that_were_left() -> None:
 
 
 def test_stable_drl_names_the_estimator_it_wants() -> None:
-    inputs, _ = make_inputs(sequence=True)
-    bare = LogProbs(inputs.logprobs.value, inputs.logprobs.weight)
     with pytest.raises(ValueError, match=r"^loss: StableDRLLoss .* Try: estimator=spg"):
-        StableDRLLoss(5.0)(replace(inputs, logprobs=bare))
+        check_pair(ELBOEstimator(2, score_padding=False), StableDRLLoss(5.0), allow=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- supervised
@@ -477,6 +473,16 @@ def test_other_impossible_pairs_are_refused_too() -> None:
         check_pair(ELBOEstimator(2, False), LOSSES["vespo"])
     with pytest.raises(ValueError, match="not view ones"):
         check_pair(MaskwiseELBOEstimator(2, False), SEQUENCE_LOSSES["dmpo"])
+
+
+@pytest.mark.parametrize("wrapper", [partial(OffPolicyFilter, threshold=0.1), partial(WithSupervised, gamma=0.1)])
+def test_a_wrapper_hides_nothing_of_what_it_wraps(wrapper: Any) -> None:
+    wrapped = wrapper(SEQUENCE_LOSSES["stable_drl"])
+    with pytest.raises(ValueError, match=r"the loss reads elbo, .* Try: estimator=spg"):
+        check_pair(ELBOEstimator(2, False), wrapped)
+    assert wrapper(PreferenceLoss(0.2, terms.unit_length)).traits.group_size == 2
+    order = OrderClippedLoss(0.2, 0.2, 1.0, scored_units)
+    assert LikelyTokenFilter(wrapper(order), 0.1).traits.needs_parts == {"tokens", "order", "of_step"}
 
 
 @pytest.mark.parametrize(

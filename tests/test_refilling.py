@@ -17,16 +17,19 @@ from d1lit.data import BatchPlan, PromptCycles, moved, prompt_batch
 from d1lit.estimators import spg
 from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.losses.clipped import ClippedPolicyLoss
+from d1lit.losses.joint import WithSupervised
 from d1lit.losses.policy_gradient import ReinforceLoss
-from d1lit.losses.terms import KLEstimator, absolute, k1, k2, k3, token_mean
+from d1lit.losses.terms import KLEstimator, absolute, k1, k2, k3, token_mean, unit_length
+from d1lit.losses.weighted import PreferenceLoss
 from d1lit.modules import DiffuGRPO
 from d1lit.modules.refilling import Judged, group_sources, lacks_spread, refilled
 from d1lit.rewards.parts import RewardParts
 from d1lit.scoring import score
-from d1lit.types import LogProbs, RewardBatch, Rollout, Verdict
+from d1lit.types import LogProbs, PolicyLoss, RewardBatch, Rollout, Verdict
 from tests.end_to_end.small import EOS, EvenTokens, make_module, prompt_rows, quiet, sampler, small_policy
 
 G = 3
+PREFERENCE = PreferenceLoss(0.2, unit_length)
 
 
 def rewards_of(spread: list[bool]) -> RewardBatch:
@@ -194,6 +197,14 @@ def test_impossible_values_are_refused(changes: dict[str, Any], cause: str) -> N
         estimator, loss = OneStepEstimator(0.1, 1, False), ClippedPolicyLoss(0.2, 0.2, 0.0, k3, token_mean)
     with pytest.raises(ValueError, match=rf"^module\.{cause}.*Try: "):
         DiffuGRPO.check(estimator, loss, sampler(), group_size=2, num_inner_updates=1, **changes)
+
+
+@pytest.mark.parametrize("loss", [PREFERENCE, WithSupervised(PREFERENCE, 0.1)])
+def test_preferences_are_between_two(loss: PolicyLoss) -> None:
+    estimator = OneStepEstimator(0.1, 1, False)
+    DiffuGRPO.check(estimator, loss, sampler(), group_size=2, num_inner_updates=1)
+    with pytest.raises(ValueError, match=r"^module\.group_size: 4, but \w+ takes 2\. Try: 2"):
+        DiffuGRPO.check(estimator, loss, sampler(), group_size=4, num_inner_updates=1)
 
 
 def test_traces_do_not_mix() -> None:

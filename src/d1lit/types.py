@@ -212,13 +212,31 @@ class Scores:
     """Entropy of the prediction at each scored position, on request."""
 
 
+@dataclass(frozen=True)
+class EstimatorTraits:
+    """What an estimator says of itself: what cannot go with it is refused before a model loads."""
+
+    unit: Unit
+    """What one column of the likelihood stands for."""
+    needs_trace: bool = False
+    """It replays the steps at which the sampler committed the tokens."""
+    needs_advantages: bool = False
+    """Its likelihood depends on the advantages."""
+    is_mean_field: bool = False
+    """All tokens are scored in one view, as if they were independent of each other."""
+    is_upper_bound: bool = False
+    """Nothing but an upper bound speaks for rollouts without a positive advantage."""
+    parts: frozenset[str] = frozenset()
+    """Names in `LogProbs.parts`."""
+
+
 @runtime_checkable
 class LogProbEstimator(Protocol):
     """Turns a rollout into noised views, and the network's verdict on them into a likelihood. Never calls a network."""
 
     @property
-    def unit(self) -> Unit:
-        """What one column of the likelihood stands for."""
+    def traits(self) -> EstimatorTraits:
+        """What it is and needs; a class attribute where it does not depend on the fields."""
         ...
 
     def corrupt(self, context: Context) -> Corruption:
@@ -303,28 +321,31 @@ class LossInputs:
     """Rollouts in the GLOBAL batch of this update."""
 
 
+@dataclass(frozen=True)
+class LossTraits:
+    """What a policy loss says of itself: passes nobody wants are not made, and senseless pairs are refused."""
+
+    units: frozenset[str]
+    """Units of likelihood that the loss makes sense of."""
+    needs_old: bool = False
+    """It reads the log-probs of the policy that sampled."""
+    needs_reference: bool = False
+    """It reads those of the reference policy."""
+    needs_entropy: bool = False
+    """It reads the entropy of the predictions."""
+    needs_parts: frozenset[str] = frozenset()
+    """Parts of the estimator's likelihood that it reads."""
+    group_size: int | None = None
+    """The one group size it makes sense of; None: any."""
+
+
 @runtime_checkable
 class PolicyLoss(Protocol):
     """A scalar to minimise, and what to log. Sums over its rollouts divided by GLOBAL counts: micro-batches add up."""
 
     @property
-    def units(self) -> frozenset[str]:
-        """Units of likelihood that the loss makes sense of."""
-        ...
-
-    @property
-    def needs_old(self) -> bool:
-        """Whether it reads the log-probs of the policy that sampled."""
-        ...
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether it reads those of the reference policy."""
-        ...
-
-    @property
-    def needs_entropy(self) -> bool:
-        """Whether it reads the entropy of the predictions."""
+    def traits(self) -> LossTraits:
+        """What it is and needs; a class attribute where it does not depend on the fields."""
         ...
 
     def __call__(self, inputs: LossInputs) -> tuple[Float[Tensor, ""], Metrics]:

@@ -100,6 +100,7 @@ CASES: dict[str, tuple[str, str, str]] = {
     "steps under a sequence loss": ("estimator=one_step loss=dmpo", "loss", "refused"),
     "StableDRL without its bound": ("estimator=elbo loss=stable_drl", "loss", "spg"),
     "complements without a mirror": ("recipe=sft schedule=cosine stages.sft.module.complementary=true", "stages.sft.module.complementary", "schedule=linear"),
+    "preferences between many": ("loss=dpo stages.grpo.module.group_size=4", "stages.grpo.module.group_size", "takes 2"),
     "reward without a weight": ("~reward.weights.solved", "reward.weights", "solved"),
     # missing things
     "missing data file": ("task.train_data=/nowhere/rows.jsonl", "task.train_data", "/nowhere/rows.jsonl"),

@@ -162,7 +162,7 @@ class DiffuGRPO(L.LightningModule):
         check_trajectory(estimator, sampler)
         if num_refills < 0:
             raise ValueError(f"module.num_refills: {num_refills} is below 0. Try: 0 (no dynamic sampling), or 2")
-        if kl_in_reward < 0 or (kl_in_reward and getattr(estimator, "needs_advantages", False)):
+        if kl_in_reward < 0 or (kl_in_reward and estimator.traits.needs_advantages):
             cause = f"{kl_in_reward} is below 0" if kl_in_reward < 0 else f"{type(estimator).__name__} needs advantages"
             raise ValueError(f"module.kl_in_reward: {cause}, which come after the reward. Try: loss.beta, or 0")
         if num_inner_updates < 1:
@@ -170,9 +170,12 @@ class DiffuGRPO(L.LightningModule):
         if reference_sync_every is not None and reference_sync_every < 1:
             cause = f"module.reference_sync_every: {reference_sync_every} is below 1"
             raise ValueError(f"{cause}. Try: 1 or more optimizer steps, or null for a reference that stays")
-        if reference_sync_every is not None and not (kl_in_reward or getattr(loss, "needs_reference", False)):
+        if reference_sync_every is not None and not (kl_in_reward or loss.traits.needs_reference):
             cause = f"module.reference_sync_every: {reference_sync_every}, but this loss has no reference to move"
             raise ValueError(f"{cause}. Try: loss.beta=0.04, or null")
+        if loss.traits.group_size not in (None, group_size):
+            cause = f"module.group_size: {group_size}, but {type(loss).__name__} takes {loss.traits.group_size}"
+            raise ValueError(f"{cause}. Try: {loss.traits.group_size} [E207]")
         if group_size < 2:
             raise ValueError(
                 f"module.group_size: {group_size} leaves nothing to compare a rollout with (advantages would be 0). "
@@ -280,7 +283,7 @@ class DiffuGRPO(L.LightningModule):
         """Log-probs of a rollout under the corruption of one inner update: the same views for old, ref and current."""
         context = self._context(rollout, advantages, step, inner)
         corruption = self.estimator.corrupt(context)
-        wants_entropy = self.loss.needs_entropy
+        wants_entropy = self.loss.traits.needs_entropy
         scores = score(self.policy, rollout, corruption, wants_entropy, views_per_chunk=self.views_per_chunk)
         return self.estimator.combine(scores.logprobs, corruption, context), scores
 
@@ -301,11 +304,11 @@ class DiffuGRPO(L.LightningModule):
             contexts = [self._context(part, advantage, step, inner) for inner in inners]
             corruptions = [self.estimator.corrupt(context) for context in contexts]
             # At inner update 0 the policy is the old one.
-            needs_old = [self.loss.needs_old and (i > 0 or self.inner_index_by_micro_batch) for i in inners]
+            needs_old = [self.loss.traits.needs_old and (i > 0 or self.inner_index_by_micro_batch) for i in inners]
             found = iter(self._likelihoods(list(compress(contexts, needs_old)), list(compress(corruptions, needs_old))))
             old = tuple(next(found) if needs else None for needs in needs_old)
             ref: tuple[LogProbs | None, ...] = (None,) * self.num_inner_updates
-            if self.loss.needs_reference:
+            if self.loss.traits.needs_reference:
                 with self.policy.reference():
                     ref = tuple(self._likelihoods(contexts, corruptions))
             units = tuple(self._unit_weight(c, context) for c, context in zip(corruptions, contexts, strict=True))
