@@ -370,6 +370,34 @@ class Schedule(Protocol):
         ...
 
 
+@runtime_checkable
+class TimeSampler(Protocol):
+    """How the times of a batch are drawn."""
+
+    def __call__(
+        self, draws: Draws, row_ids: Int[Tensor, " n"], places: Int[Tensor, " n"], num_places: int
+    ) -> Float[Tensor, " n"]:
+        """One time for each row; `places` are the rows' places 0 .. num_places - 1 in the GLOBAL batch."""
+        ...
+
+
+@runtime_checkable
+class MaskRule(Protocol):
+    """Which tokens are hidden at a given mask probability."""
+
+    def __call__(
+        self, draws: Draws, row_ids: Int[Tensor, " n"], mask_prob: Float[Tensor, " n"], is_maskable: Bool[Tensor, "n T"]
+    ) -> Bool[Tensor, "n T"]:
+        """True where a token is hidden."""
+        ...
+
+    def weight(
+        self, draws: Draws, row_ids: Int[Tensor, " n"], mask_prob: Float[Tensor, " n"], is_maskable: Bool[Tensor, "n T"]
+    ) -> Float[Tensor, "n T"]:
+        """Factor on the schedule's weight of each token; 1 where each is hidden with probability `mask_prob`."""
+        ...
+
+
 # -------------------------------------------------------------------------------------------------------------- network
 
 

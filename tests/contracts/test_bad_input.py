@@ -115,6 +115,7 @@ CASES: dict[str, tuple[str, str, str]] = {
     "target in no module": ("loss._target_=nowhere.Loss", "loss._target_", "nowhere"),
     "target of another kind": ("estimator=unigrpo estimator._target_=d1lit.schedules.LinearSchedule", "estimator._target_", "LogProbEstimator"),
     "schedule for an estimator": ("stages.grpo.module.estimator={_target_:d1lit.schedules.LinearSchedule}", "stages.grpo.module.estimator._target_", "LogProbEstimator"),
+    "mask of another kind": ("stages.sft.module.mask={_target_:d1lit.schedules.LinearSchedule}", "stages.sft.module.mask._target_", "MaskRule"),
     "callback of another kind": ("+callbacks.mine={_target_:d1lit.schedules.LinearSchedule}", "callbacks.mine._target_", "Callback"),
     "logger of another kind": ("~logger.default_hp_metric logger._target_=d1lit.modules.optimizing.constant", "logger._target_", "Logger"),
     "optimizer of another kind": ("stages.grpo.optimizer._target_=torch.nn.Linear", "stages.grpo.optimizer.lr", "argument"),

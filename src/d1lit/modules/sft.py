@@ -23,7 +23,7 @@ from d1lit.modules.optimizing import (
     seed_dropout,
     trainable_state,
 )
-from d1lit.types import Schedule
+from d1lit.types import MaskRule, Metrics, Schedule, TimeSampler
 
 
 class MaskedSFT(L.LightningModule):
@@ -37,9 +37,9 @@ class MaskedSFT(L.LightningModule):
         self,
         policy: Policy,
         schedule: Schedule,
-        times: Any,
-        validation_times: Any,
-        mask: Any,
+        times: TimeSampler,
+        validation_times: TimeSampler,
+        mask: MaskRule,
         loss: MaskedCrossEntropy,
         optimizer: OptimizerFactory,
         lr_schedule: ScheduleFactory,
@@ -73,7 +73,7 @@ class MaskedSFT(L.LightningModule):
         self.strict_loading = False  # frozen weights are not in a checkpoint: the stage starts from them
 
     @staticmethod
-    def check(schedule: Schedule, mask: Any, complementary: bool = False, **others: Any) -> None:
+    def check(schedule: Schedule, mask: MaskRule, complementary: bool = False, **others: Any) -> None:
         """Refuse what has no meaning, before there is a network.
 
         Raises:
@@ -101,7 +101,7 @@ class MaskedSFT(L.LightningModule):
         # The loss is this micro-batch's share of the global one; Lightning averages over micro-batches and ranks.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
-    def masked_loss(self, batch: CompletionBatch, draws: CounterDraws, times: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def masked_loss(self, batch: CompletionBatch, draws: CounterDraws, times: TimeSampler) -> tuple[Tensor, Metrics]:
         """Weighted cross-entropy of the hidden tokens; with complements, the mean over both masks of the pair."""
         t = times(draws, batch.row_ids, batch.row_ids, batch.num_rows)
         where = draws, batch.row_ids, self.schedule.mask_prob(t), batch.is_target
@@ -117,7 +117,7 @@ class MaskedSFT(L.LightningModule):
 
     def _view_loss(
         self, batch: CompletionBatch, is_masked: Tensor, t: Tensor, factor: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Metrics]:
         """The loss under one mask; the head sees the positions that are hidden and scored."""
         noised_ids = apply_mask(batch.ids, is_masked, self.policy.mask_token_id)
         hidden = self.policy.hidden(noised_ids, batch.attention)
