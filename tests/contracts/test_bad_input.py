@@ -74,6 +74,8 @@ CASES: dict[str, tuple[str, str, str]] = {
     "no inner updates": ("stages.grpo.module.num_inner_updates=0", "stages.grpo.module.num_inner_updates", "1 or more"),
     "reference synced every 0 updates": ("loss.beta=0.04 stages.grpo.module.reference_sync_every=0", "stages.grpo.module.reference_sync_every", "1 or more"),
     "no reference that could be synced": ("stages.grpo.module.reference_sync_every=64", "stages.grpo.module.reference_sync_every", "loss.beta"),
+    "reference moved too far": ("loss.beta=0.04 stages.grpo.module.reference_sync_every=1 +stages.grpo.module.reference_sync_weight=2.0", "stages.grpo.module.reference_sync_weight", "[0, 1]"),
+    "chunks of no view": ("stages.grpo.module.views_per_chunk=0", "stages.grpo.module.views_per_chunk", "null"),
     "batch not divisible": ("stages.grpo.batch_size=6 stages.grpo.micro_batch_size=4", "stages.grpo.batch_size", "multiple"),
     "learning rate below 0": ("stages.grpo.optimizer.lr=-1e-4", "stages.grpo.optimizer.lr", "0 or more"),
     "beta of Adam at 2": ("stages.grpo.optimizer.betas=[0.9,2.0]", "stages.grpo.optimizer", "beta"),

@@ -83,7 +83,7 @@ def _read_adapter(path: str, family: str, revision: str | None = None) -> tuple[
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(
-                f"model.adapter: {folder} holds no {name}. Try a folder that PEFT or d1lit has written [E405]"
+                f"model.adapter: {folder} holds no {name}. Try: a folder that PEFT or d1lit has written [E405]"
             )
     raw = json.loads((folder / _CONFIG).read_text())
     if raw.get("peft_type") != "LORA":
@@ -119,7 +119,7 @@ def _fill_adapter(adapted: PeftModel, tensors: dict[str, Tensor], path: str) -> 
     if wrong:
         raise ValueError(
             f"model.adapter: the adapter in {path} does not fit the model, first at {wrong[0]}. "
-            "Try the base model it was trained on and the same lora settings [E405]"
+            "Try: the base model it was trained on and the same lora settings [E405]"
         )
     for name, tensor in wanted.items():
         tensor.copy_(tensors[name])

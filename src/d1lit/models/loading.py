@@ -44,7 +44,7 @@ def find_folder(path: str, revision: str | None = None, key: str = "model.path",
         raise ValueError(f"{key}: {path} is a file. Try: its folder, with config.json and *.safetensors [E401]")
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise ValueError(
-            f"{key}: there is no folder {path}. Try an existing folder or a hub id such as owner/name [E401]"
+            f"{key}: there is no folder {path}. Try: an existing folder or a hub id such as owner/name [E401]"
         )
     wanted = [pattern for pattern in _HUB_FILES if weights or pattern != "*.safetensors"]
     try:
@@ -53,7 +53,7 @@ def find_folder(path: str, revision: str | None = None, key: str = "model.path",
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{key}: {path} is neither a folder here nor reachable on the hub ({cause}). "
-            "Try the path of a folder that holds the model [E401]"
+            "Try: the path of a folder that holds the model [E401]"
         ) from error
 
 
@@ -62,12 +62,12 @@ def load_config(folder: Path, key: str = "model.path") -> MaskedDiffusionConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(
-            f"{key}: {folder} holds no config.json, so it is no model folder. Try the folder above or below [E401]"
+            f"{key}: {folder} holds no config.json, so it is no model folder. Try: the folder above or below [E401]"
         )
     try:
         raw = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{key}: {file} is not valid JSON ({error}). Try copying the model again [E403]") from error
+        raise ValueError(f"{key}: {file} is not valid JSON ({error}). Try: copying the model again [E403]") from error
     return read_config(raw, str(folder))
 
 
@@ -81,7 +81,7 @@ def shard_files(folder: Path, key: str = "model.path") -> list[Path]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ValueError(
-            f"{key}: {folder} lacks {', '.join(missing)}. Try downloading the missing weights (safetensors) [E403]"
+            f"{key}: {folder} lacks {', '.join(missing)}. Try: downloading the missing weights (safetensors) [E403]"
         )
     return files
 

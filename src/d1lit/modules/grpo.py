@@ -148,6 +148,8 @@ class DiffuGRPO(L.LightningModule):
         group_size: int,
         num_inner_updates: int,
         reference_sync_every: int | None = None,
+        reference_sync_weight: float = 1.0,
+        views_per_chunk: int | None = None,
         allow_unsound_pair: bool = False,
         num_refills: int = 0,
         kl_in_reward: float = 0.0,
@@ -173,6 +175,11 @@ class DiffuGRPO(L.LightningModule):
         if reference_sync_every is not None and not (kl_in_reward or loss.traits.needs_reference):
             cause = f"module.reference_sync_every: {reference_sync_every}, but this loss has no reference to move"
             raise ValueError(f"{cause}. Try: loss.beta=0.04, or null")
+        if not 0 <= reference_sync_weight <= 1:
+            cause = f"module.reference_sync_weight: {reference_sync_weight} is not in [0, 1]"
+            raise ValueError(f"{cause}. Try: 1, which copies the policy")
+        if views_per_chunk is not None and views_per_chunk < 1:
+            raise ValueError(f"module.views_per_chunk: {views_per_chunk} is below 1. Try: null (all at once), or 8")
         if loss.traits.group_size not in (None, group_size):
             cause = f"module.group_size: {group_size}, but {type(loss).__name__} takes {loss.traits.group_size}"
             raise ValueError(f"{cause}. Try: {loss.traits.group_size} [E207]")
