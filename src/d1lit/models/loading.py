@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
@@ -19,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from d1lit.models.layouts import from_official_name, official_config, read_config, to_official_name
 from d1lit.models.presets import build_on_meta
 from d1lit.models.transformer import MaskedDiffusionConfig, MaskedDiffusionLM
+from d1lit.processes import is_first
 
 Layout = Literal["d1lit", "official"]
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -187,7 +187,7 @@ def export_model(
     """
     folder = Path(folder)
     tensors = gather(network.named_parameters(remove_duplicate=True))
-    if not is_first_process():
+    if not is_first():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     if layout == "d1lit":
@@ -200,11 +200,6 @@ def export_model(
     return folder
 
 
-def is_first_process() -> bool:
-    """True on the process that writes files."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-
-
 def gather(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Whole tensors on the CPU of the first process, one gathered at a time; nothing on the others.
 
@@ -215,7 +210,7 @@ def gather(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         tensor = tensor.detach()
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
-        if is_first_process():
+        if is_first():
             whole[name] = tensor.cpu().contiguous()
     return whole
 
