@@ -17,7 +17,7 @@ from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.estimators.same_views import SameViews
 from d1lit.estimators.spg import SPGEstimator, hide_all
 from d1lit.losses import ClippedPolicyLoss, MaskedCrossEntropy, SequenceClippedLoss, check_pair, terms, tree
-from d1lit.losses.clipped import completion_tokens, inverse_length
+from d1lit.losses.clipped import inverse_length
 from d1lit.losses.filters import LikelyTokenFilter, OffPolicyFilter, TopEntropyLoss
 from d1lit.losses.joint import OrderClippedLoss, WithSupervised, scored_units
 from d1lit.losses.policy_gradient import (
@@ -47,8 +47,10 @@ TOKEN_LOSSES: dict[str, Any] = {
     "constant_length": clipped(terms.constant_length),
     "dual_clip": clipped(dual_clip=3.0),
     "ratio_cap": clipped(ratio_cap=1.5, weigh_kl=True),
-    "gspo": SequenceClippedLoss(3e-4, 4e-4, 0.04, terms.k3, terms.completion_length),
-    "luspo": SequenceClippedLoss(2e-3, 3e-3, 0.0, terms.k3, terms.completion_length, row_weight=completion_tokens),
+    "gspo": SequenceClippedLoss(3e-4, 4e-4, 0.04, terms.k3, terms.num_completion_tokens),
+    "luspo": SequenceClippedLoss(
+        2e-3, 3e-3, 0.0, terms.k3, terms.num_completion_tokens, row_weight=terms.num_completion_tokens
+    ),
     "cispo": CISPOLoss(1.3, 0.02, terms.k3, terms.token_mean),
     "soft_gate": SoftGateLoss(1.0, 1.05, terms.sequence_mean),
     "reinforce": ReinforceLoss(terms.sequence_sum),

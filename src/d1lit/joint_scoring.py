@@ -6,6 +6,7 @@ view, which is what a group's shared prompt mask makes of an inner update, leave
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol, runtime_checkable
@@ -110,7 +111,8 @@ def corruptions_at_once(count: int, views: int, view_bytes: int, views_per_chunk
     """
     room = FORWARD_BUDGET // view_bytes if view_bytes else 0
     most = max(1, (room if views_per_chunk is None else views_per_chunk) // max(1, views))
-    return -(-count // -(-count // most))
+    num_forwards = math.ceil(count / most)
+    return math.ceil(count / num_forwards)
 
 
 def likelihoods(

@@ -50,6 +50,7 @@ class _Plan:
 
 
 def _plan(corruption: Corruption) -> _Plan:
+    """Turn `view_of` (views of each rollout) round: the scored pairs of each view, and the positions they want."""
     num_views = len(corruption.noised_ids)
     view_of = corruption.view_of.flatten()
     is_scored = corruption.weight.flatten(0, 1) != 0

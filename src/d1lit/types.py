@@ -106,7 +106,8 @@ class Rollout:
     sampled_logprobs: Float[Tensor, "N C"]
     """Log-probability of the chosen token under the distribution it was drawn from (temperature included)."""
     confidence: Float[Tensor, "N C"]
-    """The confidence score by which the position was chosen, when it was committed."""
+    """The score by which the position was chosen when it was committed, in the unit of the sampler's confidence part
+    (a probability, nats, ...)."""
     entropy: Float[Tensor, "N C"]
     """Entropy of the prediction (temperature 1) when the token was committed, in nats."""
     trace: Int[Tensor, "S N C"] | None = None
@@ -209,7 +210,7 @@ class Scores:
     logprobs: Float[Tensor, "N K C"]
     """Log-probability of each target in each view; 0 where its weight is 0."""
     entropy: Float[Tensor, "N K C"] | None = None
-    """Entropy of the prediction at each scored position, on request."""
+    """Entropy of the prediction at each scored position in nats, on request."""
 
 
 @dataclass(frozen=True)
@@ -312,9 +313,11 @@ class LossInputs:
     advantages: Float[Tensor, "..."]
     """[N] or [N U]."""
     rewards: Float[Tensor, " N"]
+    """Weighted sum of each rollout's reward parts."""
     group_size: int
     completion_mask: Bool[Tensor, "N C"]
     entropy: Float[Tensor, "N K C"] | None
+    """Of the current policy's predictions, in nats; None where the loss does not ask for it."""
     num_units: float
     """Total unit weight in the GLOBAL batch of this update, over accumulation and ranks; tokens for token losses."""
     num_rollouts: float

@@ -9,7 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from d1lit.losses.terms import Aggregation, KLEstimator, Scalar, completion_length, log_ratio, per_unit, weighted_mean
+from d1lit.losses.terms import (
+    Aggregation,
+    KLEstimator,
+    Scalar,
+    log_ratio,
+    num_completion_tokens,
+    per_unit,
+    weighted_mean,
+)
 from d1lit.types import LossInputs, LossTraits, Metrics
 
 
@@ -96,9 +104,9 @@ class SequenceClippedLoss:
     beta: float
     kl: KLEstimator
     length: Callable[[LossInputs], Float[Tensor, " N"]]
-    """What a sequence's log-ratio and KL are divided by: `canvas_length`, `completion_length` or `unit_length`."""
+    """What a sequence's log-ratio and KL are divided by: `canvas_length`, `num_completion_tokens` or `unit_length`."""
     row_weight: Callable[[LossInputs], Float[Tensor, " N"]] | None = None
-    """What each sequence's loss is multiplied by: `completion_tokens` (LUSPO in TRL), `inverse_length` (GDPO)."""
+    """What each sequence's loss is multiplied by: `num_completion_tokens` (LUSPO in TRL), `inverse_length` (GDPO)."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -129,11 +137,6 @@ class SequenceClippedLoss:
         return rows.sum() / inputs.num_rollouts, metrics
 
 
-def completion_tokens(inputs: LossInputs) -> Float[Tensor, " N"]:
-    """Tokens of each completion, as a weight."""
-    return inputs.completion_mask.sum(1).to(inputs.rewards.dtype)
-
-
 def inverse_length(inputs: LossInputs) -> Float[Tensor, " N"]:
     """1 / tokens of each completion, as a weight: GDPO's 1/|o| stands outside the ratio."""
-    return 1 / completion_length(inputs)
+    return 1 / num_completion_tokens(inputs)

@@ -18,7 +18,10 @@ def _with_weight(inputs: LossInputs, keep: torch.Tensor) -> LossInputs:
 
 @dataclass(frozen=True)
 class TopEntropyLoss:
-    """Another loss on the tokens of highest entropy only (TRL's `top_entropy_quantile`); counts stay those of all."""
+    """Another loss on the tokens of highest entropy only (TRL's `top_entropy_quantile`); counts stay those of all.
+
+    The quantile is over the tokens of this micro-batch, so what is kept depends on how a batch is cut.
+    """
 
     loss: PolicyLoss
     share: float

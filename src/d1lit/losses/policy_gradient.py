@@ -79,7 +79,7 @@ class CISPOLoss:
 
 @dataclass(frozen=True)
 class SoftGateLoss:
-    """-A (4 / tau) sigmoid(tau (r - 1)) (Soft Adaptive PO, as in TRL's `sapo`): a smooth gate instead of a clip.
+    """-A (4 / tau) sigmoid(tau (r - 1)) (Soft Adaptive PO, read from TRL's `loss_type="sapo"`): a smooth gate, no clip.
 
     Not the step-aware method also called SAPO (arXiv 2510.01544).
     """
@@ -142,7 +142,7 @@ class StableDRLLoss:
         loss = -mean over groups of sum_i w_i A_i bound_i,   w = softmax over the group of clip(ELBO - ELBO_old)
 
     The ratio is clipped whatever the sign of A.
-    Differs from the paper: its code clips from above only, which is the default here too.
+    Differs from the paper, which clips to [0.8, 1.2]: its code clips from above only, at 5, as `loss=stable_drl` does.
     """
 
     ratio_cap: float

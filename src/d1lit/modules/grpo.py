@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from itertools import compress
@@ -21,13 +21,13 @@ from d1lit.losses import check_pair, check_trajectory
 from d1lit.losses.terms import KLEstimator, k1
 from d1lit.models import Policy
 from d1lit.models.sharding import gathered
-from d1lit.modules.accounting import Meter, StageCost, UpdateMetrics, cost_metrics, machine_peak, over_ranks
+from d1lit.modules.accounting import Meter, StageCost, UpdateMetrics, close_update
 from d1lit.modules.experience import (
     Experience,
     all_finite,
     dealt,
     detached,
-    judged,
+    is_judged,
     neutral_totals,
     restored,
     reward_batch,
@@ -41,7 +41,7 @@ from d1lit.modules.optimizing import (
     seed_dropout,
     trainable_state,
 )
-from d1lit.modules.refilling import Judged, lacks_spread, refilled
+from d1lit.modules.refilling import JudgedRollout, lacks_spread, refilled
 from d1lit.processes import gathered as gathered_objects
 from d1lit.processes import gathered_rows
 from d1lit.rewards.parts import RewardParts, outcome_fraction
@@ -203,11 +203,11 @@ class DiffuGRPO(L.LightningModule):
     ) -> list[Experience]:
         """Sample, judge and freeze: everything that does not change over the inner updates of this rollout."""
         self._sync_reference(step)
-        judged = self._judged(prompts, step)
+        judged = self._sample_and_judge(prompts, step)
         for reserve in reserves:
             if not lacks_spread(judged, self.group_size):
                 break
-            more = self._judged(reserve, step)
+            more = self._sample_and_judge(reserve, step)
             judged = refilled(judged, more, self.group_size, self.global_rank, self.trainer.world_size)
         rollout, self.verdicts = judged.rollout, judged.verdicts
         rewards, names = self._with_penalties(judged, step)
@@ -225,8 +225,8 @@ class DiffuGRPO(L.LightningModule):
         """The policy loss of one micro-batch under the corruption of this inner update."""
         self.meter.start("update")  # until `on_after_backward`
         logprobs, scores = self._likelihood(experience.rollout, experience.advantages, experience.step, inner)
-        is_first = inner == 0 and not self.inner_index_by_micro_batch
-        old = detached(logprobs) if is_first else experience.old[inner]
+        is_on_policy = inner == 0 and not self.inner_index_by_micro_batch
+        old = detached(logprobs) if is_on_policy else experience.old[inner]
         inputs = LossInputs(
             logprobs=logprobs,
             old=old,
@@ -241,7 +241,7 @@ class DiffuGRPO(L.LightningModule):
         )
         loss, metrics = self.loss(inputs)
         # A loss of nan is no step (SkipNonFinite): also where no token of the whole update is valid.
-        loss = torch.where(all_finite(inputs), loss, torch.nan) if inputs.num_units else loss * torch.nan
+        loss = _nan_unless(all_finite(inputs) & (inputs.num_units > 0), loss)
         self.metrics.add_update(loss, metrics)
         # The loss is this micro-batch's share of the global one; Lightning averages over micro-batches and ranks.
         return loss * num_micro * self.trainer.world_size
@@ -258,18 +258,18 @@ class DiffuGRPO(L.LightningModule):
             return batch.inner
         return (batch.inner * batch.num_micro + batch.micro + 1) % self.num_inner_updates
 
-    def _judged(self, prompts: PromptBatch, step: int) -> Judged:
+    def _sample_and_judge(self, prompts: PromptBatch, step: int) -> JudgedRollout:
         """Rollouts of some prompts, with what the judges say of them."""
         with self.meter("rollout"), self._rollout_weights(), gathered(self.policy), self._rollout_dropout(step):
             rollout = self.sampler(self.policy, prompts, self.group_size, self.draws.at(step=step))
             rollout = replace(rollout, completions=tuple(self.decode(ids) for ids in rollout.completion_ids))
         with self.meter("reward"):
-            self.verdicts = self.reward.grade(rollout.completions, rollout.examples)
-            rewards = self._gathered(reward_batch(self.verdicts, self.reward.weights, rollout.device, step))
-            self._refuse_failed(rewards)
-        return Judged(rollout, self.verdicts, rewards)
+            verdicts = self.reward.grade(rollout.completions, rollout.examples)
+            rewards = self._gathered(reward_batch(verdicts, self.reward.weights, rollout.device, step))
+            self._refuse_failed(rewards, verdicts)
+        return JudgedRollout(rollout, verdicts, rewards)
 
-    def _with_penalties(self, judged: Judged, step: int) -> tuple[RewardBatch, list[str]]:
+    def _with_penalties(self, judged: JudgedRollout, step: int) -> tuple[RewardBatch, list[str]]:
         """The rewards with what is judged by tokens and not by text as further parts, and the names of all parts."""
         rollout, rewards, names = judged.rollout, judged.rewards, list(judged.verdicts)
         if self.length_penalty is not None:
@@ -295,8 +295,15 @@ class DiffuGRPO(L.LightningModule):
         return self.estimator.combine(scores.logprobs, corruption, context), scores
 
     def _context(self, rollout: Rollout, advantages: Tensor, step: int, inner: int) -> Context:
-        draws = self.draws.at(step=step, inner=inner)
-        return Context(rollout, advantages, inner, self.num_inner_updates, self.policy.mask_token_id, draws)
+        """What the estimator may know; its draws depend on the step, the inner update and the rows alone."""
+        return Context(
+            rollout=rollout,
+            advantages=advantages,
+            inner=inner,
+            num_inner_updates=self.num_inner_updates,
+            mask_token_id=self.policy.mask_token_id,
+            draws=self.draws.at(step=step, inner=inner),
+        )
 
     def _freeze(
         self, rollout: Rollout, rewards: Tensor, advantages: Tensor, step: int, num_micro: int
@@ -344,10 +351,11 @@ class DiffuGRPO(L.LightningModule):
         asked = None if rewards.asked is None else gathered_rows(rewards.asked)
         return replace(rewards, value=gathered_rows(rewards.value), valid=gathered_rows(rewards.valid), asked=asked)
 
-    def _refuse_failed(self, rewards: RewardBatch) -> None:
-        failed = 1.0 - float(judged(rewards).float().mean())
+    def _refuse_failed(self, rewards: RewardBatch, verdicts: Mapping[str, list[Verdict]]) -> None:
+        """End the run where the judges of all ranks failed too often; the line tells this rank's share by outcome."""
+        failed = 1.0 - float(is_judged(rewards).float().mean())
         if failed > MAX_FAILED_FRACTION:
-            late, broken = (outcome_fraction(self.verdicts, kind) for kind in ("timeout", "error"))
+            late, broken = (outcome_fraction(verdicts, kind) for kind in ("timeout", "error"))
             cause = (
                 f"the judges failed on {failed:.0%} of a rollout's completions (here: time-out {late:.0%}, "
                 f"error {broken:.0%}), so its rewards mean nothing"
@@ -417,9 +425,7 @@ class DiffuGRPO(L.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: InnerUpdate, batch_idx: int) -> None:
         """Log once an optimizer step, over all its micro-batches."""
         if batch.micro == batch.num_micro - 1:
-            spent = over_ranks(self.meter.read(), self.trainer.strategy, self.trainer.world_size)
-            self.cost.add(spent)
-            costs = cost_metrics(spent, machine_peak(self, self.policy.dtype), self.cost.sections)
+            costs = close_update(self, self.meter, self.cost, self.policy.dtype)
             self.log_dict(self.metrics.finish() | costs, rank_zero_only=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -440,3 +446,8 @@ class DiffuGRPO(L.LightningModule):
         self.cost.load(checkpoint["cost"])
         self.metrics.latest_rollout = dict(checkpoint["latest_rollout"])
         self.reference_synced_at = checkpoint["reference_synced_at"]
+
+
+def _nan_unless(valid: Tensor, loss: Tensor) -> Tensor:
+    """The loss, or nan; without a wait for the device."""
+    return torch.where(valid, loss, torch.nan)

@@ -14,7 +14,7 @@ from d1lit.draws import CounterDraws
 from d1lit.losses import MaskedCrossEntropy
 from d1lit.masking import BlockMask, ExactCountMask, apply_mask, complementary_mask
 from d1lit.models import Policy
-from d1lit.modules.accounting import Meter, StageCost, UpdateMetrics, cost_metrics, machine_peak, over_ranks
+from d1lit.modules.accounting import Meter, StageCost, UpdateMetrics, close_update
 from d1lit.modules.optimizing import (
     OptimizerFactory,
     ScheduleFactory,
@@ -179,9 +179,7 @@ class MaskedSFT(L.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: CompletionBatch, batch_idx: int) -> None:
         """Log once an optimizer step, over all its micro-batches."""
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
-            spent = over_ranks(self.meter.read(), self.trainer.strategy, self.trainer.world_size)
-            self.cost.add(spent)
-            costs = cost_metrics(spent, machine_peak(self, self.policy.dtype), self.cost.sections)
+            costs = close_update(self, self.meter, self.cost, self.policy.dtype)
             self.log_dict(self.metrics.finish() | costs, rank_zero_only=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
