@@ -1,4 +1,4 @@
-"""Evaluations: compared pairwise, written as they go, killed and continued."""
+"""Evaluations: written as they go, killed and continued."""
 
 import json
 import os
@@ -12,12 +12,10 @@ from typing import Any
 import pytest
 
 from d1lit.cli import evaluate
-from d1lit.draws import CounterDraws
 from d1lit.evaluating import deal_records
 from d1lit.evaluation import (
     append_records,
     check_coverage,
-    compare_records,
     pass_at_1,
     read_records,
     records_by_index,
@@ -27,41 +25,6 @@ from d1lit.models import build_tiny_tokenizer, export_model
 from d1lit.models.presets import fresh_network, tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def rows(values: list[float], out_of: float = 1.0, **changes: Any) -> list[dict[str, Any]]:
-    verdicts = [{"value": value, "out_of": out_of, "outcome": "ok"} for value in values]
-    return [
-        {"index": n, "id": f"r{n}", "question": "q", "answer": "a", "strict": v, "d1": v, **changes}
-        for n, v in enumerate(verdicts)
-    ]
-
-
-def test_paired_comparison_by_hand() -> None:
-    first, second = rows([1, 1, 0, 0, 1, 0, 0, 0]), rows([1, 0, 1, 1, 1, 1, 1, 1])
-    found = compare_records(first, second[::-1], CounterDraws(0))
-    assert (found.n, found.only_first, found.only_second) == (8, 1, 5)
-    assert found.p_value == pytest.approx(2 * (1 + 6) / 2**6)  # two-sided binomial tail of 1 in 6
-    assert found.difference.value == pytest.approx(0.5)
-    assert found.difference.low < 0.5 < found.difference.high
-    back = compare_records(second, first, CounterDraws(0))
-    assert (back.only_first, back.p_value, back.difference.value) == (5, found.p_value, -found.difference.value)
-    same = compare_records(first, first, CounterDraws(0))
-    assert (same.p_value, same.difference.low, same.difference.high) == (1.0, 0.0, 0.0)
-
-
-def test_graders_that_count_cells_are_compared_by_share() -> None:
-    found = compare_records(rows([4, 8], 8.0), rows([8, 8], 8.0), CounterDraws(0), grader="d1")
-    assert found.difference.value == pytest.approx(0.25)
-    assert (found.only_first, found.only_second) == (0, 1)
-
-
-@pytest.mark.parametrize(
-    "second", [rows([1.0]), rows([1.0, 0.0], question="another"), [*rows([1.0])] * 2, rows([1.0, 1.0, 1.0])]
-)
-def test_records_of_other_rows_are_refused(second: list[dict[str, Any]]) -> None:
-    with pytest.raises(ValueError, match="not of the same rows"):
-        compare_records(rows([1.0, 0.0]), second, CounterDraws(0))
 
 
 def test_any_text_survives_the_file_and_a_torn_line_is_dropped(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from d1lit.advantages import group_mean
-from d1lit.modules.experience import judged, neutral_totals, whole_rows
+from d1lit.modules.experience import is_judged, neutral_totals, whole_rows
 from d1lit.rewards.parts import RewardParts
 from d1lit.types import Example, Outcome, RewardBatch, Verdict
 from tests.end_to_end.small import EvenTokens, fit, make_module, small_policy
@@ -24,12 +24,12 @@ def test_a_completion_that_one_part_failed_to_judge_counts_as_not_judged() -> No
     value = torch.tensor([[2.0, 1.0], [0.0, 1.0], [1.0, 0.0], [3.0, 0.0]])
     valid = torch.tensor([[True, True], [False, True], [True, True], [True, False]])
     batch = RewardBatch(value, valid, torch.tensor([1.0, 0.5]))
-    assert judged(batch).tolist() == [True, False, True, False]
+    assert is_judged(batch).tolist() == [True, False, True, False]
     # Without it the second row would stand at 0.5 and the fourth at 3.0, below and above what nobody knows.
     assert group_mean(whole_rows(batch), 4).tolist() == [0.75, 0.0, -0.75, 0.0]
     assert neutral_totals(batch, 4).tolist() == [2.5, 1.75, 1.0, 1.75]
     unweighted = RewardBatch(value, valid, torch.tensor([1.0, 0.0]))
-    assert judged(unweighted).tolist() == [True, False, True, True]
+    assert is_judged(unweighted).tolist() == [True, False, True, True]
     assert group_mean(whole_rows(unweighted), 4).tolist() == [0.0, 0.0, -1.0, 1.0]
     none = RewardBatch(value, torch.zeros_like(valid), torch.ones(2))
     assert neutral_totals(none, 4).tolist() == [0.0] * 4 and group_mean(whole_rows(none), 4).tolist() == [0.0] * 4

@@ -17,7 +17,7 @@ from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.estimators.same_views import SameViews
 from d1lit.estimators.spg import SPGEstimator, hide_all
 from d1lit.losses import ClippedPolicyLoss, MaskedCrossEntropy, SequenceClippedLoss, check_pair, terms, tree
-from d1lit.losses.clipped import completion_tokens, inverse_length
+from d1lit.losses.clipped import inverse_length
 from d1lit.losses.filters import LikelyTokenFilter, OffPolicyFilter, TopEntropyLoss
 from d1lit.losses.joint import OrderClippedLoss, WithSupervised, scored_units
 from d1lit.losses.policy_gradient import (
@@ -47,8 +47,10 @@ TOKEN_LOSSES: dict[str, Any] = {
     "constant_length": clipped(terms.constant_length),
     "dual_clip": clipped(dual_clip=3.0),
     "ratio_cap": clipped(ratio_cap=1.5, weigh_kl=True),
-    "gspo": SequenceClippedLoss(3e-4, 4e-4, 0.04, terms.k3, terms.completion_length),
-    "luspo": SequenceClippedLoss(2e-3, 3e-3, 0.0, terms.k3, terms.completion_length, row_weight=completion_tokens),
+    "gspo": SequenceClippedLoss(3e-4, 4e-4, 0.04, terms.k3, terms.num_completion_tokens),
+    "luspo": SequenceClippedLoss(
+        2e-3, 3e-3, 0.0, terms.k3, terms.num_completion_tokens, row_weight=terms.num_completion_tokens
+    ),
     "cispo": CISPOLoss(1.3, 0.02, terms.k3, terms.token_mean),
     "soft_gate": SoftGateLoss(1.0, 1.05, terms.sequence_mean),
     "reinforce": ReinforceLoss(terms.sequence_sum),
@@ -160,11 +162,11 @@ def test_losses_say_what_they_need(name: str) -> None:
     loss = LOSSES[name]
     inputs, _ = make_inputs(name in SEQUENCE_LOSSES)
     spared = inputs
-    if not loss.needs_reference:
+    if not loss.traits.needs_reference:
         spared = replace(spared, ref=None)
-    if not loss.needs_entropy:
+    if not loss.traits.needs_entropy:
         spared = replace(spared, entropy=None)
-    if not loss.needs_old:
+    if not loss.traits.needs_old:
         spared = replace(spared, old=None)
     torch.testing.assert_close(loss(spared)[0], loss(inputs)[0])
 
@@ -385,8 +387,6 @@ def test_preference_loss_longhand_and_ties() -> None:
     loss, _ = PreferenceLoss(0.2, terms.unit_length)(inputs)
     assert float(loss) == pytest.approx(total / (N / 2), abs=1e-5)
     assert not bool(_gradient(loss, leaf)[4:6].any())
-    with pytest.raises(ValueError, match=r"^group_size: "):
-        PreferenceLoss(0.2, terms.unit_length)(replace(inputs, group_size=4))
 
 
 def test_linear_bound_of_bgpo_survives_where_its_logarithm_would_not() -> None:
@@ -417,10 +417,8 @@ def test_off_policy_filter_drops_only_bad_rollouts_that_were_left() -> None:
 
 
 def test_stable_drl_names_the_estimator_it_wants() -> None:
-    inputs, _ = make_inputs(sequence=True)
-    bare = LogProbs(inputs.logprobs.value, inputs.logprobs.weight)
     with pytest.raises(ValueError, match=r"^loss: StableDRLLoss .* Try: estimator=spg"):
-        StableDRLLoss(5.0)(replace(inputs, logprobs=bare))
+        check_pair(ELBOEstimator(2, score_padding=False), StableDRLLoss(5.0), allow=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- supervised
@@ -492,6 +490,16 @@ def test_other_impossible_pairs_are_refused_too() -> None:
         check_pair(ELBOEstimator(2, False), LOSSES["vespo"])
     with pytest.raises(ValueError, match="not view ones"):
         check_pair(MaskwiseELBOEstimator(2, False), SEQUENCE_LOSSES["dmpo"])
+
+
+@pytest.mark.parametrize("wrapper", [partial(OffPolicyFilter, threshold=0.1), partial(WithSupervised, gamma=0.1)])
+def test_a_wrapper_hides_nothing_of_what_it_wraps(wrapper: Any) -> None:
+    wrapped = wrapper(SEQUENCE_LOSSES["stable_drl"])
+    with pytest.raises(ValueError, match=r"the loss reads elbo, .* Try: estimator=spg"):
+        check_pair(ELBOEstimator(2, False), wrapped)
+    assert wrapper(PreferenceLoss(0.2, terms.unit_length)).traits.group_size == 2
+    order = OrderClippedLoss(0.2, 0.2, 1.0, scored_units)
+    assert LikelyTokenFilter(wrapper(order), 0.1).traits.needs_parts == {"tokens", "order", "of_step"}
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from d1lit.draws import CounterDraws
 from d1lit.errors import ConfigError
 from d1lit.models import build_tiny_tokenizer
 from d1lit.modules.accounting import UpdateMetrics
-from d1lit.modules.experience import judged, reward_batch
+from d1lit.modules.experience import is_judged, reward_batch
 from d1lit.report.events import read_scalars
 from d1lit.rewards.parts import OnTask, RewardParts, mixed_reward
 from d1lit.tasks import MixedTask
@@ -107,7 +107,7 @@ def test_a_part_of_one_task_is_skipped_on_the_others() -> None:
     assert [v.outcome for v in verdicts["a/length"]] == ["ok", "skipped", "ok", "ok"]
     batch = reward_batch(verdicts, reward.weights, torch.device("cpu"), 0)
     assert batch.total.tolist() == [2.0, 4.0, 6.0, 0.0]
-    assert bool(judged(batch).all()) and batch.asked is not None
+    assert bool(is_judged(batch).all()) and batch.asked is not None
     assert batch.asked.tolist() == [[True, False], [False, True], [True, False], [True, False]]
     assert OnTask("c", Length())(["x"], [{"task": "a"}])[0].outcome == "skipped"
 

@@ -17,16 +17,19 @@ from d1lit.data import BatchPlan, PromptCycles, moved, prompt_batch
 from d1lit.estimators import spg
 from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.losses.clipped import ClippedPolicyLoss
+from d1lit.losses.joint import WithSupervised
 from d1lit.losses.policy_gradient import ReinforceLoss
-from d1lit.losses.terms import KLEstimator, absolute, k1, k2, k3, token_mean
+from d1lit.losses.terms import KLEstimator, absolute, k1, k2, k3, token_mean, unit_length
+from d1lit.losses.weighted import PreferenceLoss
 from d1lit.modules import DiffuGRPO
-from d1lit.modules.refilling import Judged, group_sources, lacks_spread, refilled
+from d1lit.modules.refilling import JudgedRollout, group_sources, lacks_spread, refilled
 from d1lit.rewards.parts import RewardParts
 from d1lit.scoring import score
-from d1lit.types import LogProbs, RewardBatch, Rollout, Verdict
+from d1lit.types import LogProbs, PolicyLoss, RewardBatch, Rollout, Verdict
 from tests.end_to_end.small import EOS, EvenTokens, make_module, prompt_rows, quiet, sampler, small_policy
 
 G = 3
+PREFERENCE = PreferenceLoss(0.2, unit_length)
 
 
 def rewards_of(spread: list[bool]) -> RewardBatch:
@@ -42,7 +45,7 @@ def test_gaps_are_filled_in_order_and_on_their_own_rank() -> None:
     assert group_sources(first, more, G, 2).tolist() == [0, 7, 2, 10, 4, 11]  # ranks of three groups each
 
 
-def numbered(start: int, count: int, rewards: RewardBatch) -> Judged:
+def numbered(start: int, count: int, rewards: RewardBatch) -> JudgedRollout:
     """Rollouts that carry their global number everywhere."""
     row = torch.arange(start, start + count)
     ids = row[:, None].expand(-1, 4)
@@ -51,7 +54,7 @@ def numbered(start: int, count: int, rewards: RewardBatch) -> Judged:
         ids, ids > -1, ids, ids > -1, row, G, ids, blank, blank, blank, None,
         tuple(map(str, row.tolist())), tuple({"n": n} for n in row.tolist()), 2, 10,
     )  # fmt: skip
-    return Judged(rollout, {"x": [Verdict(float(n)) for n in row.tolist()]}, rewards)
+    return JudgedRollout(rollout, {"x": [Verdict(float(n)) for n in row.tolist()]}, rewards)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -124,7 +127,7 @@ def test_a_rollout_is_refilled_until_its_groups_differ(trainer: L.Trainer) -> No
     (plain,) = module.collect(batch.prompts, 0, 1)
     assert {e["id"] for e in plain.rollout.examples} == {e["id"] for e in batch.prompts.examples}
     rewards = RewardBatch(plain.rewards[:, None], torch.ones(6, 1).bool(), torch.ones(1))
-    assert lacks_spread(Judged(plain.rollout, {}, rewards), 3)
+    assert lacks_spread(JudgedRollout(plain.rollout, {}, rewards), 3)
     value = module.update(experience, 0, 1)
     assert torch.isfinite(value)
 
@@ -180,7 +183,7 @@ def test_the_kl_in_the_reward_has_its_closed_form(
     mask, blank = torch.ones(6, 3).bool(), torch.zeros(6, 3)
     rollout = Rollout(mask.long(), mask, mask.long(), mask, torch.arange(6), 3, mask.long(), blank, blank, blank)
     rewards = RewardBatch(torch.ones(6, 1), torch.ones(6, 1).bool(), torch.ones(1))
-    total = module._with_penalties(Judged(rollout, {}, rewards), 0)[0].total
+    total = module._with_penalties(JudgedRollout(rollout, {}, rewards), 0)[0].total
     torch.testing.assert_close(total, 1.0 - 0.5 * (value(d[:, 0]) + value(d[:, 1])))
 
 
@@ -194,6 +197,14 @@ def test_impossible_values_are_refused(changes: dict[str, Any], cause: str) -> N
         estimator, loss = OneStepEstimator(0.1, 1, False), ClippedPolicyLoss(0.2, 0.2, 0.0, k3, token_mean)
     with pytest.raises(ValueError, match=rf"^module\.{cause}.*Try: "):
         DiffuGRPO.check(estimator, loss, sampler(), group_size=2, num_inner_updates=1, **changes)
+
+
+@pytest.mark.parametrize("loss", [PREFERENCE, WithSupervised(PREFERENCE, 0.1)])
+def test_preferences_are_between_two(loss: PolicyLoss) -> None:
+    estimator = OneStepEstimator(0.1, 1, False)
+    DiffuGRPO.check(estimator, loss, sampler(), group_size=2, num_inner_updates=1)
+    with pytest.raises(ValueError, match=r"^module\.group_size: 4, but \w+ takes 2\. Try: 2"):
+        DiffuGRPO.check(estimator, loss, sampler(), group_size=4, num_inner_updates=1)
 
 
 def test_traces_do_not_mix() -> None:

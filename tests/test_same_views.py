@@ -42,7 +42,7 @@ def test_another_rollout_has_other_views():
 
 def test_it_is_of_the_wrapped_kind():
     spg = SPGEstimator(hide_random, 2, 0.15, eubo_beta=1.5, mix_weight=0.5)
-    assert SameViews(spg).unit == spg.unit
-    assert SameViews(spg).parts == {"elbo", "eubo"}
-    assert SameViews(ONE_STEP).unit == "token"
-    assert SameViews(ONE_STEP).parts == frozenset()
+    assert SameViews(spg).traits == spg.traits
+    assert SameViews(spg).traits.parts == {"elbo", "eubo"}
+    assert SameViews(ONE_STEP).traits.unit == "token"
+    assert SameViews(ONE_STEP).traits.is_mean_field

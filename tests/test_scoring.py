@@ -206,20 +206,6 @@ def test_left_padding_does_not_change_logprobs() -> None:
     assert (score(seen, rollout, padded).logprobs - a).abs().max() > 1e-3  # d1's unmasked pads do change them
 
 
-def test_the_budget_decides_the_chunks() -> None:
-    policy = CountingPolicy(small_policy(torch.float32))
-    rollout, corruption = random_case(11, rows=6, views=6, k=1)
-    corruption = replace(corruption, view_of=torch.arange(6)[:, None], weight=torch.ones_like(corruption.weight))
-    each = policy.view_bytes(PROMPT + COMPLETION, with_gradient=True)
-    score(policy, rollout, corruption, memory_budget=2 * each + 1)
-    assert [rows for rows, _ in policy.shapes] == [2, 2, 2]
-    policy.shapes.clear()
-    score(policy, rollout, corruption, memory_budget=1)
-    assert [rows for rows, _ in policy.shapes] == [1] * 6
-    with pytest.raises(ValueError, match=r"scoring\.views_per_chunk must be at least 1, got 0"):
-        score(policy, rollout, corruption, views_per_chunk=0)
-
-
 def test_nothing_to_score_is_zero_and_needs_no_forward_but_has_gradients() -> None:
     """A micro-batch in which no token was masked: its loss has a backward pass, for which other processes wait."""
     policy = CountingPolicy(small_policy())

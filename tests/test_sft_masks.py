@@ -85,9 +85,9 @@ def test_the_weight_of_a_mask_reaches_the_loss(mask: Any) -> None:
 
 def test_only_independent_masks_have_a_complement() -> None:
     with pytest.raises(ValueError, match=r"^module\.complementary: .* ExactCountMask .*Try: "):
-        module_with(complementary=True, mask=ExactCountMask())
+        MaskedSFT.check(LinearSchedule(), ExactCountMask(), complementary=True)
 
 
 def test_a_schedule_without_mirror_has_no_complement() -> None:
     with pytest.raises(ValueError, match=r"^module\.complementary: CosineSchedule .*Try: schedule=linear"):
-        module_with(complementary=True, schedule=CosineSchedule(1e-3))
+        MaskedSFT.check(CosineSchedule(1e-3), BernoulliMask(), complementary=True)

@@ -93,5 +93,5 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path) -> None:
 def test_a_tokenizer_without_template_is_refused_with_the_cure() -> None:
     bare = build_tiny_tokenizer()
     bare.chat_template = None
-    with pytest.raises(ValueError, match=r"no chat template\. Try an Instruct model"):
+    with pytest.raises(ValueError, match=r"no chat template\. Try: an Instruct model"):
         check_tokenizer(bare, tiny_like(), "here")

@@ -26,7 +26,7 @@ from d1lit.losses.terms import canvas_length, k2, k3, sequence_mean, sequence_su
 from d1lit.losses.weighted import DMPOLoss, GDSDLoss, WD1Loss, mean_centering
 from d1lit.sampling import InverseCDF
 from d1lit.sampling.parts import Cells, Choice, Prediction
-from d1lit.types import Context, Corruption, LogProbs, Unit
+from d1lit.types import Context, Corruption, EstimatorTraits, LogProbs
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class AllProposals:
 
     recorder: Recorder
     setting: Setting
-    unit: ClassVar[Unit] = "view"
+    traits: ClassVar[EstimatorTraits] = EstimatorTraits("view")
 
     def corrupt(self, context: Context) -> Corruption:
         """One view a step: what was fixed before it is shown."""

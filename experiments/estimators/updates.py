@@ -68,7 +68,7 @@ def loss_of(pair: Pair, world: World, batch: Batch, reference: World | None = No
         said = looked_up(world, corruption)
     logprobs = pair.estimator.combine(said, corruption, context)
     ref = None
-    if pair.loss.needs_reference:
+    if pair.loss.traits.needs_reference:
         with torch.no_grad():
             ref = pair.estimator.combine(looked_up(reference or world, corruption), corruption, context)
     inputs = LossInputs(

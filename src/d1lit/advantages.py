@@ -28,19 +28,20 @@ def _grouped(rewards: RewardBatch, group_size: int) -> tuple[Float[Tensor, "B G"
     return rewards.total.view(-1, group_size), rewards.valid.any(-1).view(-1, group_size)
 
 
-def _mean(value: Float[Tensor, "B G"], counts: Bool[Tensor, "B G"]) -> Float[Tensor, "B 1"]:
+def judged_mean(value: Float[Tensor, "B G"], counts: Bool[Tensor, "B G"]) -> Float[Tensor, "B 1"]:
+    """Mean of each group over the entries that count; 0 where none does."""
     return (value * counts).sum(1, keepdim=True) / counts.sum(1, keepdim=True).clamp(min=1)
 
 
-def _std(value: Float[Tensor, "B G"], counts: Bool[Tensor, "B G"]) -> Float[Tensor, "B 1"]:
+def judged_std(value: Float[Tensor, "B G"], counts: Bool[Tensor, "B G"]) -> Float[Tensor, "B 1"]:
     """Unbiased (n - 1) standard deviation over the entries that count; 0 where fewer than two do."""
-    squares = ((value - _mean(value, counts)) ** 2 * counts).sum(1, keepdim=True)
+    squares = ((value - judged_mean(value, counts)) ** 2 * counts).sum(1, keepdim=True)
     return (squares / (counts.sum(1, keepdim=True) - 1).clamp(min=1)).sqrt()
 
 
 def _centred(rewards: RewardBatch, group_size: int) -> tuple[Float[Tensor, "B G"], Float[Tensor, "B G"], Tensor]:
     value, counts = _grouped(rewards, group_size)
-    return (value - _mean(value, counts)) * counts, value, counts
+    return (value - judged_mean(value, counts)) * counts, value, counts
 
 
 def group_mean(rewards: RewardBatch, group_size: int) -> Rows:
@@ -52,13 +53,13 @@ def group_mean(rewards: RewardBatch, group_size: int) -> Rows:
 def group_zscore(rewards: RewardBatch, group_size: int, eps: float = 1e-4) -> Rows:
     """A = (R - mean) / (std + eps) within the group (GRPO, arXiv 2402.03300); eps 1e-4 in TRL, 1e-6 in verl."""
     centred, value, counts = _centred(rewards, group_size)
-    return (centred / (_std(value, counts) + eps)).flatten()
+    return (centred / (judged_std(value, counts) + eps)).flatten()
 
 
 def group_mean_batch_std(rewards: RewardBatch, group_size: int, eps: float = 1e-4) -> Rows:
-    """A = (R - group mean) / (std of the rewards of the whole batch + eps)."""
+    """A = (R - group mean) / (std of the rewards of the whole batch + eps) (TRL's `scale_rewards="batch"`)."""
     centred, value, counts = _centred(rewards, group_size)
-    return (centred / (_std(value.view(1, -1), counts.view(1, -1)) + eps)).flatten()
+    return (centred / (judged_std(value.view(1, -1), counts.view(1, -1)) + eps)).flatten()
 
 
 def leave_one_out(rewards: RewardBatch, group_size: int) -> Rows:
@@ -71,11 +72,11 @@ def leave_one_out(rewards: RewardBatch, group_size: int) -> Rows:
 def leave_one_out_zscore(rewards: RewardBatch, group_size: int, eps: float = 1e-4) -> Rows:
     """Leave-one-out advantage over the group's standard deviation (DiffuCoder's `scale_rewards`)."""
     _, value, counts = _centred(rewards, group_size)
-    return (leave_one_out(rewards, group_size).view_as(value) / (_std(value, counts) + eps)).flatten()
+    return (leave_one_out(rewards, group_size).view_as(value) / (judged_std(value, counts) + eps)).flatten()
 
 
 def group_median(rewards: RewardBatch, group_size: int) -> Rows:
-    """A = R - median of the group (mean of the middle two when even): one outlier does not move the baseline."""
+    """A = R - median of the group (mean of the middle two when even): one outlier does not move the baseline; ours."""
     value, counts = _grouped(rewards, group_size)
     middle = torch.where(counts, value, torch.nan).nanquantile(0.5, dim=1, keepdim=True)
     return torch.where(counts, value - middle, 0.0).flatten()
@@ -91,9 +92,11 @@ def normalize_then_sum(rewards: RewardBatch, group_size: int, eps: float = 1e-4)
     for part in range(rewards.value.shape[1]):
         value = rewards.value[:, part].view(-1, group_size)
         valid = rewards.valid[:, part].view(-1, group_size)
-        parts.append((value - _mean(value, valid)) * valid / (_std(value, valid) + eps) * rewards.weights[part])
+        parts.append(
+            (value - judged_mean(value, valid)) * valid / (judged_std(value, valid) + eps) * rewards.weights[part]
+        )
     total, counts = torch.stack(parts).sum(0).view(1, -1), counts.view(1, -1)
-    return ((total - _mean(total, counts)) * counts / (_std(total, counts) + eps)).flatten()
+    return ((total - judged_mean(total, counts)) * counts / (judged_std(total, counts) + eps)).flatten()
 
 
 def whiten(advantages: Rows, eps: float = 1e-4) -> Rows:
@@ -143,7 +146,7 @@ def with_part(rewards: RewardBatch, value: Rows, weight: float) -> RewardBatch:
 def has_spread(rewards: RewardBatch, group_size: int, tolerance: float = 1e-6) -> Bool[Tensor, " B"]:
     """Which groups can teach anything: those whose rewards differ (dynamic sampling of DAPO, arXiv 2503.14476)."""
     value, counts = _grouped(rewards, group_size)
-    return _std(value, counts)[:, 0] > tolerance
+    return judged_std(value, counts)[:, 0] > tolerance
 
 
 def step_advantages(step_rewards: Float[Tensor, "N S"], group_size: int, eps: float = 1e-4) -> Float[Tensor, "N S"]:

@@ -32,7 +32,7 @@ from d1lit.rewards.parts import RewardParts
 from d1lit.sampling import BlockSampler
 from d1lit.strategies import fsdp
 from d1lit.tasks import AnyTask, MixedTask, Split, Task
-from d1lit.types import LogProbEstimator, PolicyLoss, Sampler, Schedule
+from d1lit.types import LogProbEstimator, MaskRule, PolicyLoss, Sampler, Schedule, TimeSampler
 from d1lit.values import check_values
 from d1lit.wording import as_config_error, under
 
@@ -42,6 +42,9 @@ KINDS: dict[str, type] = {
     "estimator": LogProbEstimator,
     "loss": PolicyLoss,
     "schedule": Schedule,
+    "times": TimeSampler,
+    "validation_times": TimeSampler,
+    "mask": MaskRule,
 }
 """What the arguments of a stage's module of these names have to be."""
 

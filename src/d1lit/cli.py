@@ -71,7 +71,7 @@ def main() -> None:
     if not words or words[0] not in commands:
         if words and words not in (["--help"], ["-h"], ["help"]):
             sys.exit(refused(no_such_command(words[0], list(commands))))
-        lines = [f"  {name:<9} {text}" for name, (_, text) in commands.items()]
+        lines = [f"  {name:<11} {text}" for name, (_, text) in commands.items()]
         print("\n".join(["usage: d1lit COMMAND ...", *lines, "d1lit COMMAND --help says more."]))
         sys.exit(0)
     sys.exit(commands[words[0]][0](words[1:]))

@@ -435,5 +435,5 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "explain": (explain, "what an error's code means, and the cure"),
     "export": (export, "write a run's final model as one whole, adapters merged"),
     "consolidate": (consolidate, "write the model in a checkpoint, sharded or not, as one folder"),
-    "push": (push, "upload a run's model to the hub, when told so twice"),
+    "push": (push, "upload a run's model to the hub (only with --yes)"),
 }

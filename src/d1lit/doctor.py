@@ -325,8 +325,8 @@ def _room_for(size: int) -> list[Finding]:
 
 def _refused(subject: str, error: Exception) -> Finding:
     text = " ".join(str(error).split())
-    said, _, cure = text.partition(" Try ")
-    return Finding(subject, "error", said or type(error).__name__, cure.lstrip(": ") or "copy the model again")
+    said, _, cure = text.partition(" Try: ")
+    return Finding(subject, "error", said or type(error).__name__, cure or "copy the model again")
 
 
 def facts(findings: Sequence[Finding]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +16,8 @@ from torch import Tensor
 from d1lit.data import EncodedRow, prompt_batch
 from d1lit.rewards.parts import Grade, Grader
 from d1lit.statistics import (
-    Interval,
     effective_trials,
-    mcnemar_exact,
     mean_over_seeds,
-    paired_bootstrap,
     wilson_interval,
 )
 from d1lit.types import Draws, Example, MaskPredictor, Sampler
@@ -314,63 +311,3 @@ def pass_at_1(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 }
             )
     return found
-
-
-@dataclass(frozen=True)
-class PairedComparison:
-    """Two evaluations of the same rows."""
-
-    n: int
-    only_first: int
-    """Rows that only the first got right."""
-    only_second: int
-    p_value: float
-    """McNemar's exact test, two-sided."""
-    difference: Interval
-    """Mean score of the second less that of the first, with its 95 % bootstrap interval over rows."""
-
-
-def compare_records(
-    first: Sequence[Mapping[str, Any]],
-    second: Sequence[Mapping[str, Any]],
-    draws: Draws,
-    grader: Literal["strict", "d1"] = "strict",
-) -> PairedComparison:
-    """Paired comparison of two lists of records of the same rows, in any order.
-
-    Args:
-        first: records of one evaluation, one a row.
-        second: records of the other.
-        draws: source of the resampling.
-        grader: whose verdict counts; a row's score is the share of what it can reach.
-
-    Raises:
-        ValueError: rows that are missing on one side, stand twice, or differ in question or gold answer.
-    """
-    sides = [{(r["index"], r["id"], r["question"], r["answer"]): r for r in records} for records in (first, second)]
-    if len(sides[0]) != len(first) or len(sides[1]) != len(second) or sides[0].keys() != sides[1].keys():
-        odd = sorted({key[0] for key in sides[0].keys() ^ sides[1].keys()})
-        raise ValueError(
-            f"compare: {len(first)} and {len(second)} records are not of the same rows (row {odd[0] if odd else '?'}). "
-            "Try: two evaluations of one task, split and number of rows [E507]"
-        )
-    order = sorted(sides[0])
-    scores = [
-        torch.tensor([side[key][grader]["value"] / side[key][grader]["out_of"] for key in order], dtype=torch.float64)
-        for side in sides
-    ]
-    right = [score >= 1.0 for score in scores]
-    only_first, only_second = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
-    difference = paired_bootstrap(scores[0], scores[1], draws)
-    return PairedComparison(len(order), only_first, only_second, mcnemar_exact(only_first, only_second), difference)
-
-
-def at_length(sampler: Any, completion_length: int, num_steps: int, block_length: int, temperature: float) -> Any:
-    """The same sampler at another length and temperature."""
-    return replace(
-        sampler,
-        completion_length=completion_length,
-        num_steps=num_steps,
-        block_length=block_length,
-        temperature=temperature,
-    )

@@ -15,8 +15,7 @@ from d1lit.checkpoint import FolderCheckpointIO
 from d1lit.components import build
 from d1lit.evaluating import TaskEvaluator
 from d1lit.plan import Plan, StageParts
-from d1lit.processes import ALONE, world
-from d1lit.recipes import is_first_process
+from d1lit.processes import ALONE, is_first, world
 from d1lit.report.console import console
 from d1lit.report.events import cut_events
 from d1lit.strategies import Setting
@@ -69,7 +68,7 @@ def make_trainer(
 
 def make_logger(plan: Plan, folder: Path, stage: str, first_step: int, num_steps: int) -> Any:
     """The configured logger, one sub-folder a stage; False for none. Steps that will be run again are cut off."""
-    if is_first_process() and first_step < num_steps:  # after the last step nothing is
+    if is_first() and first_step < num_steps:  # after the last step nothing is
         cut_events(folder / "logs" / stage, first_step)
     if plan.config.logger is None or plan.config.logger.get("_target_") is None:
         return False

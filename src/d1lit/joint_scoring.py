@@ -6,18 +6,29 @@ view, which is what a group's shared prompt mask makes of an inner update, leave
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from d1lit.processes import gathered
-from d1lit.scoring import SizedPredictor, score
+from d1lit.scoring import score
 from d1lit.types import Context, Corruption, LogProbEstimator, LogProbs, MaskPredictor, Rollout, Scores
 
 FORWARD_BUDGET = 2**30
 """Bytes that the activations of joined views may take where those of one inner update take less."""
+
+
+@runtime_checkable
+class SizedPredictor(MaskPredictor, Protocol):
+    """A mask predictor that can say how much memory a view takes, so that a budget in bytes says how many to join."""
+
+    def view_bytes(self, length: int) -> int:
+        """Estimated peak bytes of activations for one view of `length` tokens, without gradient."""
+        ...
 
 
 def joined(corruptions: Sequence[Corruption]) -> Corruption:
@@ -85,7 +96,7 @@ def _at_once(policy: MaskPredictor, corruptions: Sequence[Corruption], views_per
     views = max(len(corruption.noised_ids) for corruption in corruptions)
     each = 0
     if isinstance(policy, SizedPredictor):
-        each = policy.view_bytes(corruptions[0].noised_ids.shape[1], False) * (2 if corruptions[0].guidance else 1)
+        each = policy.view_bytes(corruptions[0].noised_ids.shape[1]) * (2 if corruptions[0].guidance else 1)
     return corruptions_at_once(len(corruptions), views, each, views_per_chunk)
 
 
@@ -100,7 +111,8 @@ def corruptions_at_once(count: int, views: int, view_bytes: int, views_per_chunk
     """
     room = FORWARD_BUDGET // view_bytes if view_bytes else 0
     most = max(1, (room if views_per_chunk is None else views_per_chunk) // max(1, views))
-    return -(-count // -(-count // most))
+    num_forwards = math.ceil(count / most)
+    return math.ceil(count / num_forwards)
 
 
 def likelihoods(

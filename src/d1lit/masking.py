@@ -1,14 +1,11 @@
 """The forward process: how the time t is drawn, and which tokens are hidden at that time.
 
-Times and masks are separate choices, and both draw through `Draws` alone. A sampler of times is called with
-
-    draws, row_ids [n], places [n], num_places
-
-where `row_ids` identify the rows for their own random numbers, and `places` are their places 0 .. num_places - 1 in the
+Times and masks are separate choices, and both draw through `Draws` alone. A sampler of times (`types.TimeSampler`) gets
+`row_ids`, which identify the rows for their own random numbers, and `places`, their places 0 .. num_places - 1 in the
 GLOBAL batch, which stratified samplers need; so one process and eight see the same times.
 
-A mask says which tokens it hides, and by its `weight` what the schedule's weight of each is multiplied by: so chosen
-that a token's weight has the expectation 1, as the likelihood bound wants it.
+A mask (`types.MaskRule`) says which tokens it hides, and by its `weight` what the schedule's weight of each is
+multiplied by: so chosen that a token's weight has the expectation 1, as the likelihood bound wants it.
 """
 
 from __future__ import annotations
@@ -21,12 +18,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from d1lit.draws import random_subset
-from d1lit.types import Draws
+from d1lit.types import Draws, TimeSampler
 
 Rows = Int[Tensor, " n"]
 Times = Float[Tensor, " n"]
+Probs = Float[Tensor, " n"]
+Tokens = Bool[Tensor, "n T"]
 
 # ---------------------------------------------------------------------------------------------------------------- times
+
+
+def _scaled(unit: Times, low: float, high: float) -> Times:
+    """Times of [0, 1] moved into [low, high]."""
+    return low + (high - low) * unit
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,9 @@ class UniformTimes:
     low: float
     high: float = 1.0
 
-    def __call__(
-        self, draws: Draws, row_ids: Int[Tensor, " n"], places: Int[Tensor, " n"], num_places: int
-    ) -> Float[Tensor, " n"]:
+    def __call__(self, draws: Draws, row_ids: Rows, places: Rows, num_places: int) -> Times:
         """One time for each row."""
-        return self.low + (self.high - self.low) * draws.uniform("time", row_ids, ())
+        return _scaled(draws.uniform("time", row_ids, ()), self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,10 @@ class StratifiedTimes:
     low: float
     high: float = 1.0
 
-    def __call__(
-        self, draws: Draws, row_ids: Int[Tensor, " n"], places: Int[Tensor, " n"], num_places: int
-    ) -> Float[Tensor, " n"]:
+    def __call__(self, draws: Draws, row_ids: Rows, places: Rows, num_places: int) -> Times:
         """One time for each row; every stratum of the global batch is met once."""
         inside = draws.uniform("time", row_ids, ())
-        return self.low + (self.high - self.low) * ((inside / num_places + places / num_places) % 1)
+        return _scaled((inside / num_places + places / num_places) % 1, self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,10 @@ class LowDiscrepancyTimes:
     low: float
     high: float = 1.0
 
-    def __call__(
-        self, draws: Draws, row_ids: Int[Tensor, " n"], places: Int[Tensor, " n"], num_places: int
-    ) -> Float[Tensor, " n"]:
+    def __call__(self, draws: Draws, row_ids: Rows, places: Rows, num_places: int) -> Times:
         """One time for each row, evenly spaced over the global batch."""
         start = draws.batch("time", ()).to(row_ids.device)
-        return self.low + (self.high - self.low) * ((start + places / num_places) % 1)
+        return _scaled((start + places / num_places) % 1, self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -80,12 +78,10 @@ class AntitheticTimes:
     low: float
     high: float = 1.0
 
-    def __call__(
-        self, draws: Draws, row_ids: Int[Tensor, " n"], places: Int[Tensor, " n"], num_places: int
-    ) -> Float[Tensor, " n"]:
+    def __call__(self, draws: Draws, row_ids: Rows, places: Rows, num_places: int) -> Times:
         """One time for each row; places 2 j and 2 j + 1 mirror each other."""
         first = draws.batch("time", ((num_places + 1) // 2,)).to(row_ids.device)[places // 2]
-        return self.low + (self.high - self.low) * torch.where(places % 2 == 0, first, 1 - first)
+        return _scaled(torch.where(places % 2 == 0, first, 1 - first), self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -95,12 +91,10 @@ class GridTimes:
     low: float
     high: float = 1.0
 
-    def __call__(
-        self, draws: Draws, row_ids: Int[Tensor, " n"], places: Int[Tensor, " n"], num_places: int
-    ) -> Float[Tensor, " n"]:
+    def __call__(self, draws: Draws, row_ids: Rows, places: Rows, num_places: int) -> Times:
         """One time for each row, by its place alone."""
         grid = torch.linspace(0, 1, num_places, device=row_ids.device)
-        return self.low + (self.high - self.low) * grid[places]
+        return _scaled(grid[places], self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -110,7 +104,7 @@ class LogUniformMaskTimes:
     For the log-linear schedule with the same eps, from the probability at sigma = eps to that at t = 1.
     """
 
-    times: UniformTimes | StratifiedTimes | LowDiscrepancyTimes | AntitheticTimes
+    times: TimeSampler
     eps: float
 
     def __call__(self, draws: Draws, row_ids: Rows, places: Rows, num_places: int) -> Times:
@@ -123,15 +117,13 @@ class LogUniformMaskTimes:
 # ---------------------------------------------------------------------------------------------------------------- masks
 
 
-def bernoulli_mask(
-    draws: Draws, stream: str, row_ids: Int[Tensor, " n"], mask_prob: Float[Tensor, " n"], allowed: Bool[Tensor, "n T"]
-) -> Bool[Tensor, "n T"]:
+def bernoulli_mask(draws: Draws, stream: str, row_ids: Rows, mask_prob: Probs, allowed: Tokens) -> Tokens:
     """Hide each allowed token on its own with its row's probability: hidden where the uniform is below it."""
     uniform = draws.uniform(stream, row_ids, (allowed.shape[1],))
     return (uniform < mask_prob[:, None]) & allowed
 
 
-def complementary_mask(is_masked: Bool[Tensor, "n T"], allowed: Bool[Tensor, "n T"]) -> Bool[Tensor, "n T"]:
+def complementary_mask(is_masked: Tokens, allowed: Tokens) -> Tokens:
     """The allowed tokens that the first mask of the pair left visible: together they hide each token once."""
     return allowed & ~is_masked
 
@@ -145,23 +137,11 @@ def block_of_position(length: int, block_length: int, device: torch.device | Non
 class BernoulliMask:
     """Each token is hidden on its own with probability mask_prob (LLaDA, d1)."""
 
-    def __call__(
-        self,
-        draws: Draws,
-        row_ids: Int[Tensor, " n"],
-        mask_prob: Float[Tensor, " n"],
-        is_maskable: Bool[Tensor, "n T"],
-    ) -> Bool[Tensor, "n T"]:
+    def __call__(self, draws: Draws, row_ids: Rows, mask_prob: Probs, is_maskable: Tokens) -> Tokens:
         """Which tokens are hidden."""
         return bernoulli_mask(draws, "mask", row_ids, mask_prob, is_maskable)
 
-    def weight(
-        self,
-        draws: Draws,
-        row_ids: Int[Tensor, " n"],
-        mask_prob: Float[Tensor, " n"],
-        is_maskable: Bool[Tensor, "n T"],
-    ) -> Float[Tensor, "n T"]:
+    def weight(self, draws: Draws, row_ids: Rows, mask_prob: Probs, is_maskable: Tokens) -> Float[Tensor, "n T"]:
         """The schedule's weight as it is."""
         return torch.ones_like(is_maskable, dtype=mask_prob.dtype)
 
@@ -174,29 +154,17 @@ class ExactCountMask:
     form of the bound (arXiv 2502.09992).
     """
 
-    def __call__(
-        self,
-        draws: Draws,
-        row_ids: Int[Tensor, " n"],
-        mask_prob: Float[Tensor, " n"],
-        is_maskable: Bool[Tensor, "n T"],
-    ) -> Bool[Tensor, "n T"]:
+    def __call__(self, draws: Draws, row_ids: Rows, mask_prob: Probs, is_maskable: Tokens) -> Tokens:
         """Which tokens are hidden."""
         count = self._count(mask_prob, is_maskable)
         return random_subset(draws.uniform("mask", row_ids, (is_maskable.shape[1],)), count, is_maskable)
 
-    def weight(
-        self,
-        draws: Draws,
-        row_ids: Int[Tensor, " n"],
-        mask_prob: Float[Tensor, " n"],
-        is_maskable: Bool[Tensor, "n T"],
-    ) -> Float[Tensor, "n T"]:
+    def weight(self, draws: Draws, row_ids: Rows, mask_prob: Probs, is_maskable: Tokens) -> Float[Tensor, "n T"]:
         """Expected number of hidden tokens over their real number."""
         real = self._count(mask_prob, is_maskable)
         return (mask_prob * is_maskable.sum(1) / real)[:, None].expand(is_maskable.shape)
 
-    def _count(self, mask_prob: Float[Tensor, " n"], is_maskable: Bool[Tensor, "n T"]) -> Int[Tensor, " n"]:
+    def _count(self, mask_prob: Probs, is_maskable: Tokens) -> Int[Tensor, " n"]:
         return torch.ceil(mask_prob * is_maskable.sum(1)).to(torch.int64).clamp(min=1)
 
 
@@ -209,31 +177,19 @@ class BlockMask:
 
     block_length: int
 
-    def __call__(
-        self,
-        draws: Draws,
-        row_ids: Int[Tensor, " n"],
-        mask_prob: Float[Tensor, " n"],
-        is_maskable: Bool[Tensor, "n T"],
-    ) -> Bool[Tensor, "n T"]:
+    def __call__(self, draws: Draws, row_ids: Rows, mask_prob: Probs, is_maskable: Tokens) -> Tokens:
         """Which tokens are hidden."""
         block, chosen, _ = self._blocks(draws, row_ids, is_maskable)
         inside = bernoulli_mask(draws, "mask", row_ids, mask_prob, block == chosen)
         return inside | (block > chosen)
 
-    def weight(
-        self,
-        draws: Draws,
-        row_ids: Int[Tensor, " n"],
-        mask_prob: Float[Tensor, " n"],
-        is_maskable: Bool[Tensor, "n T"],
-    ) -> Float[Tensor, "n T"]:
+    def weight(self, draws: Draws, row_ids: Rows, mask_prob: Probs, is_maskable: Tokens) -> Float[Tensor, "n T"]:
         """The number of blocks in the noised one, 0 outside it: later blocks, all hidden, say nothing at this time."""
         block, chosen, num_blocks = self._blocks(draws, row_ids, is_maskable)
         return (block == chosen) * num_blocks.to(mask_prob.dtype)
 
     def _blocks(
-        self, draws: Draws, row_ids: Int[Tensor, " n"], is_maskable: Bool[Tensor, "n T"]
+        self, draws: Draws, row_ids: Rows, is_maskable: Tokens
     ) -> tuple[Int[Tensor, "n T"], Int[Tensor, "n 1"], Int[Tensor, "n 1"]]:
         """Block of each token, counted from the row's first maskable one; the one to noise; how many there are."""
         block = torch.where(is_maskable, (is_maskable.cumsum(1) - 1) // self.block_length, -1)
@@ -242,7 +198,7 @@ class BlockMask:
         return block, chosen, num_blocks
 
 
-def apply_mask(ids: Int[Tensor, "n T"], is_masked: Bool[Tensor, "n T"], mask_token_id: int) -> Int[Tensor, "n T"]:
+def apply_mask(ids: Int[Tensor, "n T"], is_masked: Tokens, mask_token_id: int) -> Int[Tensor, "n T"]:
     """The ids with the hidden ones replaced by [MASK]."""
     return torch.where(is_masked, mask_token_id, ids)
 
@@ -250,7 +206,7 @@ def apply_mask(ids: Int[Tensor, "n T"], is_masked: Bool[Tensor, "n T"], mask_tok
 # ------------------------------------------------------------------------------------------------------------- extras
 
 
-def context_adaptive_weight(is_masked: Bool[Tensor, "n T"], geometric_prob: float) -> Float[Tensor, "n T"]:
+def context_adaptive_weight(is_masked: Tokens, geometric_prob: float) -> Float[Tensor, "n T"]:
     """Dream's CART weight (arXiv 2508.15487): half the geometric mass that clean neighbours put on a hidden token.
 
     0.5 * sum over clean i of p (1 - p)^(|n - i| - 1) for a hidden n, 0 for a clean one; a row without clean tokens

@@ -21,6 +21,7 @@ from d1lit.modules.stage_data import StageRows, prompt_rows
 from d1lit.recipes import Stage
 from d1lit.sampling import BlockSampler
 from d1lit.tasks import AnyTask, graded_text
+from d1lit.types import PolicyLoss
 from d1lit.wording import as_config_error
 
 
@@ -149,13 +150,14 @@ def make_stage(
         )
 
     arguments = parts.module.keywords if isinstance(parts.module, partial) else {}
+    loss = arguments.get("loss")
+    reads_reference = isinstance(loss, PolicyLoss) and loss.traits.needs_reference
     # With an adapter that stays put, the reference is the adapter switched off; only one that moves is kept.
     moves = parts.lora is None or arguments.get("reference_sync_every") is not None
     return Stage(
         name=parts.name,
         lora=parts.lora,
-        keeps_reference=moves
-        and bool(getattr(arguments.get("loss"), "needs_reference", False) or arguments.get("kl_in_reward")),
+        keeps_reference=moves and (reads_reference or bool(arguments.get("kl_in_reward"))),
         selects_best=parts.select == "best_val",
         make_module=make_module,
         make_data=make_data,

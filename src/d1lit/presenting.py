@@ -12,8 +12,8 @@ from d1lit.plan import Plan
 from d1lit.playing import keep_recordings
 from d1lit.report.console import say
 from d1lit.report.hparams import write_hparams
-from d1lit.report.page import comparison_page, run_page, write_page
-from d1lit.report.runs import read_run, read_runs
+from d1lit.report.page import run_page, write_page
+from d1lit.report.runs import read_run
 
 
 def present(plan: Plan, folder: Path, policy: Policy, tokenizer: Any) -> None:
@@ -45,8 +45,3 @@ def has_event_logger(plan: Plan) -> bool:
 def write_report(folder: Path) -> Path:
     """report.html of one run, in its folder."""
     return write_page(folder / "report.html", run_page(read_run(folder)))
-
-
-def write_comparison(folders: list[Path], file: Path) -> Path:
-    """One page over several runs."""
-    return write_page(file, comparison_page(read_runs(folders)))

@@ -143,7 +143,7 @@ def world() -> Place:
 
 def is_first() -> bool:
     """Whether this process speaks and writes for all, before they have met as well as after."""
-    return place().rank == 0
+    return (dist.get_rank() if dist.is_initialized() else place().rank) == 0
 
 
 def first_decides(decide: Callable[[], T]) -> T:

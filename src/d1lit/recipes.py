@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from peft import PeftModel
 
 from d1lit.checkpoint import newest, read_facts
@@ -19,6 +18,7 @@ from d1lit.models.lora import report
 from d1lit.models.sharding import unsharded
 from d1lit.modules import StageData
 from d1lit.modules.accounting import Accounted
+from d1lit.processes import is_first, wait_for_all
 
 Say = Callable[[str], None]
 
@@ -122,10 +122,9 @@ def run_stage(folder: StageFolder, policy: Policy, stage: Stage, seed: int, say:
     policy = unsharded(policy).to(device)
     if stage.selects_best:
         load_weights(policy, folder.best)
-    if is_first_process():
+    if is_first():
         save_weights(policy, folder.weights)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    wait_for_all()
     return policy
 
 
@@ -143,12 +142,7 @@ def _fit(folder: StageFolder, policy: Policy, stage: Stage, say: Say) -> None:
     path = None if checkpoint is None else str(checkpoint)
     module = stage.make_module(policy)
     trainer.fit(module, datamodule=stage.make_data(), ckpt_path=path)
-    if isinstance(module, Accounted) and is_first_process():
+    if isinstance(module, Accounted) and is_first():
         write_cost(folder, module.cost.record())
     say(f"{stage.name}: {trainer.global_step} updates in {time.perf_counter() - started:.0f} s")
     policy.drop_reference()
-
-
-def is_first_process() -> bool:
-    """Whether this process speaks and writes for all."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

@@ -38,7 +38,7 @@ from d1lit.plan import Plan, make_stage
 from d1lit.presenting import present
 from d1lit.processes import first_decides, is_first, join_world, place, slurm_job, wait_for_all, world
 from d1lit.quiet import quiet_libraries
-from d1lit.recipes import is_first_process, read_costs, run_recipe
+from d1lit.recipes import read_costs, run_recipe
 from d1lit.report.console import console, say, show_table
 from d1lit.security import redact
 
@@ -86,7 +86,7 @@ def run_training(config: DictConfig, overrides: Sequence[str], plan: Plan | None
             make_stage(plan, parts, tokenizer, partial(make_trainer, plan, flag, tokenizer)) for parts in plan.stages
         ]
         policy, evaluations = run_recipe(folder, policy, stages, evaluator, plan.seed, say)
-        if is_first_process():
+        if is_first():
             finish(plan, folder, policy, tokenizer, evaluator, evaluations, time.time() - started)
         wait_for_all()
     return 0
@@ -202,7 +202,7 @@ def _made_folder(config: DictConfig) -> Path:
 
 def write_once(file: Path, text: str) -> None:
     """Write a file unless it is there."""
-    if is_first_process() and not file.exists():
+    if is_first() and not file.exists():
         file.write_text(text, encoding="utf-8")
 
 

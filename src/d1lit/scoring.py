@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,15 +15,6 @@ from d1lit.processes import gathered
 from d1lit.types import Corruption, MaskPredictor, Rollout, Scores
 
 _ENTROPY_BUDGET = 64 * 2**20  # bytes of logits at a time
-
-
-@runtime_checkable
-class SizedPredictor(MaskPredictor, Protocol):
-    """A mask predictor that can say how much memory a view takes, so that a budget in bytes decides the chunks."""
-
-    def view_bytes(self, length: int, with_gradient: bool) -> int:
-        """Estimated peak bytes of activations for one view of `length` tokens."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -60,6 +50,7 @@ class _Plan:
 
 
 def _plan(corruption: Corruption) -> _Plan:
+    """Turn `view_of` (views of each rollout) round: the scored pairs of each view, and the positions they want."""
     num_views = len(corruption.noised_ids)
     view_of = corruption.view_of.flatten()
     is_scored = corruption.weight.flatten(0, 1) != 0
@@ -82,7 +73,6 @@ def score(
     corruption: Corruption,
     want_entropy: bool = False,
     views_per_chunk: int | None = None,
-    memory_budget: int | None = None,
 ) -> Scores:
     """Log-probability of every scored target of a corruption, differentiable in the policy's parameters.
 
@@ -100,13 +90,12 @@ def score(
         rollout: what is scored; only the length of its prompts is read.
         corruption: views, targets and weights.
         want_entropy: also the entropy of the prediction at every scored position.
-        views_per_chunk: views in one forward; None lets the budget decide, or takes all at once.
-        memory_budget: bytes that the activations of one chunk may take (by the policy's own estimate).
+        views_per_chunk: views in one forward, at least 1; None takes all at once.
     """
     shape = corruption.target_ids.shape
     num_tokens = shape[2]
     plan = _plan(corruption)
-    size = _chunk_size(policy, corruption, len(plan.views), views_per_chunk, memory_budget)
+    size = max(1, min(views_per_chunk or len(plan.views), len(plan.views)))
     num_chunks = _num_chunks(policy, -(-len(plan.views) // size))
     if num_chunks == 0:
         nothing = torch.zeros(shape, device=corruption.weight.device)
@@ -149,26 +138,6 @@ def _num_chunks(policy: MaskPredictor, own: int) -> int:
 
 def _scatter(index: tuple[Int[Tensor, " n"]], values: Float[Tensor, " n"], shape: torch.Size) -> Float[Tensor, "N K C"]:
     return values.new_zeros(shape.numel()).index_put(index, values).view(shape)
-
-
-def _chunk_size(
-    policy: MaskPredictor,
-    corruption: Corruption,
-    num_views: int,
-    views_per_chunk: int | None,
-    memory_budget: int | None,
-) -> int:
-    if views_per_chunk is not None:
-        if views_per_chunk < 1:
-            raise ValueError(f"scoring.views_per_chunk must be at least 1, got {views_per_chunk}. Try null.")
-        return max(1, min(views_per_chunk, num_views))
-    if memory_budget is None:
-        return max(1, num_views)
-    if not isinstance(policy, SizedPredictor):
-        raise ValueError("scoring.memory_budget needs a policy with view_bytes(). Set scoring.views_per_chunk instead.")
-    streams = 2 if corruption.guidance else 1
-    each = streams * policy.view_bytes(corruption.noised_ids.shape[1], torch.is_grad_enabled())
-    return max(1, min(num_views, memory_budget // each))
 
 
 def _hidden(

@@ -28,7 +28,7 @@ class Interval:
 
 def _check_confidence(confidence: float) -> None:
     if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence: {confidence} is not between 0 and 1. Try 0.95")
+        raise ValueError(f"confidence: {confidence} is not between 0 and 1. Try: 0.95")
 
 
 def wilson_interval(successes: int | float, total: int | float, confidence: float = 0.95) -> Interval:
@@ -39,7 +39,7 @@ def wilson_interval(successes: int | float, total: int | float, confidence: floa
     """
     _check_confidence(confidence)
     if total <= 0 or not 0 <= successes <= total:
-        raise ValueError(f"successes: {successes} of {total} is no proportion. Give 0 <= successes <= total, total > 0")
+        raise ValueError(f"successes: {successes} of {total} is no proportion. Try: 0 <= successes <= total, total > 0")
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     share = successes / total
     center = (share + z * z / (2 * total)) / (1 + z * z / total)
@@ -61,7 +61,7 @@ def effective_trials(successes: Sequence[int | float], sizes: Sequence[int | flo
         ValueError: no cluster, or lists of different lengths.
     """
     if len(successes) != len(sizes) or not sizes:
-        raise ValueError(f"clusters: {len(successes)} and {len(sizes)}. Give both of each cluster, at least one")
+        raise ValueError(f"clusters: {len(successes)} and {len(sizes)}. Try: both of each cluster, at least one")
     clusters, total = len(sizes), math.fsum(sizes)
     share = math.fsum(successes) / total
     squares = math.fsum((s - share * n) ** 2 for s, n in zip(successes, sizes, strict=True))
@@ -78,7 +78,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
         ValueError: fewer samples than k, or more correct ones than samples.
     """
     if not 1 <= k <= num_samples or not 0 <= num_correct <= num_samples:
-        raise ValueError(f"k: {k} of {num_samples} samples with {num_correct} correct. Give 1 <= k <= samples")
+        raise ValueError(f"k: {k} of {num_samples} samples with {num_correct} correct. Try: 1 <= k <= samples")
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
@@ -93,7 +93,7 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
         ValueError: a negative count.
     """
     if only_first < 0 or only_second < 0:
-        raise ValueError(f"counts: {only_first} and {only_second}. Give counts of rows, 0 or more")
+        raise ValueError(f"counts: {only_first} and {only_second}. Try: counts of rows, 0 or more")
     total, fewer = only_first + only_second, min(only_first, only_second)
     tail = sum(math.comb(total, i) for i in range(fewer + 1))
     return min(2 * tail / 2**total, 1.0)
@@ -120,7 +120,7 @@ def paired_bootstrap(
     """
     _check_confidence(confidence)
     if len(first) != len(second) or len(first) == 0:
-        raise ValueError(f"rows: {len(first)} and {len(second)}. Compare runs on the same rows, at least one")
+        raise ValueError(f"rows: {len(first)} and {len(second)}. Try: runs on the same rows, at least one")
     difference = (second - first).to(torch.float64)
     size = len(difference)
     means = torch.empty(num_resamples, dtype=torch.float64)
@@ -142,7 +142,7 @@ def mean_over_seeds(values: Sequence[float], confidence: float = 0.95) -> Interv
     """
     _check_confidence(confidence)
     if not values:
-        raise ValueError("values: none. Give the result of at least one seed")
+        raise ValueError("values: none. Try: the result of at least one seed")
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
         return Interval(mean, -math.inf, math.inf)
@@ -178,7 +178,7 @@ def student_quantile(probability: float, degrees: int) -> float:
         ValueError: a probability outside (0, 1), or no degree of freedom.
     """
     if not 0.0 < probability < 1.0 or degrees < 1:
-        raise ValueError(f"probability: {probability} with {degrees} degrees. Give one in (0, 1) and degrees >= 1")
+        raise ValueError(f"probability: {probability} with {degrees} degrees. Try: one in (0, 1) and degrees >= 1")
     if probability < 0.5:
         return -student_quantile(1.0 - probability, degrees)
     low, high = 0.0, 1.0

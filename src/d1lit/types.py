@@ -106,7 +106,8 @@ class Rollout:
     sampled_logprobs: Float[Tensor, "N C"]
     """Log-probability of the chosen token under the distribution it was drawn from (temperature included)."""
     confidence: Float[Tensor, "N C"]
-    """The confidence score by which the position was chosen, when it was committed."""
+    """The score by which the position was chosen when it was committed, in the unit of the sampler's confidence part
+    (a probability, nats, ...)."""
     entropy: Float[Tensor, "N C"]
     """Entropy of the prediction (temperature 1) when the token was committed, in nats."""
     trace: Int[Tensor, "S N C"] | None = None
@@ -209,7 +210,25 @@ class Scores:
     logprobs: Float[Tensor, "N K C"]
     """Log-probability of each target in each view; 0 where its weight is 0."""
     entropy: Float[Tensor, "N K C"] | None = None
-    """Entropy of the prediction at each scored position, on request."""
+    """Entropy of the prediction at each scored position in nats, on request."""
+
+
+@dataclass(frozen=True)
+class EstimatorTraits:
+    """What an estimator says of itself: what cannot go with it is refused before a model loads."""
+
+    unit: Unit
+    """What one column of the likelihood stands for."""
+    needs_trace: bool = False
+    """It replays the steps at which the sampler committed the tokens."""
+    needs_advantages: bool = False
+    """Its likelihood depends on the advantages."""
+    is_mean_field: bool = False
+    """All tokens are scored in one view, as if they were independent of each other."""
+    is_upper_bound: bool = False
+    """Nothing but an upper bound speaks for rollouts without a positive advantage."""
+    parts: frozenset[str] = frozenset()
+    """Names in `LogProbs.parts`."""
 
 
 @runtime_checkable
@@ -217,8 +236,8 @@ class LogProbEstimator(Protocol):
     """Turns a rollout into noised views, and the network's verdict on them into a likelihood. Never calls a network."""
 
     @property
-    def unit(self) -> Unit:
-        """What one column of the likelihood stands for."""
+    def traits(self) -> EstimatorTraits:
+        """What it is and needs; a class attribute where it does not depend on the fields."""
         ...
 
     def corrupt(self, context: Context) -> Corruption:
@@ -294,13 +313,33 @@ class LossInputs:
     advantages: Float[Tensor, "..."]
     """[N] or [N U]."""
     rewards: Float[Tensor, " N"]
+    """Weighted sum of each rollout's reward parts."""
     group_size: int
     completion_mask: Bool[Tensor, "N C"]
     entropy: Float[Tensor, "N K C"] | None
+    """Of the current policy's predictions, in nats; None where the loss does not ask for it."""
     num_units: float
     """Total unit weight in the GLOBAL batch of this update, over accumulation and ranks; tokens for token losses."""
     num_rollouts: float
     """Rollouts in the GLOBAL batch of this update."""
+
+
+@dataclass(frozen=True)
+class LossTraits:
+    """What a policy loss says of itself: passes nobody wants are not made, and senseless pairs are refused."""
+
+    units: frozenset[str]
+    """Units of likelihood that the loss makes sense of."""
+    needs_old: bool = False
+    """It reads the log-probs of the policy that sampled."""
+    needs_reference: bool = False
+    """It reads those of the reference policy."""
+    needs_entropy: bool = False
+    """It reads the entropy of the predictions."""
+    needs_parts: frozenset[str] = frozenset()
+    """Parts of the estimator's likelihood that it reads."""
+    group_size: int | None = None
+    """The one group size it makes sense of; None: any."""
 
 
 @runtime_checkable
@@ -308,23 +347,8 @@ class PolicyLoss(Protocol):
     """A scalar to minimise, and what to log. Sums over its rollouts divided by GLOBAL counts: micro-batches add up."""
 
     @property
-    def units(self) -> frozenset[str]:
-        """Units of likelihood that the loss makes sense of."""
-        ...
-
-    @property
-    def needs_old(self) -> bool:
-        """Whether it reads the log-probs of the policy that sampled."""
-        ...
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether it reads those of the reference policy."""
-        ...
-
-    @property
-    def needs_entropy(self) -> bool:
-        """Whether it reads the entropy of the predictions."""
+    def traits(self) -> LossTraits:
+        """What it is and needs; a class attribute where it does not depend on the fields."""
         ...
 
     def __call__(self, inputs: LossInputs) -> tuple[Float[Tensor, ""], Metrics]:
@@ -346,6 +370,34 @@ class Schedule(Protocol):
 
     def weight(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """-alpha'(t) / (1 - alpha(t)), the weight that makes masked cross-entropy a likelihood bound."""
+        ...
+
+
+@runtime_checkable
+class TimeSampler(Protocol):
+    """How the times of a batch are drawn."""
+
+    def __call__(
+        self, draws: Draws, row_ids: Int[Tensor, " n"], places: Int[Tensor, " n"], num_places: int
+    ) -> Float[Tensor, " n"]:
+        """One time for each row; `places` are the rows' places 0 .. num_places - 1 in the GLOBAL batch."""
+        ...
+
+
+@runtime_checkable
+class MaskRule(Protocol):
+    """Which tokens are hidden at a given mask probability."""
+
+    def __call__(
+        self, draws: Draws, row_ids: Int[Tensor, " n"], mask_prob: Float[Tensor, " n"], is_maskable: Bool[Tensor, "n T"]
+    ) -> Bool[Tensor, "n T"]:
+        """True where a token is hidden."""
+        ...
+
+    def weight(
+        self, draws: Draws, row_ids: Int[Tensor, " n"], mask_prob: Float[Tensor, " n"], is_maskable: Bool[Tensor, "n T"]
+    ) -> Float[Tensor, "n T"]:
+        """Factor on the schedule's weight of each token; 1 where each is hidden with probability `mask_prob`."""
         ...
 
 

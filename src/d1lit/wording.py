@@ -148,20 +148,12 @@ def as_config_error(error: ValueError, prefix: str = "") -> ConfigError:
     if isinstance(error, ConfigError):
         return error
     text, code = split_code(one_line(error))
-    head, cure = _split_cure(text)
+    head, _, cure = text.partition(" Try: ")
     key, separator, cause = head.partition(": ")
-    if not separator or " " in key:
-        words = head.split(" ", 1)
-        key, cause = (words[0], words[1]) if "." in words[0] and len(words) == 2 else (prefix or "configuration", head)
-    return ConfigError(key, cause.rstrip("."), cure, code or REFUSED)
-
-
-def _split_cure(text: str) -> tuple[str, str]:
-    """Cause and cure; components say `Try: X`, `Try X`, or another sentence in the imperative at their end."""
-    match = re.match(r"(.*?)[.;,]? (?:Try:? )(.*)", text) or re.match(
-        r"(.*[^.])\. ((?:Set|Name|Give|Keep|Merge|Choose|Use|Write) .*)", text
-    )
-    return (match[1], match[2].rstrip(".")) if match else (text, "another value; the key's YAML in conf/ says more")
+    if not separator or " " in key:  # another library's
+        key, cause = prefix or "configuration", head
+    cure = cure.rstrip(".") or "another value; the key's YAML in conf/ says more"
+    return ConfigError(key, cause.rstrip(".;,"), cure, code or REFUSED)
 
 
 @lru_cache(maxsize=1)

@@ -27,7 +27,7 @@ from d1lit.modules.muon import MuonWithAdamW
 from d1lit.plan import Plan, StageParts, evaluation_sampler
 from d1lit.sampling import BlockSampler
 from d1lit.strategies import FullySharded, Setting
-from d1lit.types import Context, Rollout
+from d1lit.types import Context, PolicyLoss, Rollout
 
 _ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -67,7 +67,6 @@ def stage_work(plan: Plan, parts: StageParts, world_size: int) -> Work:
     setting = Setting(world_size, plan.device, parts.lora is None and model.path is not None)
     strategy = build(plan.config, "strategy")(setting)
     keywords: Mapping[str, Any] = parts.module.keywords if isinstance(parts.module, partial) else {}
-    loss = keywords["loss"]
     # Stated numbers are those of GPUs.
     on_gpu = plan.device.type == "cuda" or plan.config.hardware.peak_tflops is not None
     muon = isinstance(parts.optimizer, partial) and parts.optimizer.func is MuonWithAdamW
@@ -93,20 +92,21 @@ def stage_work(plan: Plan, parts: StageParts, world_size: int) -> Work:
         validation=evaluation_plan(plan, None) if parts.validate_every is not None and plan.task.val_rows else None,
     )
     if isinstance(parts.data, Prompts):
-        return _rl_work(plan, parts, common, keywords, bool(getattr(loss, "needs_reference", False)))
+        return _rl_work(plan, parts, common, keywords)
     layout = parts.data.layout.keywords  # type: ignore[attr-defined]
     completion = layout.get("completion_length", layout.get("max_length"))
     prompt = plan.task.max_prompt_length if "completion_length" in layout else 0
     return replace(common, length=prompt + completion, scored=completion)
 
 
-def _rl_work(plan: Plan, parts: StageParts, common: Work, keywords: Mapping[str, Any], needs_reference: bool) -> Work:
+def _rl_work(plan: Plan, parts: StageParts, common: Work, keywords: Mapping[str, Any]) -> Work:
     sampler, group, inner = plan.sampler, keywords["group_size"], keywords["num_inner_updates"]
+    loss: PolicyLoss = keywords["loss"]
     prompt, completion = plan.task.max_prompt_length, sampler.completion_length
     rows = parts.batch_size // common.world_size * group
     views, length = _views(keywords["estimator"], parts.micro_batch_size, group, prompt, completion, inner)
     exact_weights = common.itemsize >= 4
-    needs_old = keywords["loss"].needs_old
+    needs_old, needs_reference = loss.traits.needs_old, loss.traits.needs_reference
     view_bytes = bytes_without_gradient(common.config, length, common.itemsize)
     count = inner if needs_reference else inner - 1
     at_once = corruptions_at_once(max(1, count), views, view_bytes, common.views_per_chunk)

@@ -14,7 +14,6 @@ from d1lit.components import build
 from d1lit.composing import CONF, compose_jobs
 from d1lit.data import prompt_batch
 from d1lit.losses import check_pair
-from d1lit.losses.pairs import GivesParts, NeedsParts
 from d1lit.models import Policy
 from d1lit.modules import DiffuGRPO
 from tests.end_to_end.small import EOS, make_module, prompt_rows, quiet, small_policy
@@ -40,9 +39,7 @@ def component(group: str, name: str) -> Any:
 
 def has_parts(estimator: Any, loss: Any) -> bool:
     """Whether the estimator's likelihood holds what the loss reads beside its value."""
-    return not isinstance(loss, NeedsParts) or (
-        isinstance(estimator, GivesParts) and loss.needs_parts <= estimator.parts
-    )
+    return loss.traits.needs_parts <= estimator.traits.parts
 
 
 MEAN_FIELD = {"one_step", "one_step_fixed", "one_step_shared"}
@@ -75,15 +72,15 @@ def trainer() -> L.Trainer:
 def two_updates(estimator: Any, loss: Any, trainer: L.Trainer) -> None:
     """Collect one rollout and take both its inner updates, checking each."""
     policy = CountingPolicy(small_policy().network)
-    if loss.needs_reference:
+    if loss.traits.needs_reference:
         policy.keep_reference()
     # Groups of two, which preference losses want.
     module: DiffuGRPO = make_module(policy, estimator=estimator, loss=loss, group_size=2)
     module.trainer = trainer
     optimizer = torch.optim.SGD(policy.parameters(), lr=1e-4)  # a step within GSPO's clip of 3e-4
     (experience,) = module.collect(prompt_batch(prompt_rows(4), range(4), EOS), 0, 1)
-    assert (experience.old[1] is not None) == loss.needs_old
-    assert (experience.ref[0] is not None) == loss.needs_reference
+    assert (experience.old[1] is not None) == loss.traits.needs_old
+    assert (experience.ref[0] is not None) == loss.traits.needs_reference
     for inner in range(2):
         policy.calls = 0
         value = module.update(experience, inner, 1)
@@ -108,7 +105,7 @@ def test_estimator_with_every_loss(name, trainer):
     learnt, refused = [], []
     for loss_name in LOSSES:
         loss = component("loss", loss_name)
-        unsound = estimator.unit not in loss.units or is_known_not_to_learn(name, loss_name)
+        unsound = estimator.traits.unit not in loss.traits.units or is_known_not_to_learn(name, loss_name)
         if unsound or not has_parts(estimator, loss):
             with pytest.raises(ValueError, match=r"^loss: .* is refused: .* Try: ") as refusal:
                 check_pair(estimator, loss)
@@ -125,5 +122,5 @@ def test_estimator_with_every_loss(name, trainer):
         except Exception as error:
             raise AssertionError(f"estimator={name} loss={loss_name}: {error}") from error
         learnt.append(loss_name)
-    print(f"{name} ({estimator.unit}): learns with {', '.join(learnt)}; refused: {', '.join(refused) or 'none'}")
+    print(f"{name} ({estimator.traits.unit}): learns with {', '.join(learnt)}; refused: {', '.join(refused) or 'none'}")
     assert learnt

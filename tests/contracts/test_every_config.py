@@ -45,15 +45,15 @@ def test_schedule(name):
 def test_estimator(name):
     estimator = build(config_with(f"estimator={name}"), "estimator")
     assert isinstance(estimator, LogProbEstimator)
-    assert estimator.unit in ("token", "sequence", "view", "step")
+    assert estimator.traits.unit in ("token", "sequence", "view", "step")
 
 
 @pytest.mark.parametrize("name", choices("loss"))
 def test_loss(name):
     loss = build(config_with(f"loss={name}"), "loss")
     assert isinstance(loss, PolicyLoss)
-    assert loss.units <= {"token", "sequence", "view", "step"}
-    assert loss.units
+    assert loss.traits.units <= {"token", "sequence", "view", "step"}
+    assert loss.traits.units
 
 
 @pytest.mark.parametrize("name", choices("advantage"))

@@ -31,9 +31,9 @@ from d1lit.models.presets import fresh_network, tiny_config
 from d1lit.models.sharding import shard, whole
 from d1lit.modules import DiffuGRPO
 from d1lit.plan import make_stage
-from d1lit.processes import gathered, join_world, world
+from d1lit.processes import gathered, is_first, join_world, world
 from d1lit.quiet import quiet_libraries
-from d1lit.recipes import StageFolder, is_first_process, run_stage
+from d1lit.recipes import StageFolder, run_stage
 from d1lit.rewards.parts import RewardParts
 from d1lit.scoring import score
 from d1lit.types import Corruption, Example, Rollout, Verdict
@@ -180,7 +180,7 @@ def train_case(folder: Path, name: str, stop_after: int | None = None) -> None:
 
     stage = make_stage(plan, parts, tokenizer, trainer)
     final = run_stage(StageFolder(folder / "stage"), policy, stage, plan.seed, lambda line: None)
-    if is_first_process():
+    if is_first():
         (folder / "looks.json").write_text(json.dumps(looks.found))
         save_file(recorder.gradients, folder / "gradients.safetensors")
         save_file(recorder.rollouts, folder / "rollouts.safetensors")

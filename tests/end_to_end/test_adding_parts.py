@@ -108,11 +108,13 @@ def test_times_and_masks(folder):
     assert abs(float(t.mean()) - 1 / 3) < 0.02
     allowed = torch.ones(4000, 12, dtype=torch.bool)
     allowed[:, :2] = False
-    hidden = module["mask"](draws, rows, torch.full((4000,), 0.3), allowed)
+    where = draws, rows, torch.full((4000,), 0.3), allowed
+    hidden = module["mask"](*where)
     assert not hidden[:, :2].any()
     assert (hidden[:, 2] == hidden[:, 3]).all()
     assert (hidden[:, 4:8] == hidden[:, 4:5]).all()
     assert abs(float(hidden[:, 2:].float().mean()) - 0.3) < 0.02
+    assert torch.equal(module["mask"].weight(*where), torch.ones(4000, 12))
 
 
 def test_estimator(folder):

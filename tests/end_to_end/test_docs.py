@@ -232,7 +232,11 @@ def test_the_own_part_of_the_readme_trains(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("page", "command"),
     [
-        pytest.param(page, command, marks=pytest.mark.slow if page == "README.md" else pytest.mark.nightly)
+        pytest.param(
+            page,
+            command,
+            marks=pytest.mark.slow if page == "README.md" or "sft_spans" in command else pytest.mark.nightly,
+        )
         for page, command in TRAINING
         if not any(word in command for word in NEEDS_MORE)
     ],

@@ -24,7 +24,7 @@ from d1lit.modules import DiffuGRPO, MaskedSFT
 from d1lit.modules.optimizing import constant
 from d1lit.sampling import BlockSampler, DualCache
 from d1lit.schedules import LinearSchedule
-from d1lit.types import Context, Corruption, LogProbs, Rollout
+from d1lit.types import Context, Corruption, EstimatorTraits, LogProbs, Rollout
 from tests.end_to_end.small import EOS, Noise, fit, largest_shift, make_module, prompt_rows, sampler, sgd, small_policy
 
 
@@ -68,7 +68,7 @@ class Recording:
 
     inside: OneStepEstimator
     drawn: list[tuple[int, int, int, Tensor]] = field(default_factory=list)
-    unit = "token"
+    traits = EstimatorTraits("token")
 
     def corrupt(self, context: Context) -> Corruption:
         corruption = self.inside.corrupt(context)

@@ -91,7 +91,7 @@ MUTANTS = (
     Mutant("callbacks/alarms.py", ' or state["in_a_row"] < alarm.patience', "", (GUARDS,)),
     Mutant("callbacks/alarms.py", "trainer.strategy.load_optimizer_state_dict(checkpoint)", "pass", (ALARMS,)),
     Mutant("callbacks/alarms.py", 'group["lr"] = rate', "pass", (ALARMS,)),
-    Mutant("modules/grpo.py", " if inputs.num_units else loss * torch.nan", "", (ALARMS,)),
+    Mutant("modules/grpo.py", " & (inputs.num_units > 0)", "", (ALARMS,)),
     Mutant("modules/experience.py", "(inputs.logprobs, inputs.old, inputs.ref)", "(inputs.logprobs,)", (ALARMS,)),
     Mutant(
         "losses/terms.py",

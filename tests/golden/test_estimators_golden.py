@@ -383,8 +383,8 @@ def _drift_losses(case: Case, t: Tensors) -> None:
         network = StoredCalls(t, f"{name}_call")
         scores = longhand_scores(network, corruption).flatten(1)
         units = weight.flatten(1)
-        old = LogProbs(t["in.old_logp"].transpose(0, 1).flatten(1), units) if loss.needs_old else None
-        ref = LogProbs(reference, units) if loss.needs_reference else None
+        old = LogProbs(t["in.old_logp"].transpose(0, 1).flatten(1), units) if loss.traits.needs_old else None
+        ref = LogProbs(reference, units) if loss.traits.needs_reference else None
         inputs = LossInputs(
             LogProbs(scores, units, parts), old, ref, t["in.advantages"], t["in.advantages"], 1,
             rollout.completion_mask, None, float(units.sum()), float(n),

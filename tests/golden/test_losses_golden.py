@@ -15,7 +15,6 @@ from torch import Tensor
 
 from d1lit import advantages as adv
 from d1lit.losses import ClippedPolicyLoss, SequenceClippedLoss, terms
-from d1lit.losses.clipped import completion_tokens
 from d1lit.losses.filters import OffPolicyFilter, TopEntropyLoss
 from d1lit.losses.policy_gradient import (
     CISPOLoss,
@@ -171,8 +170,8 @@ def trl_loss(case: Case, t: Tensors) -> None:
         _vespo(case, t)
         return
     if kind == "luspo" or s["importance_sampling_level"] == "sequence":
-        row_weight = completion_tokens if kind == "luspo" else None
-        loss: Any = SequenceClippedLoss(low, high, beta, terms.k3, terms.completion_length, row_weight)
+        row_weight = terms.num_completion_tokens if kind == "luspo" else None
+        loss: Any = SequenceClippedLoss(low, high, beta, terms.k3, terms.num_completion_tokens, row_weight)
     elif kind == "cispo":
         loss = CISPOLoss(high, beta, terms.k3, aggregate)
     elif kind == "sapo":
@@ -259,7 +258,9 @@ def dare_loss(case: Case, t: Tensors) -> None:
     if "bgpo" in case["name"]:
         loss: Any = MaskwiseBoundLoss(low, high, aggregate, dual_clip=s.get("clip_ratio_c", 3.0))
     elif "espo" in case["name"]:
-        loss = SequenceClippedLoss(low, high, 0.0, terms.k3, terms.completion_length)  # rows, whatever the mode's name
+        loss = SequenceClippedLoss(
+            low, high, 0.0, terms.k3, terms.num_completion_tokens
+        )  # rows, whatever the mode's name
     else:
         loss = ClippedPolicyLoss(low, high, 0.0, terms.k3, aggregate, dual_clip=s.get("clip_ratio_c", 3.0))
     metrics = _check(case, loss, inputs, leaf, t["out.loss"], t["out.grad_logp"])

@@ -12,7 +12,7 @@ from torch import Tensor
 from d1lit.draws import random_subset
 from d1lit.estimators.elbo import scored_tokens, subset_views
 from d1lit.estimators.views import sequence_logprobs
-from d1lit.types import Context, Corruption, LogProbs, Unit
+from d1lit.types import Context, Corruption, EstimatorTraits, LogProbs
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,7 @@ class BlockELBOEstimator:
     two_stream: bool
     """Views [prompt; noised; clean] in which a noised block sees the clean blocks before it and nothing after: what a
     block-diffusion model is trained on (BD3LM, arXiv 2503.09573). False: the noised canvas alone, all of it seen."""
-    unit: ClassVar[Unit] = "sequence"
-    needs_trace: ClassVar[bool] = False
-    needs_advantages: ClassVar[bool] = False
+    traits: ClassVar[EstimatorTraits] = EstimatorTraits("sequence")
 
     def corrupt(self, context: Context) -> Corruption:
         """Views in the order (rollout, view)."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from d1lit.draws import random_subset, spread_counts
 from d1lit.estimators.views import completion_views, sequence_logprobs
-from d1lit.types import Context, Corruption, LogProbs, Unit
+from d1lit.types import Context, Corruption, EstimatorTraits, LogProbs
 
 
 def scored_tokens(context: Context, score_padding: bool) -> tuple[Bool[Tensor, "N C"], Int[Tensor, " N"]]:
@@ -73,9 +73,7 @@ class ELBOEstimator:
     """Score and attend the whole canvas instead of the completion up to its end."""
     round_sums: bool = False
     """Round the numbers of hidden tokens as the published code does (`draws.spread_counts`): biased at some lengths."""
-    unit: ClassVar[Unit] = "sequence"
-    needs_trace: ClassVar[bool] = False
-    needs_advantages: ClassVar[bool] = False
+    traits: ClassVar[EstimatorTraits] = EstimatorTraits("sequence")
 
     def corrupt(self, context: Context) -> Corruption:
         """K views of each rollout."""
@@ -97,9 +95,7 @@ class MaskwiseELBOEstimator:
     score_padding: bool
     round_sums: bool = False
     """As in `ELBOEstimator`."""
-    unit: ClassVar[Unit] = "view"
-    needs_trace: ClassVar[bool] = False
-    needs_advantages: ClassVar[bool] = False
+    traits: ClassVar[EstimatorTraits] = EstimatorTraits("view")
 
     def corrupt(self, context: Context) -> Corruption:
         """K views of each rollout."""
@@ -129,9 +125,7 @@ class QuadratureEstimator:
 
     num_nodes: int
     score_padding: bool
-    unit: ClassVar[Unit] = "sequence"
-    needs_trace: ClassVar[bool] = False
-    needs_advantages: ClassVar[bool] = False
+    traits: ClassVar[EstimatorTraits] = EstimatorTraits("sequence")
 
     def corrupt(self, context: Context) -> Corruption:
         """One view a node."""

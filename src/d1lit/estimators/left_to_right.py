@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from d1lit.estimators.views import completion_views, drop_unscored, token_logprobs
-from d1lit.types import Context, Corruption, LogProbs, Unit
+from d1lit.types import Context, Corruption, EstimatorTraits, LogProbs
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,7 @@ class LeftToRightEstimator:
     """Leave the mask token out of the softmax, as the sampler does; published code lets it take its share."""
     score_padding: bool = False
     """Score the whole canvas, what stands behind the end too."""
-    unit: ClassVar[Unit] = "token"
-    needs_trace: ClassVar[bool] = False
-    needs_advantages: ClassVar[bool] = False
+    traits: ClassVar[EstimatorTraits] = EstimatorTraits("token")
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""

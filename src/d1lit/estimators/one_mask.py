@@ -12,7 +12,7 @@ from torch import Tensor
 from d1lit.draws import random_subset
 from d1lit.estimators.elbo import scored_tokens, subset_views
 from d1lit.estimators.views import sequence_logprobs, token_logprobs
-from d1lit.types import Context, Corruption, LogProbs, Unit
+from d1lit.types import Context, Corruption, EstimatorTraits, LogProbs
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,7 @@ class UniGRPOEstimator:
     levels. Written from the paper; its authors published no code.
     """
 
-    unit: ClassVar[Unit] = "token"
-    needs_trace: ClassVar[bool] = False
-    needs_advantages: ClassVar[bool] = False
+    traits: ClassVar[EstimatorTraits] = EstimatorTraits("token")
 
     def corrupt(self, context: Context) -> Corruption:
         """One view of each rollout."""
@@ -55,9 +53,7 @@ class ReplicateEstimator:
     antithetic: bool
     score_padding: bool
     """Score and attend the whole canvas, as the authors' code does."""
-    unit: ClassVar[Unit] = "sequence"
-    needs_trace: ClassVar[bool] = False
-    needs_advantages: ClassVar[bool] = False
+    traits: ClassVar[EstimatorTraits] = EstimatorTraits("sequence")
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""

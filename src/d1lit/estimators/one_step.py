@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from d1lit.estimators.views import attend_real_tokens, mask_prompt, token_logprobs
-from d1lit.types import Context, Corruption, LogProbs, Unit
+from d1lit.types import Context, Corruption, EstimatorTraits, LogProbs
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,7 @@ class OneStepEstimator:
     """Draw masks on left padding too, as d1's code does."""
     temperature: float = 1.0
     guidance: float = 0.0
-    unit: ClassVar[Unit] = "token"
-    is_mean_field: ClassVar[bool] = True
-    needs_trace: ClassVar[bool] = False
-    needs_advantages: ClassVar[bool] = False
+    traits: ClassVar[EstimatorTraits] = EstimatorTraits("token", is_mean_field=True)
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from d1lit.estimators.views import commit_segments, segment_views
-from d1lit.types import Context, Corruption, LogProbs, Unit
+from d1lit.types import Context, Corruption, EstimatorTraits, LogProbs
 
 
 def plackett_luce(
@@ -49,10 +49,7 @@ class OrderedTraceEstimator:
     temperature: float
     exclude_mask: bool = False
     """Leave the mask token out of the softmax, as the sampler does; published code lets it take its share."""
-    unit: ClassVar[Unit] = "step"
-    parts: ClassVar[frozenset[str]] = frozenset({"tokens", "order"})
-    needs_trace: ClassVar[bool] = True
-    needs_advantages: ClassVar[bool] = False
+    traits: ClassVar[EstimatorTraits] = EstimatorTraits("step", needs_trace=True, parts=frozenset({"tokens", "order"}))
 
     def corrupt(self, context: Context) -> Corruption:
         """A view a step, which scores everything still hidden in the step's block, behind the end too.

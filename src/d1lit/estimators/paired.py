@@ -12,7 +12,7 @@ from torch import Tensor
 from d1lit.draws import random_subset, spread_counts
 from d1lit.estimators.elbo import scored_tokens, subset_views
 from d1lit.estimators.views import attend_real_tokens, sequence_logprobs, token_logprobs
-from d1lit.types import Context, Corruption, LogProbs, Unit
+from d1lit.types import Context, Corruption, EstimatorTraits, LogProbs
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,7 @@ class CoupledEstimator:
     ratio_high: float
     one_ratio: bool = False
     """One mask ratio for the whole batch, as the authors' code draws it, instead of one for each rollout."""
-    unit: ClassVar[Unit] = "token"
-    needs_trace: ClassVar[bool] = False
-    needs_advantages: ClassVar[bool] = False
+    traits: ClassVar[EstimatorTraits] = EstimatorTraits("token")
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -89,9 +87,7 @@ class ESPOEstimator:
     """Score and attend the whole canvas, as the authors' code does."""
     round_sums: bool = False
     """Round the sizes as the authors' code does (`draws.spread_counts`): biased at some lengths."""
-    unit: ClassVar[Unit] = "sequence"
-    needs_trace: ClassVar[bool] = False
-    needs_advantages: ClassVar[bool] = False
+    traits: ClassVar[EstimatorTraits] = EstimatorTraits("sequence")
 
     def corrupt(self, context: Context) -> Corruption:
         """Views in the order (rollout, mask, half)."""
@@ -122,9 +118,7 @@ class PairScoreEstimator:
 
     num_masks: int
     score_padding: bool
-    unit: ClassVar[Unit] = "view"
-    needs_trace: ClassVar[bool] = False
-    needs_advantages: ClassVar[bool] = False
+    traits: ClassVar[EstimatorTraits] = EstimatorTraits("view")
 
     def corrupt(self, context: Context) -> Corruption:
         """Views in the order (rollout, mask, half); the size of the mask is uniform over 0 .. n."""

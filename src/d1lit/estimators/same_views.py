@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from jaxtyping import Float
 from torch import Tensor
 
-from d1lit.types import Context, Corruption, LogProbEstimator, LogProbs, Unit
+from d1lit.types import Context, Corruption, EstimatorTraits, LogProbEstimator, LogProbs
 
 
 @dataclass(frozen=True)
@@ -20,34 +20,9 @@ class SameViews:
     inner: LogProbEstimator
 
     @property
-    def unit(self) -> Unit:
-        """As the wrapped estimator."""
-        return self.inner.unit
-
-    @property
-    def needs_trace(self) -> bool:
-        """As the wrapped estimator."""
-        return getattr(self.inner, "needs_trace", False)
-
-    @property
-    def needs_advantages(self) -> bool:
-        """As the wrapped estimator."""
-        return getattr(self.inner, "needs_advantages", False)
-
-    @property
-    def is_mean_field(self) -> bool:
-        """As the wrapped estimator."""
-        return getattr(self.inner, "is_mean_field", False)
-
-    @property
-    def is_upper_bound(self) -> bool:
-        """As the wrapped estimator."""
-        return getattr(self.inner, "is_upper_bound", False)
-
-    @property
-    def parts(self) -> frozenset[str]:
-        """As the wrapped estimator."""
-        return getattr(self.inner, "parts", frozenset())
+    def traits(self) -> EstimatorTraits:
+        """Those of the wrapped estimator."""
+        return self.inner.traits
 
     def corrupt(self, context: Context) -> Corruption:
         """The views of inner update 0 of this rollout."""

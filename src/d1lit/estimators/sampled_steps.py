@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from d1lit.estimators.views import commit_segments, segment_views, token_logprobs
-from d1lit.types import Context, Corruption, LogProbs, Unit
+from d1lit.types import Context, Corruption, EstimatorTraits, LogProbs
 
 
 def mean_over_steps(value: Float[Tensor, "N C"], context: Context, num_steps: int) -> Float[Tensor, "N S"]:
@@ -34,9 +34,7 @@ class SampledStepsEstimator:
     temperature: float
     exclude_mask: bool = False
     """Leave the mask token out of the softmax, as the sampler does; published code lets it take its share."""
-    unit: ClassVar[Unit] = "token"
-    needs_trace: ClassVar[bool] = True
-    needs_advantages: ClassVar[bool] = False
+    traits: ClassVar[EstimatorTraits] = EstimatorTraits("token", needs_trace=True)
 
     def corrupt(self, context: Context) -> Corruption:
         """Views in the order (rollout, drawn step); steps that committed no valid token cannot be drawn."""
@@ -64,9 +62,7 @@ class EntropyStepsEstimator:
     temperature: float
     exclude_mask: bool = False
     """Leave the mask token out of the softmax, as the sampler does; published code lets it take its share."""
-    unit: ClassVar[Unit] = "token"
-    needs_trace: ClassVar[bool] = True
-    needs_advantages: ClassVar[bool] = False
+    traits: ClassVar[EstimatorTraits] = EstimatorTraits("token", needs_trace=True)
 
     def corrupt(self, context: Context) -> Corruption:
         """Views in the order (rollout, step by falling entropy)."""
@@ -95,10 +91,7 @@ class SurprisalStepsEstimator:
     min_prob: float
     score_later: bool = True
     """Score the hidden tokens of later steps too; False: a step's own tokens, as the paper says it."""
-    unit: ClassVar[Unit] = "token"
-    parts: ClassVar[frozenset[str]] = frozenset({"of_step"})
-    needs_trace: ClassVar[bool] = True
-    needs_advantages: ClassVar[bool] = False
+    traits: ClassVar[EstimatorTraits] = EstimatorTraits("token", needs_trace=True, parts=frozenset({"of_step"}))
 
     def corrupt(self, context: Context) -> Corruption:
         """Views in the order (rollout, drawn step), drawn without replacement by Gumbel keys."""

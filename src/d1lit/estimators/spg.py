@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from d1lit.draws import random_subset
 from d1lit.estimators.views import completion_views, mask_prompt
-from d1lit.types import Context, Corruption, LogProbs, Unit
+from d1lit.types import Context, Corruption, EstimatorTraits, LogProbs
 
 Masks = Bool[Tensor, "N K C"]
 MaskLaw = Callable[[Context, int], tuple[Masks, Masks]]
@@ -99,10 +98,6 @@ class SPGEstimator:
     """Give rollouts without a positive advantage the constant likelihood 0 (the ablation without negative rows)."""
     score_context: bool = True
     """Score context tokens of the completion that were hidden at random too, as in the authors' code."""
-    unit: ClassVar[Unit] = "sequence"
-    parts: ClassVar[frozenset[str]] = frozenset({"elbo", "eubo"})
-    needs_trace: ClassVar[bool] = False
-    needs_advantages: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -112,9 +107,14 @@ class SPGEstimator:
             raise ValueError(f"estimator.mix_weight: must be in [0, 1], got {self.mix_weight}. Try: 0.5")
 
     @property
-    def is_upper_bound(self) -> bool:
-        """Whether nothing but the EUBO speaks for rollouts without a positive advantage."""
-        return self.mix_weight == 1 and not self.ignore_negative
+    def traits(self) -> EstimatorTraits:
+        """A sequence's bound, the upper one alone where nothing is mixed in."""
+        return EstimatorTraits(
+            "sequence",
+            needs_advantages=True,
+            is_upper_bound=self.mix_weight == 1 and not self.ignore_negative,
+            parts=frozenset({"elbo", "eubo"}),
+        )
 
     def corrupt(self, context: Context) -> Corruption:
         """m views of each rollout; everything after the end of the sequence is hidden in all of them."""

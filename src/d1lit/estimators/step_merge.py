@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from d1lit.estimators.views import commit_segments, segment_views, token_logprobs
-from d1lit.types import Context, Corruption, LogProbs, Unit
+from d1lit.types import Context, Corruption, EstimatorTraits, LogProbs
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,7 @@ class StepMergeEstimator:
     temperature: float
     exclude_mask: bool = False
     """Leave the mask token out of the softmax, as the sampler does; published code lets it take its share."""
-    unit: ClassVar[Unit] = "token"
-    needs_trace: ClassVar[bool] = True
-    needs_advantages: ClassVar[bool] = False
+    traits: ClassVar[EstimatorTraits] = EstimatorTraits("token", needs_trace=True)
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -64,9 +62,7 @@ class TraceEstimator:
     temperature: float
     exclude_mask: bool = False
     """Leave the mask token out of the softmax, as the sampler does; published code lets it take its share."""
-    unit: ClassVar[Unit] = "token"
-    needs_trace: ClassVar[bool] = True
-    needs_advantages: ClassVar[bool] = False
+    traits: ClassVar[EstimatorTraits] = EstimatorTraits("token", needs_trace=True)
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""

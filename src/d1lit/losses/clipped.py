@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from d1lit.losses.terms import Aggregation, KLEstimator, Scalar, completion_length, log_ratio, per_unit, weighted_mean
-from d1lit.types import LossInputs, Metrics
+from d1lit.losses.terms import (
+    Aggregation,
+    KLEstimator,
+    Scalar,
+    log_ratio,
+    num_completion_tokens,
+    per_unit,
+    weighted_mean,
+)
+from d1lit.types import LossInputs, LossTraits, Metrics
 
 
 def _check(epsilon_low: float, epsilon_high: float, beta: float) -> None:
@@ -55,18 +62,15 @@ class ClippedPolicyLoss:
     """The ratio itself is at most this, whatever the sign of A (TRL's `delta`)."""
     weigh_kl: bool = False
     """Multiply the KL by the ratio, so that its expectation is under the current policy (TRL's bias correction)."""
-    units: ClassVar[frozenset[str]] = frozenset({"token", "view", "step"})
-    needs_old: ClassVar[bool] = True
-    needs_entropy: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
         _check(self.epsilon_low, self.epsilon_high, self.beta)
 
     @property
-    def needs_reference(self) -> bool:
+    def traits(self) -> LossTraits:
         """Only a KL penalty reads the reference."""
-        return self.beta > 0
+        return LossTraits(frozenset({"token", "view", "step"}), needs_old=True, needs_reference=self.beta > 0)
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """This micro-batch's share of the loss, and detached metrics."""
@@ -78,7 +82,7 @@ class ClippedPolicyLoss:
         if self.dual_clip is not None:
             terms = torch.where(advantages < 0, torch.minimum(terms, -self.dual_clip * advantages), terms)
         metrics = clip_metrics(ratio, advantages, low, high, weight)
-        if self.needs_reference:
+        if self.beta > 0:
             kl = self.kl(log_ratio(inputs.logprobs, inputs.ref))
             kl = kl * ratio if self.weigh_kl else kl
             terms = terms + self.beta * kl
@@ -100,21 +104,20 @@ class SequenceClippedLoss:
     beta: float
     kl: KLEstimator
     length: Callable[[LossInputs], Float[Tensor, " N"]]
-    """What a sequence's log-ratio and KL are divided by: `canvas_length`, `completion_length` or `unit_length`."""
+    """What a sequence's log-ratio and KL are divided by: `canvas_length`, `num_completion_tokens` or `unit_length`."""
     row_weight: Callable[[LossInputs], Float[Tensor, " N"]] | None = None
-    """What each sequence's loss is multiplied by: `completion_tokens` (LUSPO in TRL), `inverse_length` (GDPO)."""
-    units: ClassVar[frozenset[str]] = frozenset({"token", "sequence", "view", "step"})
-    needs_old: ClassVar[bool] = True
-    needs_entropy: ClassVar[bool] = False
+    """What each sequence's loss is multiplied by: `num_completion_tokens` (LUSPO in TRL), `inverse_length` (GDPO)."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
         _check(self.epsilon_low, self.epsilon_high, self.beta)
 
     @property
-    def needs_reference(self) -> bool:
+    def traits(self) -> LossTraits:
         """Only a KL penalty reads the reference."""
-        return self.beta > 0
+        return LossTraits(
+            frozenset({"token", "sequence", "view", "step"}), needs_old=True, needs_reference=self.beta > 0
+        )
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """This micro-batch's share of the loss, and detached metrics."""
@@ -125,7 +128,7 @@ class SequenceClippedLoss:
         advantages = inputs.advantages
         rows = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
         metrics = clip_metrics(ratio[:, None], advantages[:, None], low, high, torch.ones_like(ratio)[:, None])
-        if self.needs_reference:
+        if self.beta > 0:
             units = self.kl(log_ratio(inputs.logprobs, inputs.ref)) * inputs.logprobs.weight
             rows = rows + self.beta * units.sum(1) / length
             metrics["kl"] = (units.sum(1) / length).mean().detach()
@@ -134,11 +137,6 @@ class SequenceClippedLoss:
         return rows.sum() / inputs.num_rollouts, metrics
 
 
-def completion_tokens(inputs: LossInputs) -> Float[Tensor, " N"]:
-    """Tokens of each completion, as a weight."""
-    return inputs.completion_mask.sum(1).to(inputs.rewards.dtype)
-
-
 def inverse_length(inputs: LossInputs) -> Float[Tensor, " N"]:
     """1 / tokens of each completion, as a weight: GDPO's 1/|o| stands outside the ratio."""
-    return 1 / completion_length(inputs)
+    return 1 / num_completion_tokens(inputs)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
 
 import torch
 
 from d1lit.losses.terms import Scalar, log_ratio
-from d1lit.types import LossInputs, Metrics
+from d1lit.types import LossInputs, LossTraits, Metrics, PolicyLoss
 
 
 def _with_weight(inputs: LossInputs, keep: torch.Tensor) -> LossInputs:
@@ -19,27 +18,20 @@ def _with_weight(inputs: LossInputs, keep: torch.Tensor) -> LossInputs:
 
 @dataclass(frozen=True)
 class TopEntropyLoss:
-    """Another loss on the tokens of highest entropy only (TRL's `top_entropy_quantile`); counts stay those of all."""
+    """Another loss on the tokens of highest entropy only (TRL's `top_entropy_quantile`); counts stay those of all.
 
-    loss: Any
+    The quantile is over the tokens of this micro-batch, so what is kept depends on how a batch is cut.
+    """
+
+    loss: PolicyLoss
     share: float
     """Share of this micro-batch's tokens that are kept."""
-    needs_entropy: bool = True
 
     @property
-    def units(self) -> frozenset[str]:
-        """Entropies are known a token."""
-        return self.loss.units & {"token"}
-
-    @property
-    def needs_old(self) -> bool:
-        """As the wrapped loss."""
-        return self.loss.needs_old
-
-    @property
-    def needs_reference(self) -> bool:
-        """As the wrapped loss."""
-        return self.loss.needs_reference
+    def traits(self) -> LossTraits:
+        """The wrapped loss's; entropies are known a token."""
+        inner = self.loss.traits
+        return replace(inner, units=inner.units & {"token"}, needs_entropy=True)
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """The wrapped loss, the other tokens weighing 0."""
@@ -58,28 +50,13 @@ class OffPolicyFilter:
     A rollout is dropped where A < 0 and the mean of log p_old - log p over its units exceeds the threshold.
     """
 
-    loss: Any
+    loss: PolicyLoss
     threshold: float
 
     @property
-    def units(self) -> frozenset[str]:
-        """As the wrapped loss."""
-        return self.loss.units
-
-    @property
-    def needs_old(self) -> bool:
-        """The drift is measured against the old policy."""
-        return True
-
-    @property
-    def needs_reference(self) -> bool:
-        """As the wrapped loss."""
-        return self.loss.needs_reference
-
-    @property
-    def needs_entropy(self) -> bool:
-        """As the wrapped loss."""
-        return self.loss.needs_entropy
+    def traits(self) -> LossTraits:
+        """The wrapped loss's; the drift is measured against the old policy."""
+        return replace(self.loss.traits, needs_old=True)
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """The wrapped loss, the dropped rollouts weighing 0."""
@@ -98,29 +75,14 @@ class LikelyTokenFilter:
     one; tokens that the estimator calls its own step's always count.
     """
 
-    loss: Any
+    loss: PolicyLoss
     min_prob: float
-    needs_parts: ClassVar[frozenset[str]] = frozenset({"of_step"})
 
     @property
-    def units(self) -> frozenset[str]:
-        """As the wrapped loss."""
-        return self.loss.units
-
-    @property
-    def needs_old(self) -> bool:
-        """As the wrapped loss."""
-        return self.loss.needs_old
-
-    @property
-    def needs_reference(self) -> bool:
-        """As the wrapped loss."""
-        return self.loss.needs_reference
-
-    @property
-    def needs_entropy(self) -> bool:
-        """As the wrapped loss."""
-        return self.loss.needs_entropy
+    def traits(self) -> LossTraits:
+        """The wrapped loss's, and the part that says which tokens are their step's own."""
+        inner = self.loss.traits
+        return replace(inner, needs_parts=inner.needs_parts | {"of_step"})
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """The wrapped loss, unlikely tokens weighing 0."""

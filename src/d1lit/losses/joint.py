@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from d1lit.losses.clipped import clip_metrics
 from d1lit.losses.terms import LOG_RATIO_LIMIT, Scalar
-from d1lit.types import LossInputs, Metrics
+from d1lit.types import LossInputs, LossTraits, Metrics, PolicyLoss
 
 
 def scored_units(inputs: LossInputs) -> Float[Tensor, " N"]:
@@ -35,11 +35,9 @@ class OrderClippedLoss:
     order_weight: float
     length: Callable[[LossInputs], Float[Tensor, " N"]]
     """What the summed log-ratios are divided by: `scored_units`, or a length of `terms`."""
-    units: ClassVar[frozenset[str]] = frozenset({"step"})
-    needs_parts: ClassVar[frozenset[str]] = frozenset({"tokens", "order"})
-    needs_old: ClassVar[bool] = True
-    needs_reference: ClassVar[bool] = False
-    needs_entropy: ClassVar[bool] = False
+    traits: ClassVar[LossTraits] = LossTraits(
+        frozenset({"step"}), needs_old=True, needs_parts=frozenset({"tokens", "order"})
+    )
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """This micro-batch's share of the loss, and detached metrics."""
@@ -67,28 +65,13 @@ class WithSupervised:
     mean over its units, averaged over the rollouts of positive advantage.
     """
 
-    loss: Any
+    loss: PolicyLoss
     gamma: float
 
     @property
-    def units(self) -> frozenset[str]:
-        """As the wrapped loss."""
-        return self.loss.units
-
-    @property
-    def needs_old(self) -> bool:
-        """As the wrapped loss."""
-        return self.loss.needs_old
-
-    @property
-    def needs_reference(self) -> bool:
-        """As the wrapped loss."""
-        return self.loss.needs_reference
-
-    @property
-    def needs_entropy(self) -> bool:
-        """As the wrapped loss."""
-        return self.loss.needs_entropy
+    def traits(self) -> LossTraits:
+        """Those of the wrapped loss."""
+        return self.loss.traits
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """This micro-batch's share of the loss, and detached metrics."""

@@ -4,28 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
-from d1lit.losses.clipped import SequenceClippedLoss
+from d1lit.losses.clipped import ClippedPolicyLoss, SequenceClippedLoss
+from d1lit.losses.policy_gradient import MaskwiseBoundLoss
 from d1lit.losses.terms import k1, k3
-
-
-@runtime_checkable
-class GivesParts(Protocol):
-    """An estimator whose likelihood comes with named parts beside its value."""
-
-    @property
-    def parts(self) -> frozenset[str]:
-        """Their names."""
-        ...
-
-
-@runtime_checkable
-class NeedsParts(Protocol):
-    """A loss that reads such parts."""
-
-    @property
-    def needs_parts(self) -> frozenset[str]:
-        """Their names."""
-        ...
+from d1lit.types import LogProbEstimator, PolicyLoss, Sampler
 
 
 @runtime_checkable
@@ -43,7 +25,7 @@ class GivesBack(Protocol):
         ...
 
 
-def check_trajectory(estimator: Any, sampler: Any) -> None:
+def check_trajectory(estimator: LogProbEstimator, sampler: Sampler) -> None:
     """Refuse an estimator that replays commit steps on a sampler that gives tokens back.
 
     The steps recorded are those of the last time each token was fixed; the canvases they imply never stood before the
@@ -52,7 +34,7 @@ def check_trajectory(estimator: Any, sampler: Any) -> None:
     Raises:
         ValueError: naming both.
     """
-    if getattr(estimator, "needs_trace", False) and isinstance(sampler, GivesBack) and sampler.gives_back:
+    if estimator.traits.needs_trace and isinstance(sampler, GivesBack) and sampler.gives_back:
         raise ValueError(
             f"estimator: {type(estimator).__name__} with {type(sampler.remask).__name__} is refused: it replays the "
             "rollout's commit steps, and a sampler that gives tokens back passes through other canvases. "
@@ -60,15 +42,15 @@ def check_trajectory(estimator: Any, sampler: Any) -> None:
         )
 
 
-def check_pair(estimator: Any, loss: Any, allow: bool = False) -> None:
+def check_pair(estimator: LogProbEstimator, loss: PolicyLoss, allow: bool = False) -> None:
     """Refuse a loss that treats the estimator's likelihood as something it is not, and pairs known not to learn.
 
     A loss over tokens needs token likelihoods. On one ELBO a sequence it is the combination that ESPO's ablation (arXiv
     2512.03759) shows to collapse; a loss over whole sequences makes no sense of single steps.
 
     Args:
-        estimator: anything with `unit`; it may call itself `is_mean_field` or `is_upper_bound`.
-        loss: anything with `units`, the units it accepts.
+        estimator: gives the likelihood.
+        loss: is to read it.
         allow: put them together all the same.
 
     Raises:
@@ -85,31 +67,32 @@ def check_pair(estimator: Any, loss: Any, allow: bool = False) -> None:
     )
 
 
-def _wrong_unit(estimator: Any, loss: Any) -> tuple[str, str] | None:
+def _wrong_unit(estimator: LogProbEstimator, loss: PolicyLoss) -> tuple[str, str] | None:
     """Reason and cure where the loss does not take what the estimator gives."""
-    if estimator.unit in loss.units:
+    unit, units = estimator.traits.unit, loss.traits.units
+    if unit in units:
         return None
-    name = type(loss).__name__
-    if estimator.unit != "sequence":
-        units = " or ".join(sorted(loss.units))
-        return f"{name} takes {units} likelihoods, which are not {estimator.unit} ones", "an estimator of that unit"
+    name, asked = type(loss).__name__, " or ".join(sorted(units))
+    if unit != "sequence":
+        return f"{name} takes {asked} likelihoods, which are not {unit} ones", "an estimator of that unit"
     cure = "loss=espo, loss=gspo or loss=reinforce"
-    if hasattr(_innermost(loss), "epsilon_low"):
+    if isinstance(_innermost(loss), ClippedPolicyLoss | MaskwiseBoundLoss):
         collapse = "on one ELBO a sequence that is known to collapse (ESPO, arXiv 2512.03759)"
         return f"{name} clips token by token; {collapse}", cure
-    return f"{name} weighs {' or '.join(sorted(loss.units))} likelihoods; one ELBO a sequence has none", cure
+    return f"{name} weighs {asked} likelihoods; one ELBO a sequence has none", cure
 
 
-def _known_not_to_learn(estimator: Any, loss: Any) -> tuple[str, str] | None:
+def _known_not_to_learn(estimator: LogProbEstimator, loss: PolicyLoss) -> tuple[str, str] | None:
     """Reason and cure for a pair whose units fit and that others have seen fail."""
-    inner, kl = _innermost(loss), getattr(_innermost(loss), "kl", None)
-    if isinstance(inner, SequenceClippedLoss) and getattr(estimator, "is_mean_field", False):
+    inner, traits = _innermost(loss), estimator.traits
+    kl = getattr(inner, "kl", None)
+    if isinstance(inner, SequenceClippedLoss) and traits.is_mean_field:
         reason = "a ratio of sequences from mean-field log-probs does not learn (ESPO's ablation, arXiv 2512.03759)"
         return reason, "estimator=espo, or loss=clipped"
-    if estimator.unit in ("sequence", "view") and inner.needs_reference and getattr(kl, "func", kl) in (k1, k3):
+    if traits.unit in ("sequence", "view") and loss.traits.needs_reference and getattr(kl, "func", kl) in (k1, k3):
         reason = "the KL estimators k1 and k3 fail on likelihood bounds (ESPO's ablation, arXiv 2512.03759)"
         return reason, "loss.kl._target_=d1lit.losses.terms.k2, or loss.beta=0"
-    if getattr(estimator, "is_upper_bound", False):
+    if traits.is_upper_bound:
         reason = "an upper bound alone for A <= 0 collapses after some hundred steps (SPG's authors and users)"
         return reason, "estimator.mix_weight=0.5"
     return None
@@ -126,10 +109,9 @@ _WITH_PART = {"elbo": "spg", "of_step": "drift", "order": "ordered_trace", "toke
 """An estimator whose likelihood has the part."""
 
 
-def _check_parts(estimator: Any, loss: Any) -> None:
-    given = estimator.parts if isinstance(estimator, GivesParts) else frozenset()
-    if isinstance(loss, NeedsParts) and not loss.needs_parts <= given:
-        missing = sorted(loss.needs_parts - given)
+def _check_parts(estimator: LogProbEstimator, loss: PolicyLoss) -> None:
+    missing = sorted(loss.traits.needs_parts - estimator.traits.parts)
+    if missing:
         raise ValueError(
             f"loss: {type(loss).__name__} with {type(estimator).__name__} is refused: the loss reads "
             f"{', '.join(missing)}, which that estimator has not. "

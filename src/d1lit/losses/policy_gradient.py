@@ -20,7 +20,7 @@ from d1lit.losses.terms import (
     softmax_in_group,
     weighted_mean,
 )
-from d1lit.types import LossInputs, Metrics
+from d1lit.types import LossInputs, LossTraits, Metrics
 
 
 def _plain(inputs: LossInputs) -> Tensor:
@@ -36,10 +36,7 @@ class ReinforceLoss:
     """
 
     aggregate: Aggregation
-    units: ClassVar[frozenset[str]] = frozenset({"token", "sequence", "view", "step"})
-    needs_old: ClassVar[bool] = False
-    needs_reference: ClassVar[bool] = False
-    needs_entropy: ClassVar[bool] = False
+    traits: ClassVar[LossTraits] = LossTraits(frozenset({"token", "sequence", "view", "step"}))
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """This micro-batch's share of the loss, and detached metrics."""
@@ -57,14 +54,11 @@ class CISPOLoss:
     beta: float
     kl: KLEstimator
     aggregate: Aggregation
-    units: ClassVar[frozenset[str]] = frozenset({"token", "view", "step"})
-    needs_old: ClassVar[bool] = True
-    needs_entropy: ClassVar[bool] = False
 
     @property
-    def needs_reference(self) -> bool:
+    def traits(self) -> LossTraits:
         """Only a KL penalty reads the reference."""
-        return self.beta > 0
+        return LossTraits(frozenset({"token", "view", "step"}), needs_old=True, needs_reference=self.beta > 0)
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """This micro-batch's share of the loss, and detached metrics."""
@@ -76,7 +70,7 @@ class CISPOLoss:
             "clip_fraction": weighted_mean(stopped.to(ratio.dtype), weight),
             "ratio_mean": weighted_mean(ratio, weight),
         }
-        if self.needs_reference:
+        if self.beta > 0:
             kl = self.kl(log_ratio(inputs.logprobs, inputs.ref))
             terms = terms + self.beta * kl
             metrics["kl"] = weighted_mean(kl, weight)
@@ -85,7 +79,7 @@ class CISPOLoss:
 
 @dataclass(frozen=True)
 class SoftGateLoss:
-    """-A (4 / tau) sigmoid(tau (r - 1)) (Soft Adaptive PO, as in TRL's `sapo`): a smooth gate instead of a clip.
+    """-A (4 / tau) sigmoid(tau (r - 1)) (Soft Adaptive PO, read from TRL's `loss_type="sapo"`): a smooth gate, no clip.
 
     Not the step-aware method also called SAPO (arXiv 2510.01544).
     """
@@ -93,10 +87,7 @@ class SoftGateLoss:
     positive_temperature: float
     negative_temperature: float
     aggregate: Aggregation
-    units: ClassVar[frozenset[str]] = frozenset({"token", "view", "step"})
-    needs_old: ClassVar[bool] = True
-    needs_reference: ClassVar[bool] = False
-    needs_entropy: ClassVar[bool] = False
+    traits: ClassVar[LossTraits] = LossTraits(frozenset({"token", "view", "step"}), needs_old=True)
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """This micro-batch's share of the loss, and detached metrics."""
@@ -126,10 +117,7 @@ class VESPOLoss:
     aggregate: Aggregation
     through_weight: bool = False
     """Let the gradient run through phi as well, which TRL's `no_grad` prevents."""
-    units: ClassVar[frozenset[str]] = frozenset({"token", "view", "step"})
-    needs_old: ClassVar[bool] = True
-    needs_reference: ClassVar[bool] = False
-    needs_entropy: ClassVar[bool] = False
+    traits: ClassVar[LossTraits] = LossTraits(frozenset({"token", "view", "step"}), needs_old=True)
 
     def weight(self, difference: Float[Tensor, " N"], advantages: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """phi of each rollout's summed log-ratio."""
@@ -154,7 +142,7 @@ class StableDRLLoss:
         loss = -mean over groups of sum_i w_i A_i bound_i,   w = softmax over the group of clip(ELBO - ELBO_old)
 
     The ratio is clipped whatever the sign of A.
-    Differs from the paper: its code clips from above only, which is the default here too.
+    Differs from the paper, which clips to [0.8, 1.2]: its code clips from above only, at 5, as `loss=stable_drl` does.
     """
 
     ratio_cap: float
@@ -163,18 +151,10 @@ class StableDRLLoss:
     """The smallest ratio; in the paper 0.8, in its code none."""
     over_micro_batch: bool = False
     """Normalise over the micro-batch, whatever the groups, as the authors' code does."""
-    units: ClassVar[frozenset[str]] = frozenset({"sequence"})
-    needs_parts: ClassVar[frozenset[str]] = frozenset({"elbo"})
-    needs_old: ClassVar[bool] = True
-    needs_reference: ClassVar[bool] = False
-    needs_entropy: ClassVar[bool] = False
+    traits: ClassVar[LossTraits] = LossTraits(frozenset({"sequence"}), needs_old=True, needs_parts=frozenset({"elbo"}))
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """This micro-batch's share of the loss, and detached metrics."""
-        if "elbo" not in inputs.logprobs.parts:
-            raise ValueError(
-                "loss: StableDRLLoss weighs by an ELBO, which this estimator has not. Try: estimator=spg [E207]"
-            )
         old = inputs.logprobs if inputs.old is None else inputs.old
         difference = (inputs.logprobs.parts["elbo"] - old.parts["elbo"]).detach()
         floor = None if self.ratio_floor is None else math.log(self.ratio_floor)
@@ -197,10 +177,7 @@ class MaskwiseBoundLoss:
     epsilon_high: float
     aggregate: Aggregation
     dual_clip: float | None = None
-    units: ClassVar[frozenset[str]] = frozenset({"token", "view", "step"})
-    needs_old: ClassVar[bool] = True
-    needs_reference: ClassVar[bool] = False
-    needs_entropy: ClassVar[bool] = False
+    traits: ClassVar[LossTraits] = LossTraits(frozenset({"token", "view", "step"}), needs_old=True)
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """This micro-batch's share of the loss, and detached metrics."""

@@ -132,8 +132,14 @@ def constant_length(terms: Units, weight: Units, inputs: LossInputs, length: int
         weight: how much each unit counts.
         inputs: the global counts.
         length: the constant; the length of the canvas where None.
+
+    Raises:
+        ValueError: for a length below 1.
     """
-    return (terms * weight).sum() / (inputs.num_rollouts * (length or inputs.completion_mask.shape[1]))
+    length = inputs.completion_mask.shape[1] if length is None else length
+    if length < 1:
+        raise ValueError(f"loss.aggregate.length: {length} is below 1. Try: null, the length of the canvas")
+    return (terms * weight).sum() / (inputs.num_rollouts * length)
 
 
 # -------------------------------------------------------------------------------------------------------------- lengths
@@ -144,8 +150,8 @@ def canvas_length(inputs: LossInputs) -> Float[Tensor, " N"]:
     return inputs.rewards.new_full((inputs.completion_mask.shape[0],), inputs.completion_mask.shape[1])
 
 
-def completion_length(inputs: LossInputs) -> Float[Tensor, " N"]:
-    """Tokens up to and including the first end of sequence."""
+def num_completion_tokens(inputs: LossInputs) -> Float[Tensor, " N"]:
+    """Tokens of each completion up to and including the first end of sequence, as a length or as a weight."""
     return inputs.completion_mask.sum(1).clamp(min=1).to(inputs.rewards.dtype)
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from d1lit.losses.terms import KLEstimator, Scalar, log_ratio, softmax_in_group
-from d1lit.types import LogProbs, LossInputs, Metrics
+from d1lit.types import LogProbs, LossInputs, LossTraits, Metrics
 
 Rows = Float[Tensor, " N"]
 
@@ -36,10 +36,7 @@ class WD1Loss:
     """Drop w-."""
     over_micro_batch: bool = False
     """Softmax over the micro-batch, as in the authors' code: right only where that is one group."""
-    units: ClassVar[frozenset[str]] = frozenset({"token", "sequence"})
-    needs_old: ClassVar[bool] = False
-    needs_reference: ClassVar[bool] = False
-    needs_entropy: ClassVar[bool] = False
+    traits: ClassVar[LossTraits] = LossTraits(frozenset({"token", "sequence"}))
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """This micro-batch's share of the loss, and detached metrics."""
@@ -109,14 +106,11 @@ class DMPOLoss:
     center: Callable[[Weights, int], Rows]
     """`no_centering`, `mean_centering`, `negative_centering` or `importance_centering`."""
     length: Callable[[LossInputs], Rows]
-    units: ClassVar[frozenset[str]] = frozenset({"sequence"})
-    needs_old: ClassVar[bool] = True
-    needs_entropy: ClassVar[bool] = False
 
     @property
-    def needs_reference(self) -> bool:
+    def traits(self) -> LossTraits:
         """The target distribution tilts the reference, unless alpha is 0."""
-        return self.alpha > 0
+        return LossTraits(frozenset({"sequence"}), needs_old=True, needs_reference=self.alpha > 0)
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """This micro-batch's share of the loss, and detached metrics."""
@@ -152,14 +146,11 @@ class DDOLoss:
     fake_weight: float
     replicates: int = 1
     """The current bound is multiplied by it: the number of masks for the authors' code."""
-    units: ClassVar[frozenset[str]] = frozenset({"sequence"})
-    needs_old: ClassVar[bool] = True
-    needs_entropy: ClassVar[bool] = False
 
     @property
-    def needs_reference(self) -> bool:
+    def traits(self) -> LossTraits:
         """The target distribution tilts the reference, unless alpha is 0."""
-        return self.alpha > 0
+        return LossTraits(frozenset({"sequence"}), needs_old=True, needs_reference=self.alpha > 0)
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """This micro-batch's share of the loss, and detached metrics."""
@@ -185,9 +176,6 @@ class GDSDLoss:
     beta: float
     kl: KLEstimator
     length: Callable[[LossInputs], Rows]
-    units: ClassVar[frozenset[str]] = frozenset({"sequence", "view"})
-    needs_old: ClassVar[bool] = True
-    needs_entropy: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -195,9 +183,9 @@ class GDSDLoss:
             raise ValueError(f"loss.epsilon: must be in (0, 1), got {self.epsilon}. Try: 4e-4, the paper's")
 
     @property
-    def needs_reference(self) -> bool:
+    def traits(self) -> LossTraits:
         """Only a KL penalty reads the reference."""
-        return self.beta > 0
+        return LossTraits(frozenset({"sequence", "view"}), needs_old=True, needs_reference=self.beta > 0)
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """This micro-batch's share of the loss, and detached metrics."""
@@ -206,7 +194,7 @@ class GDSDLoss:
         scaled = difference.clamp(low, high) / self.length(inputs)[:, None]
         rows = ((scaled - self.psi * inputs.advantages[:, None]) ** 2).sum(1)
         metrics = {"clip_fraction": ((difference < low) | (difference > high)).to(rows.dtype).mean().detach()}
-        if self.needs_reference:
+        if self.beta > 0:
             kl = self.kl(log_ratio(inputs.logprobs, inputs.ref)).mean(1) / self.length(inputs)
             rows = rows + self.beta * kl
             metrics["kl"] = kl.mean().detach()
@@ -225,15 +213,10 @@ class PreferenceLoss:
     beta: float
     length: Callable[[LossInputs], Rows]
     """`unit_length` for the method as published, `canvas_length` for DARE's port."""
-    units: ClassVar[frozenset[str]] = frozenset({"token", "sequence"})
-    needs_old: ClassVar[bool] = False
-    needs_reference: ClassVar[bool] = True
-    needs_entropy: ClassVar[bool] = False
+    traits: ClassVar[LossTraits] = LossTraits(frozenset({"token", "sequence"}), needs_reference=True, group_size=2)
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """This micro-batch's share of the loss, and detached metrics."""
-        if inputs.group_size != 2:
-            raise ValueError(f"group_size: preference pairs need 2, got {inputs.group_size}. Try: group_size=2 [E207]")
         assert inputs.ref is not None
         gain = (sequence_value(inputs.logprobs) - sequence_value(inputs.ref).detach()) / self.length(inputs)
         first, second = gain.view(-1, 2).unbind(1)

@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from d1lit.models.layouts import from_official_name, official_target, to_official_name
-from d1lit.models.loading import Layout, copy_weights, export_model, find_folder, gather, is_first_process
+from d1lit.models.loading import Layout, copy_weights, export_model, find_folder, gather
 from d1lit.models.lora import ADAPTER, LoraSettings, adapt, factors, lora_layers
 from d1lit.models.policy import Policy
 from d1lit.models.transformer import MaskedDiffusionLM
+from d1lit.processes import is_first
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -44,7 +45,7 @@ def save_adapter(adapted: PeftModel, folder: str | Path, layout: Layout = "d1lit
         for part, tensor in zip(("lora_A", "lora_B"), factors(layer, ADAPTER), strict=True):
             named.append((f"{_PREFIX}{name}.{part}.weight", tensor))
     tensors = gather(named)
-    if not is_first_process():
+    if not is_first():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     config = adapted.peft_config[ADAPTER]
@@ -83,7 +84,7 @@ def _read_adapter(path: str, family: str, revision: str | None = None) -> tuple[
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(
-                f"model.adapter: {folder} holds no {name}. Try a folder that PEFT or d1lit has written [E405]"
+                f"model.adapter: {folder} holds no {name}. Try: a folder that PEFT or d1lit has written [E405]"
             )
     raw = json.loads((folder / _CONFIG).read_text())
     if raw.get("peft_type") != "LORA":
@@ -119,7 +120,7 @@ def _fill_adapter(adapted: PeftModel, tensors: dict[str, Tensor], path: str) -> 
     if wrong:
         raise ValueError(
             f"model.adapter: the adapter in {path} does not fit the model, first at {wrong[0]}. "
-            "Try the base model it was trained on and the same lora settings [E405]"
+            "Try: the base model it was trained on and the same lora settings [E405]"
         )
     for name, tensor in wanted.items():
         tensor.copy_(tensors[name])
@@ -140,7 +141,7 @@ def save_weights(policy: Policy, folder: str | Path, layout: Layout = "d1lit") -
         save_adapter(policy.model, staging, layout)
     else:
         export_model(policy.network, staging, layout)
-    if not is_first_process():
+    if not is_first():
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     staging.rename(folder)

@@ -45,13 +45,13 @@ def build_network(
         revision: branch, tag or commit on the hub.
     """
     if dtype not in _DTYPES:
-        raise ValueError(f"model.dtype must be one of {sorted(_DTYPES)}, got {dtype!r}. Try float32.")
+        raise ValueError(f"model.dtype: {dtype!r} is not one of {', '.join(sorted(_DTYPES))}. Try: float32")
     if path is not None:
         folder = find_folder(path, revision)
         network = load_network(str(folder), _DTYPES[dtype], device)
         return network, load_tokenizer(str(folder), network.config)
     if tiny is None:
-        raise ValueError("model.path: neither a path nor the shape of a tiny model is given. Try model=tiny [E406]")
+        raise ValueError("model.path: neither a path nor the shape of a tiny model is given. Try: model=tiny [E406]")
     tokenizer = build_tiny_tokenizer()
     assert isinstance(tokenizer.mask_token_id, int)
     assert isinstance(tokenizer.eos_token_id, int)
@@ -117,7 +117,7 @@ def add_lora(policy: Policy, settings: LoraSettings, seed: int) -> Policy:
         ValueError: if the policy has an adapter already, or a target name matches nothing.
     """
     if isinstance(policy.model, PeftModel):
-        raise ValueError("lora: the model has an adapter already. Merge it before adding another.")
+        raise ValueError("lora: the model has an adapter already. Try: merging it first")
     if settings.quantize is not None:
         quantize(policy.network)
     adapted = adapt(policy.network, settings, seed)

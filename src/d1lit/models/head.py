@@ -259,7 +259,7 @@ def chunked_logprobs(
         excluded: a token that takes no part in the softmax and is no target.
     """
     if temperature <= 0:
-        raise ValueError(f"temperature must be positive to score tokens, got {temperature}. Use 1 for the plain model.")
+        raise ValueError(f"temperature: must be positive to score tokens, got {temperature}. Try: 1, the plain model")
     tile = tile_shape(len(hidden), len(weight), budget, torch.finfo(_exact(weight.dtype)).bits // 8)
     wants_gradient = torch.is_grad_enabled()
     if wants_gradient and weight.requires_grad:

@@ -103,11 +103,11 @@ def read_config(raw: Mapping[str, Any], where: str) -> MaskedDiffusionConfig:
             return _read_dream(raw, where)
     except KeyError as error:
         raise ValueError(
-            f"model.path: config.json of {where} lacks {error}. Try the folder the model was published in [E402]"
+            f"model.path: config.json of {where} lacks {error}. Try: the folder the model was published in [E402]"
         ) from error
     raise ValueError(
         f"model.path: {where} holds a model of type {model_type!r}, not a masked diffusion model that d1lit knows. "
-        "Try a LLaDA (llada), Dream (Dream) or d1lit folder [E402]"
+        "Try: a LLaDA (llada), Dream (Dream) or d1lit folder [E402]"
     )
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
@@ -19,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from d1lit.models.layouts import from_official_name, official_config, read_config, to_official_name
 from d1lit.models.presets import build_on_meta
 from d1lit.models.transformer import MaskedDiffusionConfig, MaskedDiffusionLM
+from d1lit.processes import is_first
 
 Layout = Literal["d1lit", "official"]
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -44,7 +44,7 @@ def find_folder(path: str, revision: str | None = None, key: str = "model.path",
         raise ValueError(f"{key}: {path} is a file. Try: its folder, with config.json and *.safetensors [E401]")
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise ValueError(
-            f"{key}: there is no folder {path}. Try an existing folder or a hub id such as owner/name [E401]"
+            f"{key}: there is no folder {path}. Try: an existing folder or a hub id such as owner/name [E401]"
         )
     wanted = [pattern for pattern in _HUB_FILES if weights or pattern != "*.safetensors"]
     try:
@@ -53,7 +53,7 @@ def find_folder(path: str, revision: str | None = None, key: str = "model.path",
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{key}: {path} is neither a folder here nor reachable on the hub ({cause}). "
-            "Try the path of a folder that holds the model [E401]"
+            "Try: the path of a folder that holds the model [E401]"
         ) from error
 
 
@@ -62,12 +62,12 @@ def load_config(folder: Path, key: str = "model.path") -> MaskedDiffusionConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(
-            f"{key}: {folder} holds no config.json, so it is no model folder. Try the folder above or below [E401]"
+            f"{key}: {folder} holds no config.json, so it is no model folder. Try: the folder above or below [E401]"
         )
     try:
         raw = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{key}: {file} is not valid JSON ({error}). Try copying the model again [E403]") from error
+        raise ValueError(f"{key}: {file} is not valid JSON ({error}). Try: copying the model again [E403]") from error
     return read_config(raw, str(folder))
 
 
@@ -81,7 +81,7 @@ def shard_files(folder: Path, key: str = "model.path") -> list[Path]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ValueError(
-            f"{key}: {folder} lacks {', '.join(missing)}. Try downloading the missing weights (safetensors) [E403]"
+            f"{key}: {folder} lacks {', '.join(missing)}. Try: downloading the missing weights (safetensors) [E403]"
         )
     return files
 
@@ -187,7 +187,7 @@ def export_model(
     """
     folder = Path(folder)
     tensors = gather(network.named_parameters(remove_duplicate=True))
-    if not is_first_process():
+    if not is_first():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     if layout == "d1lit":
@@ -200,11 +200,6 @@ def export_model(
     return folder
 
 
-def is_first_process() -> bool:
-    """True on the process that writes files."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-
-
 def gather(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Whole tensors on the CPU of the first process, one gathered at a time; nothing on the others.
 
@@ -215,7 +210,7 @@ def gather(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         tensor = tensor.detach()
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
-        if is_first_process():
+        if is_first():
             whole[name] = tensor.cpu().contiguous()
     return whole
 

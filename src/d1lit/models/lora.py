@@ -45,13 +45,13 @@ class LoraSettings:
         unknown = [name for name in names if name not in LINEAR_NAMES]
         if unknown or not names:
             raise ValueError(
-                f"lora.targets names {unknown or 'nothing'}, which match no matrix of the model's blocks. "
-                f"Try names among {list(LINEAR_NAMES)}, paper or all_linear."
+                f"lora.targets: {', '.join(unknown) or 'nothing'} matches no matrix of the model's blocks. "
+                f"Try: names among {', '.join(LINEAR_NAMES)}, or paper, or all_linear"
             )
         if self.rank < 1:
-            raise ValueError(f"lora.rank must be at least 1, got {self.rank}. Try 8.")
+            raise ValueError(f"lora.rank: must be at least 1, got {self.rank}. Try: 8")
         if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"lora.dropout must be in [0, 1), got {self.dropout}. Try 0.")
+            raise ValueError(f"lora.dropout: must be in [0, 1), got {self.dropout}. Try: 0")
         if self.quantize not in (None, "nf4"):
             raise ValueError(f"lora.quantize: {self.quantize!r} is not known. Try: nf4, or null")
 
@@ -84,7 +84,7 @@ def chosen_names(targets: Targets) -> tuple[str, ...]:
         return tuple(targets)
     presets = {"paper": PAPER_NAMES, "all_linear": LINEAR_NAMES}
     if targets not in presets:
-        raise ValueError(f"lora.targets must be paper, all_linear or a list of names, got {targets!r}. Try paper.")
+        raise ValueError(f"lora.targets: {targets!r} is neither paper, all_linear nor a list of names. Try: paper")
     return presets[targets]
 
 

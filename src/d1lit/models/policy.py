@@ -166,22 +166,12 @@ class Policy(nn.Module):
     def _head_bytes(self) -> int:
         return default_budget(self.device.type) if self.head_budget is None else self.head_budget
 
-    def view_bytes(self, length: int, with_gradient: bool) -> int:
-        """Estimated peak bytes of activations for one view of `length` tokens.
+    def view_bytes(self, length: int) -> int:
+        """Estimated peak bytes of activations for one view of `length` tokens, without gradient.
 
-        Counts, per token, the tensors that a block keeps for its backward pass (inputs of norms, projections, SwiGLU
-        and attention), or the widest moment of one block without gradient. Logits are not in it: they have a budget
-        of their own.
+        Logits are not in it: they have a budget of their own.
         """
-        itemsize = torch.finfo(self.dtype).bits // 8
-        config = self.network.config
-        if not with_gradient:
-            return bytes_without_gradient(config, length, itemsize)
-        width, layers = config.hidden_size, config.num_hidden_layers
-        per_block = 10 * width + 4 * config.intermediate_size
-        if self.network.model.layers[0].gradient_checkpointing:
-            return length * itemsize * (layers * width + per_block)
-        return length * itemsize * layers * per_block
+        return bytes_without_gradient(self.network.config, length, torch.finfo(self.dtype).bits // 8)
 
     # ------------------------------------------------------------------------------------------------- what it costs
 
@@ -260,11 +250,11 @@ class Policy(nn.Module):
             ValueError: if no reference was kept, because then there is nothing that could move.
         """
         if not 0.0 <= weight <= 1.0:
-            raise ValueError(f"reference.weight must be in [0, 1], got {weight}. 1 copies the policy.")
+            raise ValueError(f"module.reference_sync_weight: must be in [0, 1], got {weight}. Try: 1 (copy)")
         if not self.has_kept_reference:
             raise ValueError(
                 "reference_sync_every: the reference is the base with its adapter off, which cannot move. "
-                "Keep a reference first (keep_reference())."
+                "Try: keep_reference() first"
             )
         if self.reference_model is not None:
             for kept, current in zip(self.reference_model.parameters(), self.model.parameters(), strict=True):
@@ -293,7 +283,7 @@ class Policy(nn.Module):
         if not isinstance(self.model, PeftModel) and self.reference_model is None:
             raise ValueError(
                 "loss.beta: a penalty towards the reference needs one, and a fully trained network has none "
-                "until keep_reference() is called. Set loss.beta=0 or keep a reference."
+                "until keep_reference() is called. Try: loss.beta=0, or keep a reference"
             )
         return self._as_reference()
 

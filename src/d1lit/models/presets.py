@@ -39,7 +39,7 @@ def tiny_config(
     """
     if width % num_heads or (width // num_heads) % 2:
         raise ValueError(
-            f"model.num_heads must divide model.width into even parts, got {num_heads} and {width}. Try 4."
+            f"model.tiny.num_heads: must divide the width into even parts, got {num_heads} and {width}. Try: 4"
         )
     return MaskedDiffusionConfig(
         vocab_size=vocab_size,

@@ -61,7 +61,7 @@ def load_tokenizer(path: str, config: MaskedDiffusionConfig, revision: str | Non
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"model.path: no tokenizer could be read from {path} ({cause}). "
-            "Try a folder that holds tokenizer.json and tokenizer_config.json [E404]"
+            "Try: a folder that holds tokenizer.json and tokenizer_config.json [E404]"
         ) from error
     check_tokenizer(tokenizer, config, path)
     return tokenizer
@@ -84,16 +84,16 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: MaskedDiffusionC
         if in_tokenizer is not None and in_tokenizer != in_model:
             raise ValueError(
                 f"model.path: {name} is {in_model} in the model and {in_tokenizer} in the tokenizer of {path}. "
-                "Try the tokenizer that was saved with this model [E404]"
+                "Try: the tokenizer that was saved with this model [E404]"
             )
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"model.path: the tokenizer of {path} has {len(tokenizer)} tokens but the model only {config.vocab_size}. "
-            "Try the tokenizer that was saved with this model [E404]"
+            "Try: the tokenizer that was saved with this model [E404]"
         )
     if not tokenizer.chat_template:
         raise ValueError(
-            f"model.path: the tokenizer of {path} has no chat template. Try an Instruct model, "
+            f"model.path: the tokenizer of {path} has no chat template. Try: an Instruct model, "
             "or put a chat_template.jinja into the folder [E404]"
         )
 

@@ -17,8 +17,9 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
 
+from d1lit.advantages import has_spread, judged_std
 from d1lit.costs import SectionCost, Work, matmul_peak, utilisation
-from d1lit.modules.experience import judged
+from d1lit.modules.experience import is_judged, whole_rows
 from d1lit.types import Metrics, RewardBatch, Rollout
 
 _MB = 2**20
@@ -182,7 +183,7 @@ def cost_metrics(sections: Mapping[str, SectionCost], peak: float, known: Iterab
 
     Args:
         sections: what it took.
-        peak: operations a second that all devices together could do.
+        peak: FLOP/s that all devices together could do.
         known: sections of earlier steps; those without work now are 0, because Lightning would repeat their last value.
     """
     whole = total(sections)
@@ -202,8 +203,15 @@ def cost_metrics(sections: Mapping[str, SectionCost], peak: float, known: Iterab
     return metrics
 
 
+def close_update(module: L.LightningModule, meter: Meter, cost: StageCost, dtype: torch.dtype) -> dict[str, float]:
+    """Charge what the meter has read to the stage; what the optimizer step cost, over ranks, under fixed names."""
+    spent = over_ranks(meter.read(), module.trainer.strategy, module.trainer.world_size)
+    cost.add(spent)
+    return cost_metrics(spent, machine_peak(module, dtype), cost.sections)
+
+
 def machine_peak(module: L.LightningModule, dtype: torch.dtype) -> float:
-    """Operations a second of all devices together, in the number type that products are taken in here."""
+    """FLOP/s of all devices together, in the number type that products are taken in here."""
     device = module.device.type
     with module.trainer.precision_plugin.forward_context():
         if dtype == torch.float32 and torch.is_autocast_enabled(device):
@@ -258,14 +266,12 @@ class UpdateMetrics(nn.Module):
         eos_token_id: int,
     ) -> None:
         """A rollout of this rank, with the rewards of all ranks; what no judge could judge is in no mean."""
-        total, counts = (value.view(-1, group_size) for value in (rewards.total, judged(rewards)))
-        n = counts.sum(1, keepdim=True)
-        centred = (total - (total * counts).sum(1, keepdim=True) / n.clamp(min=1)) * counts
-        std = ((centred**2).sum(1) / n[:, 0].clamp(min=1)).sqrt()
+        total, counts = (value.view(-1, group_size) for value in (rewards.total, is_judged(rewards)))
+        spread = has_spread(whole_rows(rewards), group_size)
         self._rollout = {
-            "rollout/reward": (total * counts).sum() / n.sum().clamp(min=1),
-            "rollout/reward_std": std.mean(),
-            "rollout/zero_std_fraction": (std < 1e-6).float().mean(),
+            "rollout/reward": (total * counts).sum() / counts.sum().clamp(min=1),
+            "rollout/reward_std": judged_std(total, counts).mean(),  # of n - 1, as in the advantages
+            "rollout/zero_std_fraction": 1 - spread.float().mean(),
             "rollout/advantage_abs": advantages.abs().mean(),
             "rollout/failed_judge_fraction": 1 - counts.float().mean(),
         }

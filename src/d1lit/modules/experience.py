@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d1lit.advantages import judged_mean
 from d1lit.types import LogProbs, LossInputs, RewardBatch, Rollout, Verdict
 
 
@@ -18,8 +19,9 @@ class Experience:
 
     rollout: Rollout
     advantages: Tensor
+    """[N] or [N U]."""
     rewards: Tensor
-    """[N] weighted sums."""
+    """[N]: weighted sum of each rollout's reward parts; the mean of its judged group where a judge failed."""
     old: tuple[LogProbs | None, ...]
     """Per inner update, under the weights that sampled; None where the loss has no use for it, or at inner update 0,
     where the current log-probs are the old ones."""
@@ -27,7 +29,9 @@ class Experience:
     num_units: tuple[float, ...]
     """Per inner update: unit weight of the global batch."""
     num_rollouts: float
+    """Rollouts in the global batch of an update."""
     step: int
+    """Which rollout of the run this is; draws hang on it."""
 
 
 def all_finite(inputs: LossInputs) -> Tensor:
@@ -54,7 +58,7 @@ def reward_batch(
     return RewardBatch(value.to(device), valid.to(device), weight.to(device), step, asked.to(device))
 
 
-def judged(rewards: RewardBatch) -> Tensor:
+def is_judged(rewards: RewardBatch) -> Tensor:
     """[N]: whether every part that weighs anything could judge the completion."""
     return (rewards.valid | (rewards.weights == 0)).all(-1)
 
@@ -64,14 +68,13 @@ def whole_rows(rewards: RewardBatch) -> RewardBatch:
 
     What the other parts sum up to would hold a silent zero for the failed one.
     """
-    return replace(rewards, valid=rewards.valid & judged(rewards)[:, None])
+    return replace(rewards, valid=rewards.valid & is_judged(rewards)[:, None])
 
 
 def neutral_totals(rewards: RewardBatch, group_size: int) -> Tensor:
     """[N] sums, and the mean of its judged group for a completion that was not judged, so that it says nothing."""
-    total, counts = (value.view(-1, group_size) for value in (rewards.total, judged(rewards)))
-    mean = (total * counts).sum(1, keepdim=True) / counts.sum(1, keepdim=True).clamp(min=1)
-    return torch.where(counts, total, mean).flatten()
+    total, counts = (value.view(-1, group_size) for value in (rewards.total, is_judged(rewards)))
+    return torch.where(counts, total, judged_mean(total, counts)).flatten()
 
 
 def detached(logprobs: LogProbs) -> LogProbs:
@@ -104,6 +107,7 @@ def dealt(saved: Sequence[Sequence[Experience]], world_size: int, num_micro: int
 
 
 def _joined(parts: Sequence[Experience]) -> Experience:
+    """Experiences of one rollout below each other: the inverse of `_cut`."""
     rollouts = [part.rollout for part in parts]
     names = [name for name, value in vars(rollouts[0]).items() if isinstance(value, Tensor) and name != "trace"]
     tensors: dict[str, Any] = {name: torch.cat([vars(r)[name] for r in rollouts]) for name in names}
@@ -137,6 +141,8 @@ def _joined_logprobs(column: Sequence[LogProbs | None]) -> LogProbs | None:
 
 
 def _cut(whole: Experience, start: int, stop: int) -> Experience:
+    """The rollouts from `start` up to, not including, `stop`; counts of the global batch stay."""
+
     def cut(logprobs: LogProbs | None) -> LogProbs | None:
         if logprobs is None:
             return None

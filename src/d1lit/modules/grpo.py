@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from itertools import compress
@@ -21,13 +21,13 @@ from d1lit.losses import check_pair, check_trajectory
 from d1lit.losses.terms import KLEstimator, k1
 from d1lit.models import Policy
 from d1lit.models.sharding import gathered
-from d1lit.modules.accounting import Meter, StageCost, UpdateMetrics, cost_metrics, machine_peak, over_ranks
+from d1lit.modules.accounting import Meter, StageCost, UpdateMetrics, close_update
 from d1lit.modules.experience import (
     Experience,
     all_finite,
     dealt,
     detached,
-    judged,
+    is_judged,
     neutral_totals,
     restored,
     reward_batch,
@@ -41,7 +41,7 @@ from d1lit.modules.optimizing import (
     seed_dropout,
     trainable_state,
 )
-from d1lit.modules.refilling import Judged, lacks_spread, refilled
+from d1lit.modules.refilling import JudgedRollout, lacks_spread, refilled
 from d1lit.processes import gathered as gathered_objects
 from d1lit.processes import gathered_rows
 from d1lit.rewards.parts import RewardParts, outcome_fraction
@@ -149,6 +149,8 @@ class DiffuGRPO(L.LightningModule):
         group_size: int,
         num_inner_updates: int,
         reference_sync_every: int | None = None,
+        reference_sync_weight: float = 1.0,
+        views_per_chunk: int | None = None,
         allow_unsound_pair: bool = False,
         num_refills: int = 0,
         kl_in_reward: float = 0.0,
@@ -163,7 +165,7 @@ class DiffuGRPO(L.LightningModule):
         check_trajectory(estimator, sampler)
         if num_refills < 0:
             raise ValueError(f"module.num_refills: {num_refills} is below 0. Try: 0 (no dynamic sampling), or 2")
-        if kl_in_reward < 0 or (kl_in_reward and getattr(estimator, "needs_advantages", False)):
+        if kl_in_reward < 0 or (kl_in_reward and estimator.traits.needs_advantages):
             cause = f"{kl_in_reward} is below 0" if kl_in_reward < 0 else f"{type(estimator).__name__} needs advantages"
             raise ValueError(f"module.kl_in_reward: {cause}, which come after the reward. Try: loss.beta, or 0")
         if num_inner_updates < 1:
@@ -171,9 +173,17 @@ class DiffuGRPO(L.LightningModule):
         if reference_sync_every is not None and reference_sync_every < 1:
             cause = f"module.reference_sync_every: {reference_sync_every} is below 1"
             raise ValueError(f"{cause}. Try: 1 or more optimizer steps, or null for a reference that stays")
-        if reference_sync_every is not None and not (kl_in_reward or getattr(loss, "needs_reference", False)):
+        if reference_sync_every is not None and not (kl_in_reward or loss.traits.needs_reference):
             cause = f"module.reference_sync_every: {reference_sync_every}, but this loss has no reference to move"
             raise ValueError(f"{cause}. Try: loss.beta=0.04, or null")
+        if not 0 <= reference_sync_weight <= 1:
+            cause = f"module.reference_sync_weight: {reference_sync_weight} is not in [0, 1]"
+            raise ValueError(f"{cause}. Try: 1, which copies the policy")
+        if views_per_chunk is not None and views_per_chunk < 1:
+            raise ValueError(f"module.views_per_chunk: {views_per_chunk} is below 1. Try: null (all at once), or 8")
+        if loss.traits.group_size not in (None, group_size):
+            cause = f"module.group_size: {group_size}, but {type(loss).__name__} takes {loss.traits.group_size}"
+            raise ValueError(f"{cause}. Try: {loss.traits.group_size} [E207]")
         if group_size < 2:
             raise ValueError(
                 f"module.group_size: {group_size} leaves nothing to compare a rollout with (advantages would be 0). "
@@ -194,11 +204,11 @@ class DiffuGRPO(L.LightningModule):
     ) -> list[Experience]:
         """Sample, judge and freeze: everything that does not change over the inner updates of this rollout."""
         self._sync_reference(step)
-        judged = self._judged(prompts, step)
+        judged = self._sample_and_judge(prompts, step)
         for reserve in reserves:
             if not lacks_spread(judged, self.group_size):
                 break
-            more = self._judged(reserve, step)
+            more = self._sample_and_judge(reserve, step)
             judged = refilled(judged, more, self.group_size, self.global_rank, self.trainer.world_size)
         rollout, self.verdicts = judged.rollout, judged.verdicts
         rewards, names = self._with_penalties(judged, step)
@@ -217,8 +227,8 @@ class DiffuGRPO(L.LightningModule):
         """The policy loss of one micro-batch under the corruption of this inner update."""
         self.meter.start("update")  # until `on_after_backward`
         logprobs, scores = self._likelihood(experience.rollout, experience.advantages, experience.step, inner)
-        is_first = inner == 0 and not self.inner_index_by_micro_batch
-        old = detached(logprobs) if is_first else experience.old[inner]
+        is_on_policy = inner == 0 and not self.inner_index_by_micro_batch
+        old = detached(logprobs) if is_on_policy else experience.old[inner]
         inputs = LossInputs(
             logprobs=logprobs,
             old=old,
@@ -233,7 +243,7 @@ class DiffuGRPO(L.LightningModule):
         )
         loss, metrics = self.loss(inputs)
         # A loss of nan is no step (SkipNonFinite): also where no token of the whole update is valid.
-        loss = torch.where(all_finite(inputs), loss, torch.nan) if inputs.num_units else loss * torch.nan
+        loss = _nan_unless(all_finite(inputs) & (inputs.num_units > 0), loss)
         self.metrics.add_update(loss, metrics)
         # The loss is this micro-batch's share of the global one; Lightning averages over micro-batches and ranks.
         return loss * num_micro * self.trainer.world_size
@@ -250,18 +260,18 @@ class DiffuGRPO(L.LightningModule):
             return batch.inner
         return (batch.inner * batch.num_micro + batch.micro + 1) % self.num_inner_updates
 
-    def _judged(self, prompts: PromptBatch, step: int) -> Judged:
+    def _sample_and_judge(self, prompts: PromptBatch, step: int) -> JudgedRollout:
         """Rollouts of some prompts, with what the judges say of them."""
         with self.meter("rollout"), self._rollout_weights(), gathered(self.policy), self._rollout_dropout(step):
             rollout = self.sampler(self.policy, prompts, self.group_size, self.draws.at(step=step))
             rollout = replace(rollout, completions=tuple(self.decode(ids) for ids in rollout.completion_ids))
         with self.meter("reward"):
-            self.verdicts = self.reward.grade(rollout.completions, rollout.examples)
-            rewards = self._gathered(reward_batch(self.verdicts, self.reward.weights, rollout.device, step))
-            self._refuse_failed(rewards)
-        return Judged(rollout, self.verdicts, rewards)
+            verdicts = self.reward.grade(rollout.completions, rollout.examples)
+            rewards = self._gathered(reward_batch(verdicts, self.reward.weights, rollout.device, step))
+            self._refuse_failed(rewards, verdicts)
+        return JudgedRollout(rollout, verdicts, rewards)
 
-    def _with_penalties(self, judged: Judged, step: int) -> tuple[RewardBatch, list[str]]:
+    def _with_penalties(self, judged: JudgedRollout, step: int) -> tuple[RewardBatch, list[str]]:
         """The rewards with what is judged by tokens and not by text as further parts, and the names of all parts."""
         rollout, rewards, names = judged.rollout, judged.rewards, list(judged.verdicts)
         if self.length_penalty is not None:
@@ -282,13 +292,20 @@ class DiffuGRPO(L.LightningModule):
         """Log-probs of a rollout under the corruption of one inner update: the same views for old, ref and current."""
         context = self._context(rollout, advantages, step, inner)
         corruption = self.estimator.corrupt(context)
-        wants_entropy = self.loss.needs_entropy
+        wants_entropy = self.loss.traits.needs_entropy
         scores = score(self.policy, rollout, corruption, wants_entropy, views_per_chunk=self.views_per_chunk)
         return self.estimator.combine(scores.logprobs, corruption, context), scores
 
     def _context(self, rollout: Rollout, advantages: Tensor, step: int, inner: int) -> Context:
-        draws = self.draws.at(step=step, inner=inner)
-        return Context(rollout, advantages, inner, self.num_inner_updates, self.policy.mask_token_id, draws)
+        """What the estimator may know; its draws depend on the step, the inner update and the rows alone."""
+        return Context(
+            rollout=rollout,
+            advantages=advantages,
+            inner=inner,
+            num_inner_updates=self.num_inner_updates,
+            mask_token_id=self.policy.mask_token_id,
+            draws=self.draws.at(step=step, inner=inner),
+        )
 
     def _freeze(
         self, rollout: Rollout, rewards: Tensor, advantages: Tensor, step: int, num_micro: int
@@ -303,11 +320,11 @@ class DiffuGRPO(L.LightningModule):
             contexts = [self._context(part, advantage, step, inner) for inner in inners]
             corruptions = [self.estimator.corrupt(context) for context in contexts]
             # At inner update 0 the policy is the old one.
-            needs_old = [self.loss.needs_old and (i > 0 or self.inner_index_by_micro_batch) for i in inners]
+            needs_old = [self.loss.traits.needs_old and (i > 0 or self.inner_index_by_micro_batch) for i in inners]
             found = iter(self._likelihoods(list(compress(contexts, needs_old)), list(compress(corruptions, needs_old))))
             old = tuple(next(found) if needs else None for needs in needs_old)
             ref: tuple[LogProbs | None, ...] = (None,) * self.num_inner_updates
-            if self.loss.needs_reference:
+            if self.loss.traits.needs_reference:
                 with self.policy.reference():
                     ref = tuple(self._likelihoods(contexts, corruptions))
             units = tuple(self._unit_weight(c, context) for c, context in zip(corruptions, contexts, strict=True))
@@ -336,10 +353,11 @@ class DiffuGRPO(L.LightningModule):
         asked = None if rewards.asked is None else gathered_rows(rewards.asked)
         return replace(rewards, value=gathered_rows(rewards.value), valid=gathered_rows(rewards.valid), asked=asked)
 
-    def _refuse_failed(self, rewards: RewardBatch) -> None:
-        failed = 1.0 - float(judged(rewards).float().mean())
+    def _refuse_failed(self, rewards: RewardBatch, verdicts: Mapping[str, list[Verdict]]) -> None:
+        """End the run where the judges of all ranks failed too often; the line tells this rank's share by outcome."""
+        failed = 1.0 - float(is_judged(rewards).float().mean())
         if failed > MAX_FAILED_FRACTION:
-            late, broken = (outcome_fraction(self.verdicts, kind) for kind in ("timeout", "error"))
+            late, broken = (outcome_fraction(verdicts, kind) for kind in ("timeout", "error"))
             cause = (
                 f"the judges failed on {failed:.0%} of a rollout's completions (here: time-out {late:.0%}, "
                 f"error {broken:.0%}), so its rewards mean nothing"
@@ -409,9 +427,7 @@ class DiffuGRPO(L.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: InnerUpdate, batch_idx: int) -> None:
         """Log once an optimizer step, over all its micro-batches."""
         if batch.micro == batch.num_micro - 1:
-            spent = over_ranks(self.meter.read(), self.trainer.strategy, self.trainer.world_size)
-            self.cost.add(spent)
-            costs = cost_metrics(spent, machine_peak(self, self.policy.dtype), self.cost.sections)
+            costs = close_update(self, self.meter, self.cost, self.policy.dtype)
             self.log_dict(self.metrics.finish() | costs, rank_zero_only=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -432,3 +448,8 @@ class DiffuGRPO(L.LightningModule):
         self.cost.load(checkpoint["cost"])
         self.metrics.latest_rollout = dict(checkpoint["latest_rollout"])
         self.reference_synced_at = checkpoint["reference_synced_at"]
+
+
+def _nan_unless(valid: Tensor, loss: Tensor) -> Tensor:
+    """The loss, or nan; without a wait for the device."""
+    return torch.where(valid, loss, torch.nan)

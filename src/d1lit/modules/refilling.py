@@ -15,7 +15,7 @@ from d1lit.types import RewardBatch, Rollout, Verdict
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedRollout:
     """Rollouts of this rank, what the judges said of them, and the rewards of all ranks."""
 
     rollout: Rollout
@@ -23,12 +23,12 @@ class Judged:
     rewards: RewardBatch
 
 
-def lacks_spread(judged: Judged, group_size: int) -> bool:
+def lacks_spread(judged: JudgedRollout, group_size: int) -> bool:
     """Whether any group of any rank teaches nothing: the same answer on every rank."""
     return not bool(has_spread(whole_rows(judged.rewards), group_size).all())
 
 
-def refilled(judged: Judged, more: Judged, group_size: int, rank: int, world_size: int) -> Judged:
+def refilled(judged: JudgedRollout, more: JudgedRollout, group_size: int, rank: int, world_size: int) -> JudgedRollout:
     """The same number of groups, those without spread replaced by groups with spread from `more` while there are any.
 
     A group stays on its rank, so a rank fills its gaps from its own spare groups, in order.
@@ -45,7 +45,7 @@ def refilled(judged: Judged, more: Judged, group_size: int, rank: int, world_siz
     mine = source[rank * share : (rank + 1) * share] - rank * share
     own = torch.where(mine >= len(source), mine - len(source) + share, mine)
     everywhere, here = _rows(source, group_size), _rows(own, group_size)
-    return Judged(
+    return JudgedRollout(
         _picked(judged.rollout, more.rollout, here),
         {name: [([*judged.verdicts[name], *more.verdicts[name]])[n] for n in here] for name in judged.verdicts},
         _rewards(judged.rewards, more.rewards, everywhere),

@@ -14,7 +14,7 @@ from d1lit.draws import CounterDraws
 from d1lit.losses import MaskedCrossEntropy
 from d1lit.masking import BlockMask, ExactCountMask, apply_mask, complementary_mask
 from d1lit.models import Policy
-from d1lit.modules.accounting import Meter, StageCost, UpdateMetrics, cost_metrics, machine_peak, over_ranks
+from d1lit.modules.accounting import Meter, StageCost, UpdateMetrics, close_update
 from d1lit.modules.optimizing import (
     OptimizerFactory,
     ScheduleFactory,
@@ -23,7 +23,7 @@ from d1lit.modules.optimizing import (
     seed_dropout,
     trainable_state,
 )
-from d1lit.types import Schedule
+from d1lit.types import MaskRule, Metrics, Schedule, TimeSampler
 
 
 class MaskedSFT(L.LightningModule):
@@ -37,9 +37,9 @@ class MaskedSFT(L.LightningModule):
         self,
         policy: Policy,
         schedule: Schedule,
-        times: Any,
-        validation_times: Any,
-        mask: Any,
+        times: TimeSampler,
+        validation_times: TimeSampler,
+        mask: MaskRule,
         loss: MaskedCrossEntropy,
         optimizer: OptimizerFactory,
         lr_schedule: ScheduleFactory,
@@ -51,17 +51,6 @@ class MaskedSFT(L.LightningModule):
         complementary: bool = False,
     ) -> None:
         super().__init__()
-        middle = torch.tensor([0.3])
-        if complementary and abs(float(schedule.mask_prob(middle) + schedule.mask_prob(1 - middle)) - 1) > 0.01:
-            raise ValueError(
-                f"module.complementary: {type(schedule).__name__} does not hide at 1 - t what it shows at t, so the "
-                "complement of a mask has no weight. Try: schedule=linear"
-            )
-        if complementary and isinstance(mask, BlockMask | ExactCountMask):
-            raise ValueError(
-                f"module.complementary: what {type(mask).__name__} leaves visible follows another law than what it "
-                "hides. Try: module.mask._target_=d1lit.masking.BernoulliMask"
-            )
         self.policy = policy
         self.schedule = schedule
         self.times = times
@@ -83,6 +72,27 @@ class MaskedSFT(L.LightningModule):
         self.cost = StageCost()
         self.strict_loading = False  # frozen weights are not in a checkpoint: the stage starts from them
 
+    @staticmethod
+    def check(schedule: Schedule, mask: MaskRule, complementary: bool = False, **others: Any) -> None:
+        """Refuse what has no meaning, before there is a network.
+
+        Raises:
+            ValueError: naming the key, the value and the cure.
+        """
+        if not complementary:
+            return
+        middle = torch.tensor([0.3])
+        if abs(float(schedule.mask_prob(middle) + schedule.mask_prob(1 - middle)) - 1) > 0.01:
+            raise ValueError(
+                f"module.complementary: {type(schedule).__name__} does not hide at 1 - t what it shows at t, so the "
+                "complement of a mask has no weight. Try: schedule=linear"
+            )
+        if isinstance(mask, BlockMask | ExactCountMask):
+            raise ValueError(
+                f"module.complementary: what {type(mask).__name__} leaves visible follows another law than what it "
+                "hides. Try: module.mask._target_=d1lit.masking.BernoulliMask"
+            )
+
     def training_step(self, batch: CompletionBatch, batch_idx: int) -> Tensor:
         """Hide, predict, weigh."""
         self.meter.start("update")  # until `optimizer_step` is over: the backward pass is part of it
@@ -91,7 +101,7 @@ class MaskedSFT(L.LightningModule):
         # The loss is this micro-batch's share of the global one; Lightning averages over micro-batches and ranks.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
-    def masked_loss(self, batch: CompletionBatch, draws: CounterDraws, times: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def masked_loss(self, batch: CompletionBatch, draws: CounterDraws, times: TimeSampler) -> tuple[Tensor, Metrics]:
         """Weighted cross-entropy of the hidden tokens; with complements, the mean over both masks of the pair."""
         t = times(draws, batch.row_ids, batch.row_ids, batch.num_rows)
         where = draws, batch.row_ids, self.schedule.mask_prob(t), batch.is_target
@@ -107,7 +117,7 @@ class MaskedSFT(L.LightningModule):
 
     def _view_loss(
         self, batch: CompletionBatch, is_masked: Tensor, t: Tensor, factor: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Metrics]:
         """The loss under one mask; the head sees the positions that are hidden and scored."""
         noised_ids = apply_mask(batch.ids, is_masked, self.policy.mask_token_id)
         hidden = self.policy.hidden(noised_ids, batch.attention)
@@ -169,9 +179,7 @@ class MaskedSFT(L.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: CompletionBatch, batch_idx: int) -> None:
         """Log once an optimizer step, over all its micro-batches."""
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
-            spent = over_ranks(self.meter.read(), self.trainer.strategy, self.trainer.world_size)
-            self.cost.add(spent)
-            costs = cost_metrics(spent, machine_peak(self, self.policy.dtype), self.cost.sections)
+            costs = close_update(self, self.meter, self.cost, self.policy.dtype)
             self.log_dict(self.metrics.finish() | costs, rank_zero_only=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

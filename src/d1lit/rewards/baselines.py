@@ -11,7 +11,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 
-from d1lit.rewards.sudoku import completions_of
 from d1lit.types import Example
 
 
@@ -33,7 +32,7 @@ def most_common_answer(examples: Sequence[Example], train: Sequence[Example]) ->
         ValueError: no training rows.
     """
     if not train:
-        raise ValueError("train: no rows to count answers in. Give the training split")
+        raise ValueError("train: no rows to count answers in. Try: the training split")
     counts = Counter(str(row["answer"]).strip() for row in train)
     commonest = min(counts, key=lambda answer: (-counts[answer], answer))
     return [as_completion(commonest)] * len(examples)
@@ -97,18 +96,3 @@ def _candidate(row: Example) -> str:
         allowed = sorted(set("1234") - near) or ["1"]
         grid += allowed[_choose(row["id"], f"cell {at}", len(allowed))]
     return grid
-
-
-def random_solution(examples: Sequence[Example], train: Sequence[Example] = ()) -> list[str]:
-    """Sudoku: a random legal completion of the givens; what ambiguity alone costs under d1's metric.
-
-    Raises:
-        ValueError: a puzzle has no solution.
-    """
-    answers = []
-    for row in examples:
-        solutions = completions_of(row["puzzle"])
-        if not solutions:
-            raise ValueError(f"puzzle {row['puzzle']} of row {row['id']} has no legal completion. Check the data")
-        answers.append(as_completion(solutions[_choose(row["id"], "solution", len(solutions))]))
-    return answers

@@ -36,8 +36,8 @@ def published_row(row: dict[str, Any]) -> tuple[str, Example]:
     elif task == "sudoku":
         puzzle = _PUZZLE.search(row["question"])
         if not puzzle:
-            raise ValueError(f"{example['id']}: no puzzle at the end of the question. Use d1's published files")
+            raise ValueError(f"{example['id']}: no puzzle at the end of the question. Try: d1's published files")
         example |= {"puzzle": puzzle[1], "solution": truth, "answer": truth}
     else:
-        raise ValueError(f"task: {task!r} is not one of gsm8k, math500, countdown, sudoku. Use d1's published files")
+        raise ValueError(f"task: {task!r} is not one of gsm8k, math500, countdown, sudoku. Try: d1's published files")
     return row["generation"], example
