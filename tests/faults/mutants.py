@@ -80,13 +80,19 @@ MUTANTS = (
     Mutant("report/events.py", "if event.step < step", "if event.step <= step", ("tests/test_events.py",)),
     # numbers that are not finite, collapse
     Mutant("callbacks/guards.py", "parameter.grad = None", "pass", (GUARDS,)),
-    Mutant("callbacks/guards.py", "bad = bad | self._loss_is_bad.to(bad.device)", "pass", (GUARDS,)),
+    Mutant("callbacks/guards.py", "bad = bad | loss_is_bad.to(bad.device)", "pass", (GUARDS,)),
     Mutant("callbacks/guards.py", "if self.in_a_row >= self.max_in_a_row:", "if False:", (GUARDS,)),
     Mutant(
         "callbacks/guards.py",
         'trainer.strategy.reduce(bad.float(), reduce_op="max")',
         "bad",
         (f"{GUARDS}::test_two_ranks_decide_alike",),
+    ),
+    Mutant(
+        "callbacks/guards.py",
+        "if bad] or",
+        "if False] or",
+        (f"{GUARDS}::test_rows_of_sft_are_named_as_the_data_names_them",),
     ),
     Mutant("callbacks/alarms.py", ' or state["in_a_row"] < alarm.patience', "", (GUARDS,)),
     Mutant("callbacks/alarms.py", "trainer.strategy.load_optimizer_state_dict(checkpoint)", "pass", (ALARMS,)),
