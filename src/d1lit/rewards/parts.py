@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from d1lit.types import Example, Outcome, Reward, Verdict
+
+LARGEST = 3.4e38
+"""What a value may be: float32 holds no more."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,12 @@ class RewardParts:
         return tuple(self.parts)
 
     def grade(self, completions: Sequence[str], examples: Sequence[Example]) -> dict[str, list[Verdict]]:
-        """Verdicts of every part, in the order of the completions."""
-        return {name: part(completions, examples) for name, part in self.parts.items()}
+        """Verdicts of every part, in the order of the completions; a value that is no number is its judge's error."""
+        return {name: [_numbered(v) for v in part(completions, examples)] for name, part in self.parts.items()}
+
+
+def _numbered(verdict: Verdict) -> Verdict:
+    return verdict if abs(verdict.value) <= LARGEST else replace(verdict, value=0.0, outcome="error")
 
 
 @dataclass(frozen=True)
