@@ -30,6 +30,8 @@ class FolderCheckpointIO(CheckpointIO):
             raise ValueError(f"checkpoint keep must be at least 2 (0 keeps all), got {keep}; say keep=2")
         self.keep = keep
         self.config_hash = config_hash
+        self.hold: int | None = None
+        """A step: the newest checkpoint that is not after it is kept too."""
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -52,7 +54,7 @@ class FolderCheckpointIO(CheckpointIO):
         if reason is not None:
             raise OSError(f"checkpoint does not read back as written: {reason}; the older ones were kept")
         if self.keep:
-            prune(path.parent, self.keep)
+            prune(path.parent, self.keep, self.hold)
 
     @override
     def load_checkpoint(
