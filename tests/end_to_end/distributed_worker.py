@@ -76,7 +76,7 @@ def case(name: str) -> tuple[str, ...]:
     """Overrides of a case such as `grpo-lora-fsdp-float64-20`: stage, what trains, strategy, dtype, updates.
 
     With `-val` at its end it looks at three validation rows before every second update, one at a time; with `-back` an
-    alarm takes the weights of step 3 before update 6.
+    alarm takes the weights of step 3 before update 6; with `-muon` matrices learn by Muon.
     """
     stage, trains, strategy, dtype, updates = name.split("-")[:5]
     words = [*(SFT if stage == "sft" else GRPO), f"model.dtype={dtype}", f"strategy={strategy}"]
@@ -86,8 +86,13 @@ def case(name: str) -> tuple[str, ...]:
     if name.endswith("-val"):
         words += ["task.val_rows=3", f"scale.{stage}.validate_every=2", "scale.evaluation.batch_size=1"]
     if name.endswith("-back"):
-        alarm = "_target_: d1lit.callbacks.Alarm, metric: cost/tokens, ratio: 0.0, warmup: 4, patience: 2, action: rollback"
+        alarm = (
+            "_target_: d1lit.callbacks.Alarm, metric: cost/tokens, ratio: 0.0, warmup: 4, patience: 2, action: rollback"
+        )
         words += [f"callbacks.alarms.alarms=[{{{alarm}}}]", f"stages.{stage}.module.num_inner_updates=2"]
+    if name.endswith("-muon"):
+        here = f"stages.{stage}.optimizer"
+        words += [f"{here}._target_=d1lit.modules.muon.MuonWithAdamW", f"{here}.matrix_lr=0.02"]
     return tuple(words)
 
 

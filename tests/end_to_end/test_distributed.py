@@ -228,6 +228,17 @@ def test_two_processes_roll_back_as_one_does(name, tmp_path):
     assert rollbacks == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_muon_goes_on_in_shards(dtype, tmp_path):
+    """Stopped and taken up: its momentum and AdamW's are cut as their weights, and float32 copies too."""
+    name = f"sft-full-fsdp-{dtype}-4-muon"
+    together(2, tmp_path, f"{name}@2")
+    together(2, tmp_path, name)
+    together(2, tmp_path / "undisturbed", name)
+    assert difference(read(tmp_path / "undisturbed" / name).weights, read(tmp_path / name).weights) == 0.0
+
+
 RUN = ("task=sudoku", "debug=fast", "trainer.accelerator=cpu", "scale.evaluation.batch_size=64", "report=false")
 
 

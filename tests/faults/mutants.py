@@ -78,6 +78,12 @@ MUTANTS = (
         (f"{SIGNALS}::test_the_undisturbed_run_has_every_scalar_once",),
     ),
     Mutant("report/events.py", "if event.step < step", "if event.step <= step", ("tests/test_events.py",)),
+    Mutant(
+        "strategies.py",
+        "_cut_state(part, parameters[start:stop]), stop",
+        "part, stop",
+        ("tests/end_to_end/test_distributed.py::test_muon_goes_on_in_shards[float32]",),
+    ),
     # numbers that are not finite, collapse
     Mutant("callbacks/guards.py", "parameter.grad = None", "pass", (GUARDS,)),
     Mutant("callbacks/guards.py", "bad = bad | loss_is_bad.to(bad.device)", "pass", (GUARDS,)),
