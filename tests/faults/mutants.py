@@ -37,6 +37,7 @@ class Mutant:
 
 
 STORE, GUARDS, ALARMS = "tests/test_checkpoint.py", "tests/test_guards.py", "tests/test_alarms.py"
+SHARDS = "tests/test_shards.py"
 SIGNALS, SECURITY = "tests/test_signals.py", "tests/test_security.py"
 MUTANTS = (
     # checkpoints
@@ -51,6 +52,9 @@ MUTANTS = (
     Mutant("checkpoint/folder.py", "        os.rename(folder, aside)", "        shutil.rmtree(folder)", (STORE,)),
     Mutant("checkpoint/folder.py", "shutil.rmtree(staging, ignore_errors=True)\n        raise", "raise", (STORE,)),
     Mutant("checkpoint/lightning_io.py", "if reason is not None:", "if False:", (STORE,)),
+    Mutant("checkpoint/lightning_io.py", "shutil.rmtree(pieces_folder(path), ignore_errors=True)", "pass", (SHARDS,)),
+    Mutant("checkpoint/shards.py", "        _on_all(make_room)", "        make_room()", (SHARDS,)),
+    Mutant("checkpoint/shards.py", "    if errors:", "    if False:", (SHARDS,)),
     Mutant("checkpoint/run_folder.py", "        lock.acquire()", "        pass", (STORE,)),
     # resume and signals
     Mutant(

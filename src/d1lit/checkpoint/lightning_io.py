@@ -11,7 +11,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import Tensor
 from typing_extensions import override
 
-from d1lit.checkpoint.folder import prune, read_tree, verify, write_tree
+from d1lit.checkpoint.folder import pieces_folder, prune, read_tree, verify, write_tree
 
 
 class FolderCheckpointIO(CheckpointIO):
@@ -49,7 +49,10 @@ class FolderCheckpointIO(CheckpointIO):
             "config_hash": self.config_hash,
             "world_size": _world_size(),
         }
-        write_tree(path, checkpoint, facts)
+        try:
+            write_tree(path, checkpoint, facts)
+        finally:
+            shutil.rmtree(pieces_folder(path), ignore_errors=True)  # there only where the save has failed
         reason = verify(path)
         if reason is not None:
             raise OSError(f"checkpoint does not read back as written: {reason}; the older ones were kept")
