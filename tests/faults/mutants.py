@@ -37,7 +37,7 @@ class Mutant:
 
 
 STORE, GUARDS, ALARMS = "tests/test_checkpoint.py", "tests/test_guards.py", "tests/test_alarms.py"
-SHARDS = "tests/test_shards.py"
+SHARDS, FULL = "tests/test_shards.py", "tests/test_full_disk.py"
 SIGNALS, SECURITY = "tests/test_signals.py", "tests/test_security.py"
 MUTANTS = (
     # checkpoints
@@ -88,6 +88,10 @@ MUTANTS = (
         "part, stop",
         ("tests/end_to_end/test_distributed.py::test_muon_goes_on_in_shards[float32]",),
     ),
+    Mutant("callbacks/saving.py", "first_decides(partial(self._check_room, pl_module))", "pass", (FULL,)),
+    Mutant("callbacks/saving.py", 'rank_zero_warn(f"the log up to', 'raise OSError(f"', (FULL,)),
+    Mutant("report/loggers.py", "failed_at = time.monotonic()", "raise", ("tests/test_events.py",)),
+    Mutant("report/loggers.py", "    os.replace(aside, file)", "    pass", ("tests/test_events.py",)),
     # numbers that are not finite, collapse
     Mutant("callbacks/guards.py", "parameter.grad = None", "pass", (GUARDS,)),
     Mutant("callbacks/guards.py", "bad = bad | loss_is_bad.to(bad.device)", "pass", (GUARDS,)),
