@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from d1lit.callbacks import Alarm, CollapseAlarms, SaveCheckpoints, SkipNonFinite
 from d1lit.callbacks.alarms import last_before
-from d1lit.checkpoint import FolderCheckpointIO, read_tree
+from d1lit.checkpoint import FolderCheckpointIO, list_checkpoints, read_tree
 from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.losses.clipped import ClippedPolicyLoss
 from d1lit.losses.terms import k3, micro_batch_token_mean, token_mean
@@ -30,20 +30,21 @@ CONF = Path(__file__).parents[1] / "conf"
 
 
 class Falling(L.LightningModule):
-    """Two updates a rollout; logs a given series."""
+    """Several updates a rollout; logs a given series, a number for each rollout."""
 
-    def __init__(self, series: list[float]) -> None:
+    def __init__(self, series: list[float], inner: int) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.net = nn.Linear(3, 1)
         self.series = series
+        self.inner = inner
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x = torch.randn(5, 3, generator=torch.Generator().manual_seed(batch_idx))
         return (self.net(x) - batch_idx).square().mean()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.log("rollout/reward", self.series[batch_idx])
+        self.log("rollout/reward", self.series[batch_idx // self.inner])
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.1)
@@ -67,63 +68,128 @@ class Watch(L.Callback):
         self.rates.append(optimizer.param_groups[0]["lr"])
 
 
-def run(folder: Path, series: list[float], alarms: CollapseAlarms, save_every: int | None = 1) -> Watch:
+def run(
+    folder: Path, series: list[float], alarms: CollapseAlarms, save_every: int | None = 1, inner: int = 2, keep: int = 0
+) -> Watch:
     """Train over the series, with checkpoints."""
     watch = Watch()
     callbacks: list[L.Callback] = [alarms, watch]
     if save_every is not None:
         callbacks.append(SaveCheckpoints(folder, save_every, None))
     trainer = L.Trainer(
-        max_steps=len(series),
+        max_steps=inner * len(series),
         callbacks=callbacks,
-        plugins=[FolderCheckpointIO(keep=0)],
+        plugins=[FolderCheckpointIO(keep)],
         accelerator="cpu",
         logger=False,
         enable_checkpointing=save_every is not None,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    batches = [SimpleNamespace(inner=n % 2, micro=0) for n in range(len(series))]  # as InnerUpdate names them
+    batches = [SimpleNamespace(inner=n % inner, micro=0) for n in range(inner * len(series))]  # as InnerUpdate is
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer.fit(Falling(series), torch.utils.data.DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+        trainer.fit(Falling(series, inner), torch.utils.data.DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     return watch
 
 
-SERIES = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+SERIES = [1.0, 1.0, 0.0, 0.0, 1.0, 1.0]
 ALARM = Alarm("rollout/reward", action="rollback", below=0.5, patience=2)
 
 
 def test_weights_and_optimizer_return_to_the_last_step_that_was_good(tmp_path: Path) -> None:
-    """Steps 4 and 5 log a bad number; step 3 was the last good one; the next rollout begins after step 6."""
+    """The rollouts before steps 4 and 6 are bad, the one before step 2 was good; the next one begins after step 8."""
     alarms = CollapseAlarms([ALARM])
     watch = run(tmp_path, SERIES, alarms)
-    checkpoint, _ = read_tree(tmp_path / "step_3")
+    checkpoint, _ = read_tree(tmp_path / "step_2")
     assert alarms.rollbacks == 1
-    assert torch.equal(watch.weights[6], checkpoint["state_dict"]["net.weight"])
-    assert torch.equal(watch.moments[6], checkpoint["optimizer_states"][0]["state"][0]["exp_avg"])
-    assert torch.equal(watch.weights[3], watch.weights[6]) and not torch.equal(watch.weights[5], watch.weights[6])
-    assert watch.rates == pytest.approx([0.1 / (1 + step) for step in range(len(SERIES))])  # the schedule goes on
+    assert torch.equal(watch.weights[8], checkpoint["state_dict"]["net.weight"])
+    assert torch.equal(watch.moments[8], checkpoint["optimizer_states"][0]["state"][0]["exp_avg"])
+    assert torch.equal(watch.weights[2], watch.weights[8]) and not torch.equal(watch.weights[7], watch.weights[8])
+    assert watch.rates == pytest.approx([0.1 / (1 + step) for step in range(2 * len(SERIES))])  # the schedule goes on
     plain = run(tmp_path / "plain", SERIES, CollapseAlarms([replace(ALARM, action="warn")]))
-    for before in range(6):
+    for before in range(8):
         assert torch.equal(plain.weights[before], watch.weights[before])
-    assert not torch.equal(plain.weights[6], watch.weights[6])
+    assert not torch.equal(plain.weights[8], watch.weights[8])
 
 
-def test_where_no_checkpoint_is_old_enough_the_oldest_is_taken(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("inner", "patience"), [(1, 5), (6, 1), (6, 3)])
+def test_good_weights_are_kept_until_the_alarm_has_sounded(tmp_path: Path, inner: int, patience: int) -> None:
+    """Saved after every step, two are kept: without more, all would be of the collapse when the alarm sounds."""
+    last_good = 2 * inner  # the rollout of step 2 * inner was good, the next one is not
+    alarms = CollapseAlarms([replace(ALARM, patience=patience)])
+    series = [1.0] * 3 + [0.0] * patience + [1.0] * 4
+    watch = run(tmp_path, series, alarms, inner=inner, keep=2)
+    after = inner * (3 + patience)
+    assert alarms.rollbacks == 1
+    assert torch.equal(watch.weights[after], watch.weights[last_good])
+    assert len(list_checkpoints(tmp_path)) == 3, "the two latest, and what the next alarm would go back to"
+
+
+def test_rollouts_are_counted_and_not_their_inner_updates(tmp_path: Path) -> None:
+    alarms = CollapseAlarms([replace(ALARM, action="warn", patience=2)])
+    with pytest.MonkeyPatch.context() as patch:
+        lines: list[str] = []
+        patch.setattr("d1lit.callbacks.alarms.rank_zero_warn", lines.append)
+        run(tmp_path, [1.0, 0.0, 1.0, 0.0, 0.0, 1.0], alarms, save_every=None, inner=6)
+    assert [line.split(":")[0] for line in lines] == ["alarm at step 25", "step 31"]
+    (state,) = alarms.state_dict()["state"].values()
+    assert state["count"] == 6 and state["mean"] == pytest.approx(0.5)
+
+
+def test_a_checkpoint_that_is_not_old_enough_is_not_taken(tmp_path: Path) -> None:
     run(tmp_path, SERIES, CollapseAlarms([replace(ALARM, action="warn")]), save_every=4)
-    assert [last_before(tmp_path, step) for step in (3, 4, 9, 10)] == [
-        tmp_path / f"step_{step}" for step in (4, 4, 8, 10)
+    assert [last_before(tmp_path, step) for step in (3, 4, 9, 12)] == [
+        None,
+        *(tmp_path / f"step_{step}" for step in (4, 8, 12)),
     ]
     (tmp_path / "step_4" / "structure.json").write_text("{}")
-    assert last_before(tmp_path, 7) == tmp_path / "step_8"
+    assert last_before(tmp_path, 7) is None
     assert last_before(tmp_path / "absent", 7) is None
+    with pytest.raises(RuntimeError, match=r"there is no checkpoint from before that.*\[E702\]"):
+        run(tmp_path / "again", SERIES, CollapseAlarms([ALARM]), save_every=4)
+
+
+def test_an_alarm_that_lasts_speaks_at_doubling_distances_and_when_it_is_over(monkeypatch: Any) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("d1lit.callbacks.alarms.rank_zero_warn", said.append)
+    alarm = Alarm("train/kl", above=1.0, patience=10)
+    alarms = CollapseAlarms([alarm])
+    state = alarms._state[str(alarm)]
+    acts = [step for step in range(1, 101) if alarms._look(alarm, state, 2.0 if step <= 95 else 0.5, step)]
+    assert acts == list(range(10, 100, 10)), "what it does, it does as often as before"
+    begun = [f"alarm at step {n}: train/kl = 2 is above 1 ({n} in a row)" for n in (10, 20, 40, 80)]
+    assert said == [*begun, "step 96: train/kl = 0.5 keeps its bound again (95 did not)"]
+
+
+def test_what_an_alarm_knows_goes_with_it_and_not_with_its_place() -> None:
+    one, other = Alarm("train/kl", above=9.0), Alarm("train/kl", above=9.0, action="stop")
+    first = CollapseAlarms([one, other, one])
+    assert first.alarms == (one, other)
+    first._look(one, first._state[str(one)], 3.0, 1)
+    second = CollapseAlarms([Alarm("train/loss", above=1.0), other, one])
+    second.load_state_dict(first.state_dict())
+    assert [second._state[str(alarm)]["mean"] for alarm in second.alarms] == [0.0, 0.0, 3.0]
+
+
+def test_an_alarm_on_a_number_that_is_not_there_says_so(monkeypatch: Any) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("d1lit.callbacks.alarms.rank_zero_warn", said.append)
+    metrics = ("rollout/rewrad", "rolout/reward", "rollout/reward", "train/grad", "val/accuracy")
+    alarms = [Alarm(metric, above=9.0) for metric in metrics] + [Alarm("train/kl", above=9.0, optional=True)]
+    fit(make_module(small_policy()), callbacks=[CollapseAlarms(alarms)])
+    assert [line.split(", so ")[0].split(" as ")[1] for line in said] == [
+        "rollout/rewrad",
+        "rolout/reward",
+        "train/grad",
+    ]
+    assert "Try: rollout/reward" in said[0]
 
 
 def test_rollbacks_that_do_not_help_end_the_run(tmp_path: Path) -> None:
     alarms = CollapseAlarms([ALARM], max_rollbacks=2)
     with pytest.raises(RuntimeError, match="rolled back 2 times already"):
-        run(tmp_path, [1.0, 1.0] + [0.0] * 20, alarms)
+        run(tmp_path, [1.0, 1.0] + [0.0] * 10, alarms)
 
 
 def test_a_rollback_without_checkpoints_is_refused(tmp_path: Path) -> None:

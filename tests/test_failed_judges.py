@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from d1lit.advantages import group_mean
+from d1lit.callbacks import SkipNonFinite
 from d1lit.modules.experience import is_judged, neutral_totals, whole_rows
 from d1lit.rewards.parts import RewardParts
 from d1lit.types import Example, Outcome, RewardBatch, Verdict
@@ -83,6 +84,29 @@ def test_a_run_whose_judges_mostly_fail_stops_and_says_so(outcome: Outcome) -> N
         fit(make_module(small_policy(), reward=parts))
     parts = RewardParts({**others, "broken": FailsOn(range(6), outcome)}, dict.fromkeys((*others, "broken"), 1.0))
     fit(make_module(small_policy(), reward=parts, num_updates=1))  # half: an alarm, not the end
+
+
+class NoNumber:
+    """Says that all is well, and once gives no number."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def __call__(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Verdict]:
+        return [Verdict(1.0 if n else self.value) for n in range(len(completions))]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e39])
+def test_one_value_that_is_no_number_costs_one_completion_and_not_six_updates(value: float) -> None:
+    """With six inner updates it would be six steps in a row that are left out, and the end of the run."""
+    parts = RewardParts({"even": EvenTokens(), "odd": NoNumber(value)}, {"even": 1.0, "odd": 1.0})
+    logged, guard = Logged(), SkipNonFinite()
+    fit(make_module(small_policy(), reward=parts, num_inner_updates=6, num_updates=6), callbacks=[logged, guard])
+    assert guard.skipped == 0
+    for name in ("reward/error_fraction", "rollout/failed_judge_fraction"):
+        assert logged.numbers[name] == pytest.approx(1 / 12)
+    assert logged.numbers["rollout/reward/odd"] == 1.0 and logged.advantages[0] == 0.0
+    assert any(logged.advantages)
 
 
 REWARD = """

@@ -7,7 +7,8 @@ import json
 import subprocess
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from d1lit.callbacks import guards
 from d1lit.callbacks.alarms import Alarm, CollapseAlarms
-from d1lit.callbacks.guards import SkipNonFinite, gradients_are_finite, row_ids
-from d1lit.types import PromptBatch
+from d1lit.callbacks.guards import SkipNonFinite, gradients_are_finite, named
+from d1lit.data import CompletionRows, EncodedRow, PromptCycles, canvas_layout
+from d1lit.modules import DiffuGRPO, MaskedSFT
+from tests.end_to_end import small
+from tests.test_sft_masks import module_with
 
 PLACES = ("loss_nan", "loss_inf", "loss_only", "one_gradient", "reward", "old_logprob", "ratio_overflow")
 
@@ -42,6 +47,8 @@ class Policy(L.LightningModule):
         self.faults = faults
 
     def training_step(self, batch: Rows, batch_idx: int) -> Tensor:
+        whose = f"{self.global_rank}." if self.trainer.world_size > 1 else ""
+        self.row_names = [f"{whose}{row}" for row in batch.row_ids.tolist()]
         place, rank = self.faults.get(self.global_step, ("", 0))
         place = place if rank == self.global_rank else ""
         logprobs = self.net(batch.x).log_softmax(-1)[:, 0]
@@ -154,7 +161,7 @@ def test_five_in_a_row_end_the_run_and_name_their_rows() -> None:
     with pytest.raises(RuntimeError, match="5 steps in a row") as caught:
         fit(Policy(dict.fromkeys(range(2, 20), ("reward", 0))), [guard], 20)
     for step in range(2, 7):
-        assert str([4 * step + i for i in range(4)]) in str(caught.value)
+        assert ", ".join(str(4 * step + i) for i in range(4)) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -171,19 +178,26 @@ def test_counters_survive_a_checkpoint() -> None:
     other = SkipNonFinite()
     other.load_state_dict(json.loads(json.dumps(guard.state_dict())))
     assert (other.skipped, other.in_a_row) == (4, 2)
-    with pytest.raises(RuntimeError, match=r"\[16, 17, 18, 19\]; \[20, 21, 22, 23\]; \[0, 1, 2, 3\]"):
+    with pytest.raises(
+        RuntimeError, match=r"rows: 16, 17, 18, 19; 20, 21, 22, 23; 0, 1, 2, 3; 4, 5, 6, 7; 8, 9, 10, 11\."
+    ):
         fit(Policy(dict.fromkeys(range(3), ("reward", 0))), [other], 6)
 
 
 @pytest.mark.slow
 def test_two_ranks_decide_alike(tmp_path: Path) -> None:
     """Fault F6: seven places on each of two ranks (gloo)."""
-    subprocess.run([sys.executable, __file__, str(tmp_path)], check=True, timeout=120, capture_output=True)
+    command = [sys.executable, "-m", "tests.test_guards", str(tmp_path)]
+    subprocess.run(command, cwd=Path(__file__).parents[1], check=True, timeout=120, capture_output=True)
     faults = every_other(2)
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     for result in results:
         check(result["moved"], result["state_moved"], faults, result["skipped"])
     assert results[0]["weights"] == results[1]["weights"]
+    for said, (step, (place, rank)) in zip(results[0]["said"], faults.items(), strict=True):
+        ranks = (0, 1) if place == "one_gradient" else (rank,)  # a gradient is everyone's, a loss one rank's
+        rows = ", ".join(f"{n}.{4 * step + i}" for n in ranks for i in range(4))
+        assert said == f"step {step} left out: its loss or gradient is not finite (rows {rows})"
 
 
 class Report(L.Callback):
@@ -191,12 +205,15 @@ class Report(L.Callback):
 
     def __init__(self, folder: Path, watch: Watch, guard: SkipNonFinite) -> None:
         self.folder, self.watch, self.guard = folder, watch, guard
+        self.said: list[str] = []
+        guards.rank_zero_warn = self.said.append  # type: ignore[assignment]
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         result = {
             "moved": self.watch.moved,
             "state_moved": self.watch.state_moved,
             "skipped": self.guard.skipped,
+            "said": self.said,
             "weights": [p.tolist() for p in pl_module.parameters()],
         }
         (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(result))
@@ -220,12 +237,55 @@ def test_gradients_are_finite_sees_every_parameter() -> None:
     assert bool(gradients_are_finite(parameters))
 
 
-def test_rows_are_found_in_records() -> None:
-    prompts = PromptBatch(
-        torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.bool), torch.tensor([7, 9])
-    )
-    assert row_ids((0, {"prompts": prompts, "n": 3})) == [7, 9]
-    assert row_ids(torch.zeros(3)) == []
+class BadRow(DiffuGRPO):
+    """The method itself; the reward of one row of the data set is no number."""
+
+    def update(self, experience: Any, inner: int, num_micro: int) -> Tensor:
+        bad = torch.tensor([example["id"] == "7" for example in experience.rollout.examples])
+        return super().update(replace(experience, rewards=experience.rewards.where(~bad, torch.nan)), inner, num_micro)
+
+
+class BadDemonstration(MaskedSFT):
+    """SFT itself; one demonstration of the data set has a loss that is no number."""
+
+    def masked_loss(self, batch: Any, *arguments: Any) -> Any:
+        loss, metrics = super().masked_loss(batch, *arguments)
+        return loss * (torch.nan if "7" in batch.names else 1.0), metrics
+
+
+def test_rows_of_rl_are_named_as_the_data_names_them() -> None:
+    """Row 7 comes once an epoch of three rollouts, each used twice: both updates name the prompts it was cut with."""
+    prompts = partial(PromptCycles, small.prompt_rows(), num_inner_updates=2, num_updates=12, pad_id=small.EOS, seed=1)
+    seen = [batch.prompts.examples for batch in map(prompts(plan=small.BatchPlan(4, 2)).__getitem__, range(0, 24, 4))]  # type: ignore[union-attr]
+    pairs = [[str(example["id"]) for example in half] for four in seen for half in (four[:2], four[2:])]
+    (first, second) = (", ".join(pair) for pair in pairs if "7" in pair)
+    guard = SkipNonFinite(max_in_a_row=2)
+    with pytest.raises(RuntimeError, match=rf"their rows: {first}\. Try"):
+        small.fit(small.make_module(small.small_policy(), BadRow, num_updates=12), 2, callbacks=[guard])
+    guard = SkipNonFinite()
+    with pytest.warns(UserWarning, match=rf"\(rows {second}\)"):
+        small.fit(small.make_module(small.small_policy(), BadRow, num_updates=12), 2, callbacks=[guard])
+    assert guard.skipped == 4
+
+
+def test_rows_of_sft_are_named_as_the_data_names_them() -> None:
+    rows = [EncodedRow(row.prompt_ids, row.example, [n] * 3) for n, row in enumerate(small.prompt_rows())]
+    layout = partial(canvas_layout, completion_length=8)
+
+    def demonstrations(plan: Any) -> CompletionRows:
+        return CompletionRows(rows, plan, 3, layout, small.EOS, small.EOS, 1)
+
+    batches = [demonstrations(small.BatchPlan(4, 2))[n] for n in range(6)]
+    (faulty,) = (", ".join(batch.names) for batch in batches if "7" in batch.names)
+    assert len({name for batch in batches for name in batch.names}) == 12
+    guard = SkipNonFinite(max_in_a_row=1)
+    with pytest.raises(RuntimeError, match=rf"their rows: {faulty}\. Try"):
+        small.fit(module_with(kind=BadDemonstration, num_updates=3), 2, 4, [guard], demonstrations)
+
+
+def test_a_line_names_so_many_rows_and_counts_the_rest() -> None:
+    assert named(["a", "b"]) == "a, b"
+    assert named([str(n) for n in range(20)]).endswith("14, 15 and 4 more")
 
 
 # ------------------------------------------------------------------------------------------------------------ collapse
@@ -258,7 +318,7 @@ def alarms_of(alarm: Alarm, num_steps: int, **series: list[float]) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("d1lit.callbacks.alarms.rank_zero_warn", lines.append)
         fit(Collapsing(**series), [callback], num_steps)
-    return lines
+    return [line for line in lines if line.startswith("alarm at")]
 
 
 @pytest.mark.parametrize(
@@ -290,12 +350,12 @@ def test_the_running_mean_is_the_plain_mean_at_first_and_survives_a_checkpoint()
     fit(Collapsing(train_kl=[*values[:3], 0.0]), [first], 4)
     second = CollapseAlarms([Alarm("train/kl", above=1e9, memory=0.75)])
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert second.state_dict()["state"]["0"] == {"mean": 3.0, "count": 3, "in_a_row": 0}
+    assert list(second.state_dict()["state"].values()) == [{"mean": 3.0, "count": 3, "in_a_row": 0, "good": 2}]
     fit(Collapsing(train_kl=[*values[3:], 0.0]), [second], 4)
     mean = 3.0
     for value in values[3:]:
         mean += 0.25 * (value - mean)
-    assert second.state_dict()["state"]["0"] == {"mean": mean, "count": 6, "in_a_row": 0}
+    assert list(second.state_dict()["state"].values()) == [{"mean": mean, "count": 6, "in_a_row": 0, "good": 2}]
 
 
 @pytest.mark.parametrize(

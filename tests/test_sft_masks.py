@@ -19,7 +19,7 @@ from d1lit.schedules import CosineSchedule, LinearSchedule
 from tests.end_to_end.small import EOS, prompt_rows, sgd, small_policy
 
 
-def module_with(**changes: Any) -> MaskedSFT:
+def module_with(kind: type[MaskedSFT] = MaskedSFT, **changes: Any) -> MaskedSFT:
     settings: dict[str, Any] = {
         "policy": small_policy(torch.float64),
         "schedule": LinearSchedule(),
@@ -32,7 +32,7 @@ def module_with(**changes: Any) -> MaskedSFT:
         "num_updates": 1,
         "seed": 5,
     }
-    return MaskedSFT(**{**settings, **changes})
+    return kind(**{**settings, **changes})
 
 
 def rows() -> CompletionBatch:

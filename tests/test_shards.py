@@ -1,15 +1,18 @@
 """Checkpoints in shards: what each process wrote is read whole, or cut anew for any number of processes."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from d1lit.checkpoint import newest, read_facts, read_tree, verify, write_tree
+from d1lit.checkpoint import FolderCheckpointIO, newest, read_facts, read_tree, verify, write_tree
 from d1lit.checkpoint import shards as shards_module
 from d1lit.checkpoint.folder import PIECES, pieces_folder, serialise, write_file
 from d1lit.checkpoint.shards import Rows, _mark, own_range, read_part, read_spread, write_pieces
+from tests.test_checkpoint import crash_at
 
 WHOLE = {
     "even": torch.arange(24.0).view(8, 3),
@@ -100,6 +103,75 @@ def test_one_entry_is_read_without_the_rest(tmp_path):
     stored = read_part(folder, "state_dict")
     assert stored.keys() == WHOLE.keys()
     assert all(torch.equal(stored[name](), value) for name, value in WHOLE.items())
+
+
+def save(store: FolderCheckpointIO, folder: Path) -> None:
+    """A sharded save of one process, as the strategy makes it."""
+    store.save_checkpoint(write_pieces(tree_of(0, 1), folder), folder)
+
+
+def test_a_crash_at_every_call_of_a_sharded_save_leaves_a_checkpoint(tmp_path):
+    """F2 again, over the rows that each process writes and their way into the checkpoint."""
+    store, k, crashed, outcomes = FolderCheckpointIO(keep=2), 0, True, []
+    while crashed:
+        k += 1
+        folder = tmp_path / str(k)
+        for step in (1, 2, 3):
+            save(store, folder / f"step_{step}")
+        crashed = crash_at(k, lambda folder=folder: save(store, folder / "step_4"))
+        path, refused = newest(folder)
+        assert path is not None and path.name in ("step_3", "step_4") and refused == []
+        for name, value in WHOLE.items():
+            assert torch.equal(read_tree(path)[0]["state_dict"][name], value)
+        outcomes.append(path.name)
+        save(store, folder / "step_4")  # not troubled by what the crash left behind
+        assert sorted(p.name for p in folder.iterdir()) == ["step_3", "step_4"]
+        shutil.rmtree(folder)
+    print(f"crashed at {k - 1} calls: {outcomes.count('step_3')} left the old, {outcomes.count('step_4') - 1} the new")
+    assert k > 25 and outcomes == sorted(outcomes)
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "mkdir", "rename"])
+def test_a_disk_that_is_full_leaves_the_older_checkpoint_and_no_rows(call, tmp_path, monkeypatch):
+    """F4 again, at each of these calls of a sharded save."""
+    store, failed, k = FolderCheckpointIO(keep=2), True, 0
+    save(store, tmp_path / "step_3")
+    real = getattr(os, call)
+    while failed:
+        k += 1
+        count, failed = 0, False
+
+        def full(*args, real=real, at=k, **kwargs):
+            nonlocal count
+            count += 1
+            if count == at:
+                raise OSError(28, "No space left on device")
+            return real(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, full)
+            try:
+                save(store, tmp_path / "step_4")
+            except OSError:
+                failed = True
+        assert verify(tmp_path / "step_3") is None
+        assert not pieces_folder(tmp_path / "step_4").exists()
+        assert newest(tmp_path)[0] is not None
+    assert k > 1
+
+
+def test_the_first_process_tells_the_others_that_it_has_no_folder(tmp_path, monkeypatch):
+    """It must not stay away from where they wait."""
+    told = []
+    monkeypatch.setattr(shards_module, "gathered", lambda mine: told.append(mine) or [mine, None])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="Not a directory"):
+        write_pieces(tree_of(0, 2), tmp_path / "file" / "step_4")
+    assert len(told) == 1 and "Not a directory" in told[0]
+    monkeypatch.setattr(shards_module, "gathered", lambda mine: [mine, "No space left on device"])
+    with pytest.raises(OSError, match="No space left"):
+        write_pieces(tree_of(0, 2), tmp_path / "step_4")
+    assert not pieces_folder(tmp_path / "step_4").exists()
 
 
 def test_what_a_crashed_save_left_is_swept_away_and_a_failed_write_is_everybodys_error(tmp_path, monkeypatch):

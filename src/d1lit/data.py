@@ -187,6 +187,8 @@ class CompletionBatch:
     """Target positions in the GLOBAL batch, over ranks and micro-batches."""
     num_rows: int
     """Rows in the GLOBAL batch."""
+    names: tuple[str, ...] = ()
+    """The id of each row in its data, to speak of it."""
 
 
 Layout = Callable[[Sequence[EncodedRow], int, int], tuple[Tensor, Tensor, Tensor | None]]
@@ -287,6 +289,7 @@ def completion_batch(
         step,
         int(is_target.sum()),
         len(rows),
+        tuple(str(row.example.get("id")) for row in rows[part]),
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from d1lit.data import EncodedRow, prompt_batch
-from d1lit.rewards.parts import Grade, Grader
+from d1lit.rewards.parts import Grade, Judges
 from d1lit.statistics import (
     effective_trials,
     mean_over_seeds,
@@ -74,7 +75,7 @@ def evaluate(
     sampler: Sampler,
     rows: Sequence[EncodedRow],
     decode: Callable[[Tensor], str],
-    grader: Grader,
+    grader: Judges,
     draws: Draws,
     *,
     batch_size: int,
@@ -133,7 +134,7 @@ def _batch_records(
     rows: Sequence[EncodedRow],
     numbers: Sequence[int],
     decode: Callable[[Tensor], str],
-    grader: Grader,
+    grader: Judges,
     draws: Draws,
     device: torch.device,
     graded_prefix: str,
@@ -178,10 +179,20 @@ def json_lines(records: Iterable[Mapping[str, Any]]) -> str:
 def append_records(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Append JSON lines and push them to the disk."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as handle:
+    with _named(file), file.open("a", encoding="utf-8") as handle:
         handle.write(json_lines(records))
         handle.flush()
         os.fsync(handle.fileno())
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """An error of the disk says whose it is; that of a write does not know."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(file)
+        raise
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
@@ -222,8 +233,9 @@ def keep_records(file: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
 def write_whole(file: Path, text: str) -> None:
     """Replace a file's content in one step, so that a kill leaves the old or the new."""
     staging = file.with_name(f".{file.name}.staging")
-    staging.write_text(text, encoding="utf-8")
-    os.replace(staging, file)
+    with _named(file):
+        staging.write_text(text, encoding="utf-8")
+        os.replace(staging, file)
 
 
 def check_coverage(records: Sequence[Mapping[str, Any]], num_rows: int) -> None:

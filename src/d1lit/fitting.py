@@ -18,6 +18,7 @@ from d1lit.plan import Plan, StageParts
 from d1lit.processes import ALONE, is_first, world
 from d1lit.report.console import console
 from d1lit.report.events import cut_events
+from d1lit.report.loggers import cut_csv, lasting
 from d1lit.strategies import Setting
 
 
@@ -70,6 +71,7 @@ def make_logger(plan: Plan, folder: Path, stage: str, first_step: int, num_steps
     """The configured logger, one sub-folder a stage; False for none. Steps that will be run again are cut off."""
     if is_first() and first_step < num_steps:  # after the last step nothing is
         cut_events(folder / "logs" / stage, first_step)
+        cut_csv(folder / "logs" / stage, first_step)
     if plan.config.logger is None or plan.config.logger.get("_target_") is None:
         return False
-    return build(plan.config, "logger")(save_dir=folder, name="logs", version=stage)
+    return lasting(build(plan.config, "logger")(save_dir=folder, name="logs", version=stage))

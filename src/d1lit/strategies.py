@@ -174,16 +174,26 @@ def _cut_state(state: dict[str, Any], parameters: list[Tensor]) -> dict[str, Any
         is_like = isinstance(value, Rows) or (isinstance(value, Tensor) and value.shape == parameter.shape)
         return _cut_like(value, parameter) if is_like else value
 
-    if "state" not in state:
-        return state
+    if "state" not in state:  # several optimizers in one (Muon, AdamW), each with its stretch of the parameters
+        cut_parts, start = {}, 0
+        for name, part in state.items():
+            if name != "copies":
+                stop = start + sum(len(group["params"]) for group in part["param_groups"])
+                cut_parts[name], start = _cut_state(part, parameters[start:stop]), stop
+        return cut_parts | _cut_copies(state, parameters)
     own = {
         number: {name: cut(value, parameters[number]) for name, value in values.items()}
         for number, values in state["state"].items()
     }
-    copies = state.get("copies")
-    if copies is None:
-        return {**state, "state": own}
-    return {**state, "state": own, "copies": [cut(v, p) for v, p in zip(copies, parameters, strict=True)]}
+    return {**state, "state": own, **_cut_copies(state, parameters)}
+
+
+def _cut_copies(state: dict[str, Any], parameters: list[Tensor]) -> dict[str, Any]:
+    """The float32 copies of half-precision weights, where an optimizer keeps some."""
+    if "copies" not in state:
+        return {}
+    pairs = zip(state["copies"], parameters, strict=True)
+    return {"copies": [None if value is None else _cut_like(value, parameter) for value, parameter in pairs]}
 
 
 def _cut_like(value: Tensor | Rows, parameter: Tensor) -> Tensor:

@@ -75,7 +75,8 @@ GRPO = (
 def case(name: str) -> tuple[str, ...]:
     """Overrides of a case such as `grpo-lora-fsdp-float64-20`: stage, what trains, strategy, dtype, updates.
 
-    With `-val` at its end it looks at three validation rows before every second update, one at a time.
+    With `-val` at its end it looks at three validation rows before every second update, one at a time; with `-back` an
+    alarm takes the weights of step 3 before update 6; with `-muon` matrices learn by Muon.
     """
     stage, trains, strategy, dtype, updates = name.split("-")[:5]
     words = [*(SFT if stage == "sft" else GRPO), f"model.dtype={dtype}", f"strategy={strategy}"]
@@ -84,6 +85,14 @@ def case(name: str) -> tuple[str, ...]:
         words.append(f"scale.{stage}.{LORA}")
     if name.endswith("-val"):
         words += ["task.val_rows=3", f"scale.{stage}.validate_every=2", "scale.evaluation.batch_size=1"]
+    if name.endswith("-back"):
+        alarm = (
+            "_target_: d1lit.callbacks.Alarm, metric: cost/tokens, ratio: 0.0, warmup: 4, patience: 2, action: rollback"
+        )
+        words += [f"callbacks.alarms.alarms=[{{{alarm}}}]", f"stages.{stage}.module.num_inner_updates=2"]
+    if name.endswith("-muon"):
+        here = f"stages.{stage}.optimizer"
+        words += [f"{here}._target_=d1lit.modules.muon.MuonWithAdamW", f"{here}.matrix_lr=0.02"]
     return tuple(words)
 
 
@@ -152,7 +161,7 @@ def train_case(folder: Path, name: str, stop_after: int | None = None) -> None:
         name: see `case`.
         stop_after: end with a checkpoint after so many updates, as a signal would.
     """
-    words = [*case(name), "callbacks.save.every_n_steps=1000"]
+    words = [*case(name), f"callbacks.save.every_n_steps={1 if name.endswith('-back') else 1000}"]
     (config,) = compose_jobs("train", [word for word in words if "." not in word.split("=")[0]]).configs
     for word in words:  # one by one, because checking each on the command line composes again
         key, _, value = word.partition("=")

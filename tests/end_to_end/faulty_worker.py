@@ -30,7 +30,6 @@ from d1lit.processes import join_world, world
 from d1lit.quiet import quiet_libraries
 from d1lit.recipes import StageFolder, run_stage
 from d1lit.rewards.parts import RewardParts
-from d1lit.types import Verdict
 from tests.end_to_end.distributed_worker import GRPO, Wordy
 
 PLACES = ("loss_nan", "loss_inf", "one_gradient", "logprob", "old_logprob", "ref_logprob", "reward")
@@ -84,14 +83,12 @@ class Faulty(DiffuGRPO):
         return place if rank == self.global_rank else ""
 
     def collect(self, prompts: Any, step: int, num_micro: int, *more: Any) -> Any:
-        """Old and reference log-probs are broken after they were computed."""
+        """Rewards, old and reference log-probs are broken after they were computed."""
         if step == SLOW_ROLLOUT and self.global_rank == 1:
             time.sleep(SLOW_SECONDS)
-        reward = self.reward
-        if self._place(step) == "reward":
-            self.reward = RewardParts({"wordy": Broken()}, {"wordy": 1.0})  # type: ignore[assignment]
         experience = super().collect(prompts, step, num_micro, *more)
-        self.reward = reward
+        if self._place(step) == "reward":
+            experience[0] = replace(experience[0], rewards=experience[0].rewards * torch.nan)
         for name in ("old", "ref"):
             if self._place(step) == f"{name}_logprob":
                 entries = [spoilt(e, float("-inf" if name == "old" else "nan")) for e in getattr(experience[0], name)]
@@ -125,13 +122,6 @@ class Faulty(DiffuGRPO):
         if inner == 0 and self._place(step) == "one_gradient":
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             gradients[-1].view(-1)[0] = torch.nan
-
-
-class Broken:
-    """A judge that returns no number, and says that all is well."""
-
-    def __call__(self, completions: Any, examples: Any) -> list[Verdict]:
-        return [Verdict(float("nan")) for _ in completions]
 
 
 def spoilt(logprobs: Any, value: float) -> Any:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from d1lit.checkpoint import newest, read_facts
+from d1lit.checkpoint import newest, read_facts, read_tree
 from d1lit.consolidating import consolidate
 from d1lit.errors import ConfigError
 from d1lit.models import load_network
@@ -213,6 +213,30 @@ def test_sharded_processes_may_score_and_validate_for_different_times(tmp_path):
         assert [look["step"] for look in looks] == [2, 3]
         assert looks == [pytest.approx(look, rel=1e-4) for look in expected]
         assert ("val/loss" in looks[0]) == name.startswith("sft")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["grpo-lora-ddp-float32-8-back", "grpo-full-fsdp-float32-8-back"])
+def test_two_processes_roll_back_as_one_does(name, tmp_path):
+    """Update 6 begins with weights and optimizer of step 3 on every process."""
+    together(2, tmp_path, name)
+    single = name.replace("ddp", "single").replace("fsdp", "single")
+    alone(tmp_path / "one", single)
+    check_same(read(tmp_path / "one" / single), read(tmp_path / name), name)
+    tree, _ = read_tree(tmp_path / name / "stage" / "checkpoints" / "step_8")
+    (rollbacks,) = (c["rollbacks"] for key, c in tree["callbacks"].items() if key.startswith("CollapseAlarms"))
+    assert rollbacks == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_muon_goes_on_in_shards(dtype, tmp_path):
+    """Stopped and taken up: its momentum and AdamW's are cut as their weights, and float32 copies too."""
+    name = f"sft-full-fsdp-{dtype}-4-muon"
+    together(2, tmp_path, f"{name}@2")
+    together(2, tmp_path, name)
+    together(2, tmp_path / "undisturbed", name)
+    assert difference(read(tmp_path / "undisturbed" / name).weights, read(tmp_path / name).weights) == 0.0
 
 
 RUN = ("task=sudoku", "debug=fast", "trainer.accelerator=cpu", "scale.evaluation.batch_size=64", "report=false")

@@ -104,8 +104,9 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(server, grpo, tmp_path):
 
 
 def test_a_rollback_is_part_of_what_is_resumed(server, tmp_path):
-    """An alarm that sounds after steps 5 and 10 takes weights back at the next rollout; a kill between changes nothing."""
-    alarm = "{_target_:d1lit.callbacks.Alarm,metric:rollout/reward,above:-1.0,patience:5,action:rollback}"
+    """An alarm that sounds after steps 6 and 9 takes weights back at the next rollout; a kill between changes nothing."""
+    bound = "metric:cost/tokens,ratio:0.0,warmup:4,patience:2"  # kept by four values, broken by every one after them
+    alarm = f"{{_target_:d1lit.callbacks.Alarm,{bound},action:rollback}}"
     words = (*JOBS["grpo"].with_saves(1), f"callbacks.alarms.alarms=[{alarm}]")
     reference = undisturbed(server, JOBS["grpo"], words, tmp_path / "undisturbed")
     assert dict(reference.ending.scalars["grpo"]["guard/rollbacks"])[11] >= 1

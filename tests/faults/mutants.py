@@ -37,6 +37,7 @@ class Mutant:
 
 
 STORE, GUARDS, ALARMS = "tests/test_checkpoint.py", "tests/test_guards.py", "tests/test_alarms.py"
+SHARDS, FULL = "tests/test_shards.py", "tests/test_full_disk.py"
 SIGNALS, SECURITY = "tests/test_signals.py", "tests/test_security.py"
 MUTANTS = (
     # checkpoints
@@ -47,10 +48,13 @@ MUTANTS = (
         "checkpoint/folder.py", 'if name != os.path.basename(name) or name in ("", ".", "..")', "if False", (STORE,)
     ),
     Mutant("checkpoint/folder.py", "if free < _FREE_SPACE_FACTOR * estimate:", "if False:", (STORE,)),
-    Mutant("checkpoint/folder.py", "good += verify(path) is None", "good += 1", (STORE,)),
+    Mutant("checkpoint/folder.py", " and verify(path) is None:", ":", (STORE,)),
     Mutant("checkpoint/folder.py", "        os.rename(folder, aside)", "        shutil.rmtree(folder)", (STORE,)),
     Mutant("checkpoint/folder.py", "shutil.rmtree(staging, ignore_errors=True)\n        raise", "raise", (STORE,)),
     Mutant("checkpoint/lightning_io.py", "if reason is not None:", "if False:", (STORE,)),
+    Mutant("checkpoint/lightning_io.py", "shutil.rmtree(pieces_folder(path), ignore_errors=True)", "pass", (SHARDS,)),
+    Mutant("checkpoint/shards.py", "        _on_all(make_room)", "        make_room()", (SHARDS,)),
+    Mutant("checkpoint/shards.py", "    if errors:", "    if False:", (SHARDS,)),
     Mutant("checkpoint/run_folder.py", "        lock.acquire()", "        pass", (STORE,)),
     # resume and signals
     Mutant(
@@ -78,9 +82,19 @@ MUTANTS = (
         (f"{SIGNALS}::test_the_undisturbed_run_has_every_scalar_once",),
     ),
     Mutant("report/events.py", "if event.step < step", "if event.step <= step", ("tests/test_events.py",)),
+    Mutant(
+        "strategies.py",
+        "_cut_state(part, parameters[start:stop]), stop",
+        "part, stop",
+        ("tests/end_to_end/test_distributed.py::test_muon_goes_on_in_shards[float32]",),
+    ),
+    Mutant("callbacks/saving.py", "first_decides(partial(self._check_room, pl_module))", "pass", (FULL,)),
+    Mutant("callbacks/saving.py", 'rank_zero_warn(f"the log up to', 'raise OSError(f"', (FULL,)),
+    Mutant("report/loggers.py", "failed_at = time.monotonic()", "raise", ("tests/test_events.py",)),
+    Mutant("report/loggers.py", "    os.replace(aside, file)", "    pass", ("tests/test_events.py",)),
     # numbers that are not finite, collapse
     Mutant("callbacks/guards.py", "parameter.grad = None", "pass", (GUARDS,)),
-    Mutant("callbacks/guards.py", "bad = bad | self._loss_is_bad.to(bad.device)", "pass", (GUARDS,)),
+    Mutant("callbacks/guards.py", "bad = bad | loss_is_bad.to(bad.device)", "pass", (GUARDS,)),
     Mutant("callbacks/guards.py", "if self.in_a_row >= self.max_in_a_row:", "if False:", (GUARDS,)),
     Mutant(
         "callbacks/guards.py",
@@ -88,7 +102,16 @@ MUTANTS = (
         "bad",
         (f"{GUARDS}::test_two_ranks_decide_alike",),
     ),
-    Mutant("callbacks/alarms.py", ' or state["in_a_row"] < alarm.patience', "", (GUARDS,)),
+    Mutant(
+        "callbacks/guards.py",
+        "if bad] or",
+        "if False] or",
+        (f"{GUARDS}::test_rows_of_sft_are_named_as_the_data_names_them",),
+    ),
+    Mutant("callbacks/alarms.py", "        if rest:", "        if False:", (GUARDS,)),
+    Mutant("callbacks/alarms.py", "self._inner > 0 and", "False and", (ALARMS,)),
+    Mutant("callbacks/alarms.py", 'read_facts(path)["step"] <= step', "True", (ALARMS,)),
+    Mutant("callbacks/alarms.py", "store.hold = min(", "_ = min(", (ALARMS,)),
     Mutant("callbacks/alarms.py", "trainer.strategy.load_optimizer_state_dict(checkpoint)", "pass", (ALARMS,)),
     Mutant("callbacks/alarms.py", 'group["lr"] = rate', "pass", (ALARMS,)),
     Mutant("modules/grpo.py", " & (inputs.num_units > 0)", "", (ALARMS,)),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +14,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from d1lit.callbacks.saving import SaveCheckpoints
-from d1lit.checkpoint import list_checkpoints, read_facts, verify
+from d1lit.checkpoint import FolderCheckpointIO, list_checkpoints, read_facts, verify
 from d1lit.errors import RunError
 
 _KEY = "callbacks.alarms.alarms"
 Action = Literal["warn", "stop", "rollback"]
 ACTIONS = ("warn", "stop", "rollback")
+OF_ROLLOUTS = ("rollout/", "reward/")
+"""Numbers of a rollout, which are logged again at each of its inner updates."""
+_NOT_IN_EVERY_STAGE = ("rollout", "reward", "val")
 
 
 @dataclass(frozen=True)
@@ -28,14 +32,17 @@ class Alarm:
     Args:
         metric: name under which it is logged ("rollout/zero_std_fraction").
         action: warn: one line; stop: end the run after this step with an error that says why; rollback: take weights
-            and optimizer from the last checkpoint before the bound was broken, and go on with the next data.
+            and optimizer from the last checkpoint that is not after the weights which kept the bound last, and go on
+            with the next data.
         above: alarm when the number is greater.
         below: alarm when it is less.
         drop: alarm when it lies this much below its running mean.
         ratio: alarm when it is more than this many times its running mean.
-        patience: logged values in a row that break the bound before the alarm sounds.
+        patience: values in a row that break the bound before the alarm sounds: steps, or rollouts where the number is
+            one of a rollout ("rollout/...", "reward/...").
         memory: weight of the past in the running mean, per value.
         warmup: values before drop and ratio are looked at.
+        optional: say nothing where the stage logs no such number.
     """
 
     metric: str
@@ -47,6 +54,7 @@ class Alarm:
     patience: int = 1
     memory: float = 0.9
     warmup: int = 10
+    optional: bool = False
 
     def __post_init__(self) -> None:
         if self.action not in ACTIONS:
@@ -80,12 +88,14 @@ class Alarm:
 class CollapseAlarms(L.Callback):
     """Watches logged numbers for the ways a policy collapses: groups agree, reward falls, length or KL runs away.
 
-    Each alarm sees the metric once an optimizer step, where the module has logged it. The first process decides for
-    all.
+    Each alarm sees the metric once an optimizer step, and a number of rollouts once a rollout, where the module has
+    logged it. The first process decides for all. An alarm speaks when it begins, again when it has lasted twice, four
+    times, eight times as long, and when it is over; it acts every `patience` values.
 
     Rolling back does not turn the clock back: data, draws and learning rate are functions of the step, so the same
     steps would end the same way. Weights and optimizer state return to what they were, and the run goes on past the
-    data it collapsed on, from its next rollout. `guard/rollbacks` counts.
+    data it collapsed on, from its next rollout. `guard/rollbacks` counts. The newest checkpoint that each such alarm
+    could go back to is kept beside the latest ones.
 
     Args:
         alarms: what to watch.
@@ -93,13 +103,20 @@ class CollapseAlarms(L.Callback):
     """
 
     def __init__(self, alarms: Iterable[Alarm], max_rollbacks: int = 3) -> None:
-        self.alarms = tuple(alarms)
+        self.alarms = tuple(dict.fromkeys(alarms))
         self.max_rollbacks = max_rollbacks
         self.rollbacks = 0
-        self._state = {str(i): {"mean": 0.0, "count": 0, "in_a_row": 0} for i in range(len(self.alarms))}
+        # By what the alarm is, not by its place: a run may go on with others beside it.
+        self._state = {str(alarm): {"mean": 0.0, "count": 0, "in_a_row": 0, "good": None} for alarm in self.alarms}
+        """Running mean, values in it, values in a row that broke the bound, and the step of the weights that kept it
+        last."""
         self._step = -1
-        self._due: tuple[int, str] | None = None
-        """A rollback that waits for the next rollout: the last step before the bound was broken, and why."""
+        self._inner = 0
+        """Which inner update of its rollout the step under way is."""
+        self._known: set[str] = set()
+        """Metrics whose absence has been looked into."""
+        self._due: tuple[int | None, str] | None = None
+        """A rollback that waits for the next rollout: the step of the last good weights, and why."""
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -109,7 +126,7 @@ class CollapseAlarms(L.Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the running means up, as far as the alarms are still the same number."""
+        """Take the running means up, of the alarms that are still the same."""
         self._take_means(state_dict)
         self.rollbacks, self._due = state_dict["rollbacks"], state_dict["due"]
 
@@ -122,6 +139,7 @@ class CollapseAlarms(L.Callback):
         """
         if any(alarm.action == "rollback" for alarm in self.alarms) and _checkpoints(trainer) is None:
             raise ValueError("callbacks.alarms: rollback needs checkpoints to roll back to. Try: callbacks.save")
+        self._hold_checkpoints(trainer)
 
     @override
     def on_train_batch_start(
@@ -136,6 +154,8 @@ class CollapseAlarms(L.Callback):
             first, self._step = self._step < 0, trainer.global_step
             if not first:
                 self._look_at_all(trainer)
+                self._hold_checkpoints(trainer)
+        self._inner = getattr(batch, "inner", 0)
         starts_rollout = getattr(batch, "inner", 0) == 0 and getattr(batch, "micro", 0) == 0
         if self._due is not None and starts_rollout:
             self._roll_back(trainer, *self._due)
@@ -150,45 +170,75 @@ class CollapseAlarms(L.Callback):
             pl_module.log("guard/rollbacks", float(self.rollbacks), batch_size=1)
 
     def _look_at_all(self, trainer: L.Trainer) -> None:
-        sounded: list[tuple[int, str]] = []
+        sounded: list[tuple[int, int | None, str]] = []
         for i, alarm in enumerate(self.alarms):
+            self._tell_of_absence(alarm, trainer.callback_metrics)
             value = trainer.callback_metrics.get(alarm.metric)
-            if value is not None:
-                message = self._look(alarm, self._state[str(i)], float(value), trainer.global_step)
-                sounded += [(i, message)] if message else []
+            if value is None or (self._inner > 0 and alarm.metric.startswith(OF_ROLLOUTS)):
+                continue
+            state = self._state[str(alarm)]
+            message = self._look(alarm, state, float(value), trainer.global_step)
+            sounded += [(i, state["good"], message)] if message else []
         if any(alarm.action != "warn" for alarm in self.alarms):
             sounded = trainer.strategy.broadcast(sounded)  # metrics are logged in the first process alone
-        for i, message in sounded:
+        for i, good, message in sounded:
             if self.alarms[i].action == "stop":
                 raise RunError(_KEY, message, "the curve, and the checkpoints before it in the stage's folder", "E702")
-            rank_zero_warn(message)
             if self.alarms[i].action == "rollback" and self._due is None:
-                self._due = (trainer.global_step - self.alarms[i].patience, message)
+                self._due = (good, message)
 
     def _look(self, alarm: Alarm, state: dict[str, Any], value: float, step: int) -> str | None:
-        """What is to be said, if the alarm sounds."""
+        """Why the alarm has to act, if it has to; what there is to say is said."""
         reason = alarm.broken(value, state["mean"], state["count"])
-        state["in_a_row"] = state["in_a_row"] + 1 if reason else 0
+        before = state["in_a_row"]
+        state["in_a_row"] = before + 1 if reason else 0
         if math.isfinite(value):
             state["count"] += 1
             weight = max(1 / state["count"], 1 - alarm.memory)  # a plain mean at first, then an exponential one
             state["mean"] += weight * (value - state["mean"])
-        if reason is None or state["in_a_row"] < alarm.patience:
+        if reason is None:
+            state["good"] = step - 1  # the number is of the weights that the step began with
+            if before >= alarm.patience:
+                rank_zero_warn(f"step {step}: {alarm.metric} = {value:.4g} keeps its bound again ({before} did not)")
             return None
-        state["in_a_row"] = 0
-        return f"alarm at step {step}: {alarm.metric} = {value:.4g} {reason} ({alarm.patience} in a row)"
+        lasted, rest = divmod(state["in_a_row"], alarm.patience)
+        if rest:
+            return None
+        message = f"alarm at step {step}: {alarm.metric} = {value:.4g} {reason} ({state['in_a_row']} in a row)"
+        if lasted & (lasted - 1) == 0:
+            rank_zero_warn(message)
+        return message
 
-    def _roll_back(self, trainer: L.Trainer, last_good: int, message: str) -> None:
+    def _tell_of_absence(self, alarm: Alarm, logged: Mapping[str, Any]) -> None:
+        """Once: an alarm on a number that is not there, though others of its kind are, would never sound."""
+        kind = alarm.metric.split("/")[0]
+        is_time = kind not in _NOT_IN_EVERY_STAGE or any(name.startswith(f"{kind}/") for name in logged)
+        if alarm.metric in self._known or not is_time:
+            return
+        self._known.add(alarm.metric)
+        if alarm.metric not in logged and not alarm.optional:
+            near = ", ".join(difflib.get_close_matches(alarm.metric, logged, 3, 0.5)) or "a name that the log has"
+            rank_zero_warn(f"{_KEY}: nothing is logged as {alarm.metric}, so its alarm cannot sound. Try: {near}")
+
+    def _hold_checkpoints(self, trainer: L.Trainer) -> None:
+        """Keep what a rollback would need, however many checkpoints come after it."""
+        store = trainer.strategy.checkpoint_io
+        if isinstance(store, FolderCheckpointIO):
+            goods = [self._state[str(alarm)]["good"] for alarm in self.alarms if alarm.action == "rollback"]
+            due = self._due[0] if self._due is not None else None
+            store.hold = min((step for step in (*goods, due) if step is not None), default=None)
+
+    def _roll_back(self, trainer: L.Trainer, last_good: int | None, message: str) -> None:
         """Weights, optimizer state and running means of the newest checkpoint up to step `last_good`."""
         if self.rollbacks >= self.max_rollbacks:
             cause = f"{message}; rolled back {self.rollbacks} times already, which did not help"
             raise RunError(_KEY, cause, "a smaller learning rate, or the rows since the checkpoint", "E702")
         folder = _checkpoints(trainer)
         assert folder is not None
-        path = trainer.strategy.broadcast(last_before(folder, last_good))
+        path = trainer.strategy.broadcast(None if last_good is None else last_before(folder, last_good))
         if path is None:
-            cause = f"{message}; there is no checkpoint to roll back to"
-            raise RunError(_KEY, cause, "callbacks.save.every_n_steps below the step of the alarm", "E702")
+            cause = f"{message}; there is no checkpoint from before that"
+            raise RunError(_KEY, cause, "a smaller callbacks.save.every_n_steps, or a smaller learning rate", "E702")
         checkpoint = trainer.strategy.load_checkpoint(path)
         rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in trainer.optimizers]
         strict = trainer.lightning_module.strict_loading
@@ -198,6 +248,8 @@ class CollapseAlarms(L.Callback):
             for group, rate in zip(optimizer.param_groups, own, strict=True):
                 group["lr"] = rate
         self._take_means(checkpoint["callbacks"][self.state_key])
+        for state in self._state.values():  # it was chosen as good
+            state["in_a_row"], state["good"] = 0, checkpoint["global_step"]
         self.rollbacks += 1
         rank_zero_warn(f"step {trainer.global_step}: weights and optimizer are those of {Path(path).name} again")
 
@@ -212,7 +264,6 @@ def _checkpoints(trainer: L.Trainer) -> Path | None:
 
 
 def last_before(folder: Path, step: int) -> Path | None:
-    """The newest checkpoint that verifies and is not after a step; if all are, the oldest that verifies."""
-    good = [path for path in list_checkpoints(folder) if verify(path) is None]
-    early = [path for path in good if read_facts(path)["step"] <= step]
-    return early[0] if early else good[-1] if good else None
+    """The newest checkpoint that verifies and is not after a step."""
+    whole = (path for path in list_checkpoints(folder) if verify(path) is None)
+    return next((path for path in whole if read_facts(path)["step"] <= step), None)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import lightning as L
@@ -15,6 +14,10 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from d1lit.errors import RunError
+from d1lit.processes import gathered
+
+_MOST_NAMES = 16
+"""Rows of a step that its line names; the rest it counts."""
 
 
 def gradients_are_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -36,6 +39,9 @@ class SkipNonFinite(L.Callback):
     go on (the data order and the learning-rate schedule are functions of them). A module that finds nothing to learn
     from (no valid token) returns a loss of nan; the step is then skipped by the same rail.
 
+    The rows are those that the module calls `row_names`: of the micro-batches whose loss is bad, on any rank; of the
+    whole step where only a gradient is.
+
     `guard/skipped` counts the steps left out since the run began.
 
     Args:
@@ -48,33 +54,27 @@ class SkipNonFinite(L.Callback):
         self.max_in_a_row = max_in_a_row
         self.skipped = 0
         self.in_a_row = 0
-        self._loss_is_bad: Tensor | None = None
-        self._rows: list[int] = []
-        self._bad_rows: list[list[int]] = []
+        self._window: list[tuple[Tensor, Sequence[str]]] = []
+        """Of each micro-batch since the last step: whether its loss is bad, and its rows."""
+        self._bad_rows: list[str] = []
+        """The rows of each step of the present streak."""
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Counters go on after a resume."""
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "rows": self._rows, "bad_rows": self._bad_rows}
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "bad_rows": list(self._bad_rows)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the counters up."""
         self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]
-        self._rows, self._bad_rows = state_dict["rows"], state_dict["bad_rows"]
-
-    @override
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Note the rows, to name them should the step fail. An inner update has those of its rollout."""
-        self._rows = row_ids(batch) or self._rows
+        self._bad_rows = [str(rows) for rows in state_dict["bad_rows"]]
 
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Note a loss that is not finite, even if its gradient should be."""
+        """Note a loss that is not finite, even if its gradient should be, and whose it is."""
         bad = ~torch.isfinite(loss.detach()).all()
-        self._loss_is_bad = bad if self._loss_is_bad is None else self._loss_is_bad | bad
+        self._window.append((bad, getattr(pl_module, "row_names", ())))
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
@@ -85,9 +85,9 @@ class SkipNonFinite(L.Callback):
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         bad = ~gradients_are_finite(parameters).to(pl_module.device)
-        if self._loss_is_bad is not None:
-            bad = bad | self._loss_is_bad.to(bad.device)
-        self._loss_is_bad = None
+        window, self._window = self._window, []
+        for loss_is_bad, _ in window:
+            bad = bad | loss_is_bad.to(bad.device)
         if not bool(trainer.strategy.reduce(bad.float(), reduce_op="max")):
             self.in_a_row, self._bad_rows = 0, []
             return
@@ -95,10 +95,12 @@ class SkipNonFinite(L.Callback):
             parameter.grad = None
         self.skipped += 1
         self.in_a_row += 1
-        self._bad_rows.append(self._rows)
-        rank_zero_warn(f"step {trainer.global_step} left out: its loss or gradient is not finite (rows {self._rows})")
+        self._bad_rows.append(named(bad_rows(window)))
+        rank_zero_warn(
+            f"step {trainer.global_step} left out: its loss or gradient is not finite (rows {self._bad_rows[-1]})"
+        )
         if self.in_a_row >= self.max_in_a_row:
-            rows = "; ".join(str(rows) for rows in self._bad_rows)
+            rows = "; ".join(dict.fromkeys(self._bad_rows))  # inner updates of one rollout have the same
             cause = (
                 f"{self.in_a_row} steps in a row, up to step {trainer.global_step}, had a loss or gradient that is not "
                 f"finite; their rows: {rows}"
@@ -113,15 +115,15 @@ class SkipNonFinite(L.Callback):
         pl_module.log("guard/skipped", float(self.skipped), batch_size=1)
 
 
-def row_ids(batch: Any) -> list[int]:
-    """The integers named `row_ids` anywhere in a batch of dataclasses, dictionaries, lists and tuples."""
-    if is_dataclass(batch):
-        batch = {field.name: vars(batch)[field.name] for field in fields(batch)}
-    if isinstance(batch, Mapping):
-        own = batch.get("row_ids")
-        if isinstance(own, Tensor):
-            return own.tolist()
-        batch = list(batch.values())
-    if isinstance(batch, (list, tuple)):
-        return [row for item in batch for row in row_ids(item)]
-    return []
+def bad_rows(window: Sequence[tuple[Tensor, Sequence[str]]]) -> list[str]:
+    """The rows of the micro-batches whose loss is bad, on all ranks; those of all, where no loss is. All ranks call."""
+    mine = [(bool(bad), list(names)) for bad, names in window]
+    everyone = [micro for rank in gathered(mine) for micro in rank]
+    hit = [names for bad, names in everyone if bad] or [names for _, names in everyone]
+    return list(dict.fromkeys(name for names in hit for name in names))
+
+
+def named(rows: Sequence[str]) -> str:
+    """Rows for a line that a person reads."""
+    more = len(rows) - _MOST_NAMES
+    return ", ".join(rows[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -63,11 +64,14 @@ class SampleTable(L.Callback):
             return
         self._next = (trainer.global_step // self.every_n_steps + 1) * self.every_n_steps
         records = self._records(pl_module, batch.step)
-        append_records(self.file, records)
-        table = _markdown(records)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text(f"samples/{self.stage}", table, trainer.global_step - 1)
+        try:
+            append_records(self.file, records)
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    text = _markdown(records)
+                    logger.experiment.add_text(f"samples/{self.stage}", text, trainer.global_step - 1)
+        except OSError as error:  # they are there to be looked at: no reason to end the run
+            rank_zero_warn(f"samples of update {trainer.global_step} are not written: {error}")
         if self.console is not None:
             self.console.print(_table(records, f"{self.stage}, update {trainer.global_step}"))
 

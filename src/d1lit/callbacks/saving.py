@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
+
+from d1lit.checkpoint.folder import check_free_space
+from d1lit.processes import first_decides
 
 
 class SaveCheckpoints(Checkpoint):
@@ -66,7 +70,10 @@ class SaveCheckpoints(Checkpoint):
         self._saved_at = time.monotonic()
         self._saved_step = self._step  # also where rank 0 fails below: the others cannot know, and all must call alike
         for logger in trainer.loggers:
-            logger.save()  # what the checkpoint has behind it must not be lost in a buffer
+            try:
+                logger.save()  # what the checkpoint has behind it must not be lost in a buffer
+            except OSError as error:
+                rank_zero_warn(f"the log up to step {self._step} is not written: {error}")
         path = self.folder / f"step_{self._step}"
         self._is_writing = True
         try:
@@ -87,7 +94,12 @@ class SaveCheckpoints(Checkpoint):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start from what is saved: nothing, or the checkpoint the run resumed from."""
+        """Start from what is saved: nothing, or the checkpoint the run resumed from.
+
+        Raises:
+            OSError: if the disk has no room for a checkpoint, which would only be found at the first save.
+        """
+        first_decides(partial(self._check_room, pl_module))
         self._step = self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
         self._is_due = self._is_over = False
@@ -122,6 +134,12 @@ class SaveCheckpoints(Checkpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the last step of the stage."""
         self.save_now(trainer)
+
+    def _check_room(self, module: L.LightningModule) -> None:
+        trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+        if self.every_n_steps is not None or self.every_n_minutes is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            check_free_space(self.folder / "step_0", 2 * trained)  # the weights, and a moment of each at the least
 
     def _minutes_are_over(self, trainer: L.Trainer) -> bool:
         if self.every_n_minutes is None:

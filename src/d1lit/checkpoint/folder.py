@@ -248,12 +248,20 @@ def list_checkpoints(folder: Path | str) -> list[Path]:
     for path in folder.iterdir() if folder.is_dir() else ():
         match = _STEP.fullmatch(path.name)
         if match:
-            found.append((int(match[1]), match[2] is None, path))
+            found.append((_step(path), match[2] is None, path))
     return [path for *_, path in sorted(found, reverse=True)]
 
 
-def prune(folder: Path | str, keep: int) -> list[Path]:
+def _step(path: Path) -> int:
+    match = _STEP.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def prune(folder: Path | str, keep: int, hold: int | None = None) -> list[Path]:
     """Remove the checkpoints below the `keep` newest that verify, and what crashed saves left; returns what went.
+
+    The newest that verifies and is not after step `hold` stays too.
 
     Damaged checkpoints above them stay for whoever wants to look. Each goes by a rename first, so that a crash in the
     middle of a removal leaves nothing that looks like a checkpoint.
@@ -264,8 +272,12 @@ def prune(folder: Path | str, keep: int) -> list[Path]:
     removed = []
     good = 0
     for path in list_checkpoints(folder):
+        is_held = hold is not None and _step(path) <= hold
+        if (good < keep or is_held) and verify(path) is None:
+            good += 1
+            hold = None if is_held else hold
+            continue
         if good < keep:
-            good += verify(path) is None
             continue
         doomed = folder / f".{path.name}.removing"
         _remove(doomed)

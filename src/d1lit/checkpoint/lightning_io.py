@@ -11,7 +11,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import Tensor
 from typing_extensions import override
 
-from d1lit.checkpoint.folder import prune, read_tree, verify, write_tree
+from d1lit.checkpoint.folder import pieces_folder, prune, read_tree, verify, write_tree
 
 
 class FolderCheckpointIO(CheckpointIO):
@@ -30,6 +30,8 @@ class FolderCheckpointIO(CheckpointIO):
             raise ValueError(f"checkpoint keep must be at least 2 (0 keeps all), got {keep}; say keep=2")
         self.keep = keep
         self.config_hash = config_hash
+        self.hold: int | None = None
+        """A step: the newest checkpoint that is not after it is kept too."""
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -47,12 +49,15 @@ class FolderCheckpointIO(CheckpointIO):
             "config_hash": self.config_hash,
             "world_size": _world_size(),
         }
-        write_tree(path, checkpoint, facts)
+        try:
+            write_tree(path, checkpoint, facts)
+        finally:
+            shutil.rmtree(pieces_folder(path), ignore_errors=True)  # there only where the save has failed
         reason = verify(path)
         if reason is not None:
             raise OSError(f"checkpoint does not read back as written: {reason}; the older ones were kept")
         if self.keep:
-            prune(path.parent, self.keep)
+            prune(path.parent, self.keep, self.hold)
 
     @override
     def load_checkpoint(

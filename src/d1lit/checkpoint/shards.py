@@ -32,7 +32,7 @@ from d1lit.checkpoint.folder import (
     write_file,
 )
 from d1lit.checkpoint.tree import Pieces, join_tree
-from d1lit.processes import gathered, is_first, wait_for_all, world
+from d1lit.processes import gathered, is_first, world
 
 
 @dataclass(frozen=True)
@@ -63,22 +63,38 @@ def write_pieces(tree: Any, folder: Path) -> Any:
     mine: dict[str, Tensor] = {}
     marked = _mark(tree, (), here.rank, here.world_size, mine)
     beside = pieces_folder(folder)
-    if is_first():
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    wait_for_all()
-    error = None
-    try:
+
+    def make_room() -> None:
+        if is_first():
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+
+    def write() -> None:
         check_free_space(folder, here.world_size * sum(tensor.nbytes for tensor in mine.values()))
         name = f"{PIECES}{here.rank:05d}.safetensors"
         entry = write_file(beside / name, serialise(mine))
         (beside / f"{name}.json").write_text(json.dumps(entry))
+
+    try:
+        _on_all(make_room)
+        _on_all(write)
+    except OSError:
+        if is_first():
+            shutil.rmtree(beside, ignore_errors=True)
+        raise
+    return marked
+
+
+def _on_all(act: Callable[[], None]) -> None:
+    """What each process does; an error of one is everyone's, so that none waits for it."""
+    error = None
+    try:
+        act()
     except OSError as found:
         error = str(found)
     errors = [found for found in gathered(error) if found is not None]
     if errors:
         raise OSError(errors[0])
-    return marked
 
 
 def _mark(node: Any, path: tuple[str, ...], rank: int, world_size: int, mine: dict[str, Tensor]) -> Any:

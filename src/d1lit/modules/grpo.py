@@ -132,6 +132,8 @@ class DiffuGRPO(L.LightningModule):
         self.kl_in_reward = kl_in_reward
         self.kl_in_reward_estimator = kl_in_reward_estimator
         self.experience: list[Experience] = []
+        self.row_names: Sequence[str] = ()
+        """The ids of the rows of the latest micro-batch; the guard names them."""
         self.verdicts: dict[str, list[Verdict]] = {}
         """What the reward parts said of the latest rollout of this rank; the samples table reads it."""
         self.metrics = UpdateMetrics()
@@ -226,6 +228,7 @@ class DiffuGRPO(L.LightningModule):
     def update(self, experience: Experience, inner: int, num_micro: int) -> Tensor:
         """The policy loss of one micro-batch under the corruption of this inner update."""
         self.meter.start("update")  # until `on_after_backward`
+        self.row_names = list(dict.fromkeys(str(example.get("id")) for example in experience.rollout.examples))
         logprobs, scores = self._likelihood(experience.rollout, experience.advantages, experience.step, inner)
         is_on_policy = inner == 0 and not self.inner_index_by_micro_batch
         old = detached(logprobs) if is_on_policy else experience.old[inner]

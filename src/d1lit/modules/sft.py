@@ -67,6 +67,8 @@ class MaskedSFT(L.LightningModule):
         """From the mask to one weight a token, in the place of the schedule's (Dream's CART)."""
         self.complementary = complementary
         """Also learn each row under the complement of its mask, so that every token is hidden once a step."""
+        self.row_names: Sequence[str] = ()
+        """The ids of the rows of the latest micro-batch; the guard names them."""
         self.metrics = UpdateMetrics()
         self.meter = Meter(policy.work)
         self.cost = StageCost()
@@ -96,6 +98,7 @@ class MaskedSFT(L.LightningModule):
     def training_step(self, batch: CompletionBatch, batch_idx: int) -> Tensor:
         """Hide, predict, weigh."""
         self.meter.start("update")  # until `optimizer_step` is over: the backward pass is part of it
+        self.row_names = batch.names
         loss, metrics = self.masked_loss(batch, self.draws.at(step=batch.step), self.times)
         self.metrics.add_update(loss, metrics)
         # The loss is this micro-batch's share of the global one; Lightning averages over micro-batches and ranks.

@@ -6,9 +6,12 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, Protocol
 
 from d1lit.types import Example, Outcome, Reward, Verdict
+
+LARGEST = 3.4e38
+"""What a value may be: float32 holds no more."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class RewardParts:
         return tuple(self.parts)
 
     def grade(self, completions: Sequence[str], examples: Sequence[Example]) -> dict[str, list[Verdict]]:
-        """Verdicts of every part, in the order of the completions."""
-        return {name: part(completions, examples) for name, part in self.parts.items()}
+        """Verdicts of every part, in the order of the completions; a value that is no number is its judge's error."""
+        return {name: [_numbered(v) for v in part(completions, examples)] for name, part in self.parts.items()}
 
     def judged_by(self, grader: Reward) -> RewardParts:
         """The same reward, the task's grader handed to every part that waits for one.
@@ -54,6 +57,10 @@ class RewardParts:
             except TypeError as error:
                 raise ValueError(f"reward.parts.{name}: {error}. Try: what its class asks for [E205]") from None
         return replace(self, parts=parts)
+
+
+def _numbered(verdict: Verdict) -> Verdict:
+    return verdict if abs(verdict.value) <= LARGEST else replace(verdict, value=0.0, outcome="error")
 
 
 def _completed(part: Reward, grader: Reward) -> Reward:
@@ -105,6 +112,14 @@ class Grade:
     strict: Verdict
     d1: Verdict
     extra: Mapping[str, float] = field(default_factory=dict)
+
+
+class Judges(Protocol):
+    """Whatever gives both verdicts on completions: a task's `Grader`, or those of a mixture's tasks."""
+
+    def grade(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Grade]:
+        """One grade for each completion of the matching example."""
+        ...
 
 
 @dataclass(frozen=True)
