@@ -68,12 +68,12 @@ def run_training(config: DictConfig, overrides: Sequence[str], plan: Plan | None
         with flag.installed():
             make_shared_base(plan, flag)
     join_world(config.trainer.accelerator)
-    folder, is_new = first_decides(partial(run_folder, config))
+    folder = first_decides(partial(run_folder, config))
     sizes = first_decides(partial(micro_batch_sizes, plan, world().world_size))
     plan = with_micro_batches(plan, sizes)
     for name, size in sizes.items():
         say(f"{name}: micro-batches of {size}, by the memory of a device")
-    with removed_if_refused(folder, is_new), held_by_first(folder), flag.installed():
+    with held_by_first(folder), removed_if_refused(folder), flag.installed():
         first_decides(partial(refuse_changes, config, folder))
         write_once(folder / "config.yaml", redact_text(OmegaConf.to_yaml(config, resolve=True)))
         write_once(folder / "overrides.json", json.dumps(redact(list(overrides))))
@@ -101,12 +101,16 @@ def held_by_first(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def removed_if_refused(folder: Path, is_new: bool) -> Iterator[None]:
-    """A new run that is refused before its first stage has begun leaves nothing behind."""
+def removed_if_refused(folder: Path) -> Iterator[None]:
+    """A new run that is refused before its first stage has begun leaves nothing behind.
+
+    Entered under the lock: until it is held, the folder may become another run's.
+    """
+    is_new = is_first() and all(file.name.startswith(".lock") for file in folder.iterdir())
     try:
         yield
     except ValueError:
-        if is_new and is_first() and not any(folder.glob("stages/*/*")):
+        if is_new and not any(folder.glob("stages/*/*")):
             shutil.rmtree(folder, ignore_errors=True)
             if folder.parent == OUTPUTS and not any(OUTPUTS.iterdir()):
                 OUTPUTS.rmdir()
@@ -154,17 +158,16 @@ def _as_tree(text: str) -> dict[str, Any]:
     return cast("dict[str, Any]", tree) if isinstance(tree, dict) else {"config.yaml": "(not readable)"}
 
 
-def run_folder(config: DictConfig) -> tuple[Path, bool]:
-    """The run's folder: the one named, or a new one under outputs/; and whether nothing was in it.
+def run_folder(config: DictConfig) -> Path:
+    """The run's folder: the one named, or a new one under outputs/.
 
     Raises:
         ConfigError: if it holds a run already and `resume=never`, or if it cannot be made or written.
     """
     try:
         folder = _made_folder(config)
-        is_new = not any(folder.iterdir())
         with tempfile.TemporaryFile(dir=folder):
-            return folder, is_new
+            return folder
     except OSError as error:
         cause = f"{error.filename or config.run_dir or 'outputs'}: {error.strerror}"
         raise ConfigError("run_dir", cause, "a folder that can be made and written", "E501") from None

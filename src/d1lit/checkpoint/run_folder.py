@@ -68,15 +68,19 @@ def lock_run(run_folder: Path | str) -> Iterator[None]:
         ValueError: if another process holds it, naming its pid and host.
     """
     folder = Path(run_folder)
-    folder.mkdir(parents=True, exist_ok=True)
     owner = folder / ".lock.owner"
     lock = FileLock(str(folder / ".lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(
-            f"run_dir: {folder} is in use by {_read_owner(owner)}. Try: another run_dir, or wait for it [E502]"
-        ) from None
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"run_dir: {folder} is in use by {_read_owner(owner)}. Try: another run_dir, or wait for it [E502]"
+            ) from None
+        if (folder / ".lock").exists():
+            break
+        lock.release()  # a refused run has just removed its new folder, and with it the file that this lock is on
     try:
         owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         yield
