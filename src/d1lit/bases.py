@@ -60,7 +60,7 @@ def make_base(plan: Plan, work: Path, flag: StopFlag) -> None:
     policy, tokenizer = plan.make_policy()
     stage = make_stage(plan, plan.base, tokenizer, partial(make_trainer, plan, flag, tokenizer))
     folder = StageFolder(work)
-    run_stage(folder, policy, stage, plan.seed, say)
+    run_stage(folder, policy, stage, plan.seed, say, plan.config.resume == "force")
     keep_base(folder.weights, tokenizer, home)
 
 

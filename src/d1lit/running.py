@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from d1lit.bases import base_policy, kept_evaluations, make_shared_base
 from d1lit.build import check_hub_model, plan_run
 from d1lit.callbacks import StopFlag
-from d1lit.checkpoint import differing_keys, flatten, lock_run
+from d1lit.checkpoint import differing_keys, flatten, lock_run, put_whole
 from d1lit.errors import ConfigError
 from d1lit.estimates import estimate_run
 from d1lit.evaluating import PACKAGES, TaskEvaluator
@@ -85,7 +85,7 @@ def run_training(config: DictConfig, overrides: Sequence[str], plan: Plan | None
         stages = [
             make_stage(plan, parts, tokenizer, partial(make_trainer, plan, flag, tokenizer)) for parts in plan.stages
         ]
-        policy, evaluations = run_recipe(folder, policy, stages, evaluator, plan.seed, say)
+        policy, evaluations = run_recipe(folder, policy, stages, evaluator, plan.seed, say, config.resume == "force")
         if is_first_process():
             finish(plan, folder, policy, tokenizer, evaluator, evaluations, time.time() - started)
         wait_for_all()
@@ -201,7 +201,7 @@ def _made_folder(config: DictConfig) -> Path:
 def write_once(file: Path, text: str) -> None:
     """Write a file unless it is there."""
     if is_first_process() and not file.exists():
-        file.write_text(text, encoding="utf-8")
+        write_whole(file, text)
 
 
 def environment() -> dict[str, Any]:
@@ -254,8 +254,13 @@ def finish(
     if not (folder / "model").exists():
         # An adapter goes on alone, so it says its places in the words of the model it belongs to.
         is_official = policy.is_adapted and plan.config.model.path is not None
-        save_weights(policy, folder / "model", "official" if is_official else "d1lit")
-        tokenizer.save_pretrained(folder / "model")
+        layout = "official" if is_official else "d1lit"
+
+        def write(place: Path) -> None:
+            save_weights(policy, place, layout)
+            tokenizer.save_pretrained(place)
+
+        put_whole(folder / "model", write, seal=False)
     results = {
         "recipe": plan.config.recipe.name,
         "task": plan.task.display_name,

@@ -318,7 +318,9 @@ def test_of_two_runs_started_at_once_the_refused_one_leaves_the_other_its_folder
     folder, real, others = tmp_path / "run", running.lock_run, []
 
     def too_late(place: Path) -> contextlib.AbstractContextManager[None]:
-        other = subprocess.Popen([sys.executable, "-c", HOLD, str(place)], stdout=subprocess.PIPE, stdin=subprocess.PIPE)
+        other = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(place)], stdout=subprocess.PIPE, stdin=subprocess.PIPE
+        )
         others.append(other)
         assert other.stdout is not None and other.stdout.readline() == b"held\n"
         (folder / "config.yaml").write_text("seed: 3")

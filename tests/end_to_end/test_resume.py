@@ -91,6 +91,23 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(server, grpo,
     check_same(ending(tmp_path / "run", JOBS["grpo"]), grpo.ending)
 
 
+def test_a_stage_whose_checkpoints_are_all_damaged_is_refused_and_its_logs_stay(server, tmp_path):
+    """F3, both of them: nothing is cut off and nothing begun again unless that is said."""
+    words, log = (*JOBS["grpo"].with_saves(1), f"run_dir={tmp_path / 'run'}"), tmp_path / "log"
+    at = ("d1lit.modules.grpo:DiffuGRPO.update", 15, signal.SIGKILL)
+    assert server.run(words, log, prepared=True, at=at) == -signal.SIGKILL
+    damaged = list_checkpoints(tmp_path / "run" / "stages" / "grpo" / "checkpoints")
+    for path in damaged:
+        os.truncate(path / "structure.json", 10)
+    written = [*(tmp_path / "run" / "logs").rglob("events*"), *(tmp_path / "run").glob("samples.jsonl")]
+    before = {file: file.read_bytes() for file in written}
+    assert server.run(words, log) == 2
+    line = log.read_text().splitlines()[-1]
+    assert line.endswith("[E508]") and all(path.name in line for path in damaged) and len(damaged) == 2
+    assert before and {file: file.read_bytes() for file in written} == before
+    assert server.run((*words, "resume=force"), log) == 0, log.read_text()
+
+
 def test_a_full_disk_costs_checkpoints_and_nothing_else(server, grpo, tmp_path):
     """F4 by the kernel's limit: no checkpoint fits, one line says so, training goes on."""
     words, log = (*JOBS["grpo"].with_saves(5), f"run_dir={tmp_path / 'run'}"), tmp_path / "log"

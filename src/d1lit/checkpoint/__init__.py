@@ -11,10 +11,12 @@ from d1lit.checkpoint.run_folder import (
     flatten,
     lock_run,
 )
+from d1lit.checkpoint.sealed import broken, put_whole, settle
 
 __all__ = [
     "FolderCheckpointIO",
     "Resume",
+    "broken",
     "checkpoint_folder",
     "config_hash",
     "differing_keys",
@@ -24,8 +26,10 @@ __all__ = [
     "lock_run",
     "newest",
     "prune",
+    "put_whole",
     "read_facts",
     "read_tree",
+    "settle",
     "verify",
     "write_tree",
 ]
