@@ -30,6 +30,7 @@ from d1lit.callbacks.validation import Validate
 from d1lit.checkpoint import FolderCheckpointIO, checkpoint_folder, find_resume, lock_run
 from d1lit.data import batch_loader
 from d1lit.draws import CounterDraws
+from d1lit.stopping import requeued
 
 MICRO, INNER, STEPS, VALIDATE_EVERY = 2, 2, 24, 3
 ROWS, LENGTH, VOCABULARY = 4, 6, 16
@@ -218,7 +219,7 @@ def run(
     os.environ |= environment or {}
     if max_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, resource.RLIM_INFINITY))
-    with lock_run(folder):
+    with requeued(), lock_run(folder):
         resume = find_resume(folder, ["only"])
         done = resume.facts["step"] if resume.path is not None else 0
         with (folder / "starts.txt").open("a") as file:

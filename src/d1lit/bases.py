@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from d1lit.callbacks import StopFlag
 from d1lit.checkpoint import lock_run
 from d1lit.evaluating import code_sha256
 from d1lit.fitting import make_trainer
@@ -25,6 +24,7 @@ from d1lit.plan import Plan, make_stage
 from d1lit.processes import is_first
 from d1lit.recipes import StageFolder, run_stage
 from d1lit.report.console import say
+from d1lit.stopping import StopFlag
 
 
 def cache_folder() -> Path:

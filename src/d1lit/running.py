@@ -25,7 +25,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from d1lit.bases import base_policy, kept_evaluations, make_shared_base
 from d1lit.build import check_hub_model, plan_run
-from d1lit.callbacks import StopFlag
 from d1lit.checkpoint import differing_keys, flatten, lock_run, put_whole
 from d1lit.errors import ConfigError
 from d1lit.estimates import estimate_run
@@ -41,6 +40,7 @@ from d1lit.quiet import quiet_libraries
 from d1lit.recipes import is_first_process, read_costs, run_recipe
 from d1lit.report.console import console, say, show_table
 from d1lit.security import redact, redact_text
+from d1lit.stopping import StopFlag, requeued
 
 OUTPUTS = Path("outputs")
 """Where runs stand that name no folder of their own."""
@@ -56,24 +56,33 @@ def run_training(config: DictConfig, overrides: Sequence[str], plan: Plan | None
     """
     quiet_libraries()
     console.quiet = not is_first()
-    plan = plan_run(config) if plan is None else plan
-    tell_rows(plan)
-    if config.dry_run:
-        _, lines = estimate_run(plan, config.trainer.devices * config.trainer.num_nodes)
-        print("\n".join(lines))
-        return 0
-    check_hub_model(plan)
     flag = StopFlag()
-    if plan.base is not None and place().world_size > 1 and is_first():
+    with requeued():
         with flag.installed():
-            make_shared_base(plan, flag)
-    join_world(config.trainer.accelerator)
+            plan = plan_run(config) if plan is None else plan
+            tell_rows(plan)
+            if config.dry_run:
+                _, lines = estimate_run(plan, config.trainer.devices * config.trainer.num_nodes)
+                print("\n".join(lines))
+                return 0
+            check_hub_model(plan)
+            if plan.base is not None and place().world_size > 1 and is_first():
+                make_shared_base(plan, flag)
+            flag.raise_if_stopped()
+        join_world(config.trainer.accelerator)  # a signal ends it at once: whoever waits in there cannot look at a flag
+        with flag.installed():
+            _run(config, overrides, plan, flag)
+    return 0
+
+
+def _run(config: DictConfig, overrides: Sequence[str], plan: Plan, flag: StopFlag) -> None:
+    """All from where the processes have met."""
     folder = first_decides(partial(run_folder, config))
     sizes = first_decides(partial(micro_batch_sizes, plan, world().world_size))
     plan = with_micro_batches(plan, sizes)
     for name, size in sizes.items():
         say(f"{name}: micro-batches of {size}, by the memory of a device")
-    with held_by_first(folder), removed_if_refused(folder), flag.installed():
+    with held_by_first(folder), removed_if_refused(folder):
         first_decides(partial(refuse_changes, config, folder))
         write_once(folder / "config.yaml", redact_text(OmegaConf.to_yaml(config, resolve=True)))
         write_once(folder / "overrides.json", json.dumps(redact(list(overrides))))
@@ -89,7 +98,6 @@ def run_training(config: DictConfig, overrides: Sequence[str], plan: Plan | None
         if is_first_process():
             finish(plan, folder, policy, tokenizer, evaluator, evaluations, time.time() - started)
         wait_for_all()
-    return 0
 
 
 @contextmanager

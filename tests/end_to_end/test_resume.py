@@ -74,6 +74,30 @@ def test_asked_to_stop_at_a_chosen_moment(server, grpo, tmp_path, function, visi
     check_same(ending(tmp_path / "run", JOBS["grpo"]), grpo.ending)
 
 
+OUTSIDE = [
+    ("d1lit.composing:compose_jobs", 1),
+    ("d1lit.build:plan_run", 1),
+    ("d1lit.evaluating:TaskEvaluator._entry", 1),  # the base, before any stage
+    ("d1lit.evaluating:TaskEvaluator._entry", 2),
+]
+
+
+@pytest.mark.parametrize(("function", "visit"), OUTSIDE)
+def test_slurm_is_asked_to_queue_what_is_stopped_outside_a_stage(server, tmp_path, function, visit):
+    """F5: while a run begins, and in its evaluations."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    environment = {"PATH": f"{scontrol.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "123"}
+    words = [word for word in JOBS["grpo"].words if word != "evaluation.base=false"]
+    words += [f"run_dir={tmp_path / 'run'}", "evaluation.reuse_base=false", "stages.grpo.max_updates=2"]
+    at, log = (function, visit, signal.SIGUSR1), tmp_path / "log"
+    assert server.run(words, log, at=at, environment=environment) == 138, log.read_text()
+    assert (tmp_path / "asked").read_text() == "requeue 123\n"
+    assert server.run(words, log) == 0, log.read_text()
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(server, grpo, tmp_path):
     """F3."""
     words, log = (*JOBS["grpo"].with_saves(1), f"run_dir={tmp_path / 'run'}"), tmp_path / "log"
