@@ -85,6 +85,8 @@ CASES: dict[str, tuple[str, str, str]] = {
     "prompts longer than allowed": ("task.max_test_prompt_length=3 task.max_prompt_length=3", "task.max_test_prompt_length", "18"),
     "split that is not there": ("evaluation.split=dev", "evaluation.split", "val"),
     "no validation rows": ("evaluation.split=val task.val_rows=0", "evaluation.split", "val_rows"),
+    "best weights on no validation rows": ("recipe=sft stages.sft.select=best_val task.val_rows=0", "stages.sft.select", "val_rows"),
+    "best weights without a look": ("recipe=sft stages.sft.select=best_val stages.sft.validate_every=null", "stages.sft.select", "validate_every"),
     "grader that is not there": ("task.grader=lenient", "task.grader", "strict"),
     "resume by another word": ("resume=always", "resume", "auto"),
     "dtype that is not there": ("model.dtype=float8", "model.dtype", "float32"),
