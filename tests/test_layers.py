@@ -26,6 +26,7 @@ LAYERS: list[set[str]] = [
     {"fitting_memory"},
     {"estimates"},
     {"fitting"},
+    {"pinning"},
     {"bases"},
     {"opening"},
     {"playing", "chatting", "handing_on", "consolidating", "doctor", "harness", "verify", "evaluate_command"},

@@ -49,7 +49,7 @@ def write_tree(
     Args:
         folder: where the checkpoint will stand; the folder around it is made.
         tree: see `split_tree` for what it may hold.
-        facts: what the manifest says besides (step, configuration hash, world size); JSON values.
+        facts: what the manifest says besides (step, world size); JSON values.
         shard_bytes: tensors are grouped into files of about this size.
 
     Raises:
@@ -242,7 +242,7 @@ def damage(folder: Path | str) -> str | None:
 
 
 def read_facts(folder: Path | str) -> dict[str, Any]:
-    """The facts in a checkpoint's manifest (step, configuration hash, world size)."""
+    """The facts in a checkpoint's manifest (step, world size)."""
     return read_manifest(Path(folder))["facts"]
 
 

@@ -13,19 +13,18 @@ from d1lit.checkpoint.folder import MANIFEST, check_on_disk, read_manifest, sync
 from d1lit.models.loading import is_first_process
 
 
-def put_whole(folder: Path, write: Callable[[Path], Any], seal: bool = True, staging: Path | None = None) -> None:
+def put_whole(folder: Path, write: Callable[[Path], Any], with_manifest: bool = True) -> None:
     """Let `write` fill a folder, bring it to the disk, and only then put it in the place of what stands there.
 
     Args:
         folder: where it will stand.
         write: fills the folder it is given; every process calls it, the first one writes.
-        seal: leave a manifest of sums, which `broken` reads; without, nothing is added to what is written.
-        staging: where it is written first; a place of its own for one of several writers.
+        with_manifest: leave one, which `broken` reads; without, nothing is added to what is written.
 
     Raises:
         OSError: if the disk is full or fails; what stood there still does.
     """
-    staging = staging or _beside(folder, "staging")
+    staging, old = _beside(folder, "staging"), _beside(folder, "removing")
     if is_first_process():
         settle(folder)
         staging.mkdir(parents=True)
@@ -33,11 +32,7 @@ def put_whole(folder: Path, write: Callable[[Path], Any], seal: bool = True, sta
         write(staging)
         if not is_first_process():
             return
-        files = {file.name: _synced(file) for file in sorted(staging.iterdir())}
-        if seal:
-            write_manifest(staging, {}, files)
-        sync_folder(staging)
-        old = _beside(folder, "removing")
+        seal(staging, with_manifest)
         if folder.exists():
             os.rename(folder, old)
         os.rename(staging, folder)
@@ -47,6 +42,14 @@ def put_whole(folder: Path, write: Callable[[Path], Any], seal: bool = True, sta
         raise
     sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def seal(folder: Path, with_manifest: bool = True) -> None:
+    """Bring the files of a folder to the disk, and write down their sums beside them."""
+    files = {file.name: _synced(file) for file in sorted(folder.iterdir())}
+    if with_manifest:
+        write_manifest(folder, {}, files)
+    sync_folder(folder)
 
 
 def settle(folder: Path) -> None:
