@@ -33,11 +33,12 @@ from d1lit.evaluation import write_whole
 from d1lit.fitting import make_trainer
 from d1lit.fitting_memory import micro_batch_sizes, with_micro_batches
 from d1lit.models import Policy, save_weights
+from d1lit.pinning import BASE, ROWS, changed_inputs, inputs, keep_inputs
 from d1lit.plan import Plan, make_stage
 from d1lit.presenting import present
 from d1lit.processes import first_decides, is_first, join_world, place, slurm_job, wait_for_all, world
 from d1lit.quiet import quiet_libraries
-from d1lit.recipes import is_first_process, read_costs, run_recipe
+from d1lit.recipes import StageFolder, is_first_process, read_costs, run_recipe
 from d1lit.report.console import console, say, show_table
 from d1lit.security import redact, redact_text
 from d1lit.stopping import StopFlag, requeued
@@ -86,9 +87,14 @@ def _run(config: DictConfig, overrides: Sequence[str], plan: Plan, flag: StopFla
         first_decides(partial(refuse_changes, config, folder))
         write_once(folder / "config.yaml", redact_text(OmegaConf.to_yaml(config, resolve=True)))
         write_once(folder / "overrides.json", json.dumps(redact(list(overrides))))
+        tell_other_environment(folder)
         write_once(folder / "environment.json", json.dumps(redact(environment()), indent=2))
         started = time.time()
-        policy, tokenizer = base_policy(plan, folder, flag)
+
+        def check(base: Path, tokenizer: Any) -> None:
+            first_decides(lambda: refuse_other_inputs(folder, config, inputs(plan, base, tokenizer)))
+
+        policy, tokenizer = base_policy(plan, folder, flag, check)
         tell_dropped(plan, tokenizer)
         evaluator = TaskEvaluator(plan, tokenizer, folder, flag, kept=kept_evaluations(plan))
         stages = [
@@ -126,11 +132,13 @@ def removed_if_refused(folder: Path) -> Iterator[None]:
 
 
 MAY_CHANGE = (
-    "run_dir", "resume", "dry_run", "debug", "logger", "logger.", "callbacks.", "evaluation.", "strategy.", "hydra.",
-    "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.log_every_n_steps",
-    "trainer.enable_model_summary", "hardware.",
+    "run_dir", "resume", "dry_run", "debug", "logger", "logger.", "callbacks.save", "callbacks.save.",
+    "callbacks.samples", "callbacks.samples.", "evaluation.", "strategy.", "hydra.", "trainer.accelerator",
+    "trainer.devices", "trainer.num_nodes", "trainer.log_every_n_steps", "trainer.enable_model_summary", "hardware.",
 )  # fmt: skip
 """Keys that say where and how a run goes on, not what it computes."""
+OF_ALL_STAGES = ("seed:", "model.", "task.", "quirks.", "trainer.")
+"""How the keys begin that every stage has been made with; what else makes one stands, resolved, under `stages.NAME`."""
 
 
 def refuse_changes(config: DictConfig, folder: Path) -> None:
@@ -141,21 +149,68 @@ def refuse_changes(config: DictConfig, folder: Path) -> None:
     """
     file = folder / "config.yaml"
     if not file.exists():
+        if any(folder.glob("stages/*/*")) and config.resume != "force":
+            cause = f"{folder} holds stages of a run, but no config.yaml that says of which"
+            raise ConfigError(
+                "run_dir", cause, "another run_dir, or resume=force to go on with them all the same", "E503"
+            )
         return
     now = redact_text(OmegaConf.to_yaml(config, resolve=True))
     old, new = (flatten(_as_tree(text)) for text in (file.read_text(encoding="utf-8"), now))
     changed = differing_keys(old, new, MAY_CHANGE)
     if not changed:
         return
-    if config.resume != "force":
-        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-        cause = f"{folder} was started with other values: {'; '.join(changed[:5])}{more}"
-        raise ConfigError("resume", cause, "another run_dir, or resume=force to go on with the new values", "E503")
+    _refuse_unless_forced(config, folder, f"was started with other values: {'; '.join(changed)}")
+    for name in finished_stages(config, folder):
+        made_it = [line for line in changed if line.startswith((*OF_ALL_STAGES, f"stages.{name}."))]
+        _refuse_for_finished(folder, name, made_it)
     say(f"going on with other values, as resume=force says: {'; '.join(changed)}")
     for name in ("config.yaml", "overrides.json"):
         before = folder / name
         if before.exists():  # the new ones are written in their place
             os.replace(before, before.with_name(f"{before.stem}.until-{time.strftime('%Y%m%d-%H%M%S')}{before.suffix}"))
+
+
+def refuse_other_inputs(folder: Path, config: DictConfig, now: dict[str, str]) -> None:
+    """What the configuration names is still what it was when the run was started: weights and rows.
+
+    Raises:
+        ConfigError: listing what differs.
+    """
+    changed = changed_inputs(folder, now)
+    if changed:
+        _refuse_unless_forced(config, folder, f"was started from something else: {'; '.join(changed)}")
+        for name in finished_stages(config, folder):
+            _refuse_for_finished(folder, name, [line for line in changed if line.startswith((BASE, f"{ROWS} {name}:"))])
+        say(f"going on from something else, as resume=force says: {'; '.join(changed)}")
+    keep_inputs(folder, now)
+
+
+def _refuse_unless_forced(config: DictConfig, folder: Path, what: str) -> None:
+    if config.resume != "force":
+        cure = "another run_dir, or resume=force to go on with the new values"
+        raise ConfigError("resume", f"{folder} {what}", cure, "E503")
+
+
+def _refuse_for_finished(folder: Path, stage: str, changed: Sequence[str]) -> None:
+    if changed:
+        cause = f"stage {stage} of {folder} is finished, and would not be run again with {'; '.join(changed)}"
+        raise ConfigError("resume", cause, f"another run_dir, or this one without stages/{stage}", "E503")
+
+
+def finished_stages(config: DictConfig, folder: Path) -> list[str]:
+    """Names of the stages that will be taken as they are."""
+    return [name for name in config.recipe.stages if StageFolder(folder / "stages" / name).weights.exists()]
+
+
+def tell_other_environment(folder: Path) -> None:
+    """One line where a run goes on under other versions, another commit or on another machine."""
+    file = folder / "environment.json"
+    if is_first() and file.exists():
+        before, now = (flatten(redact(record)) for record in (json.loads(file.read_text("utf-8")), environment()))
+        changed = differing_keys(before, now, ("command", "command."))
+        if changed:
+            say(f"goes on under another environment, so not bit for bit as it would have: {'; '.join(changed)}")
 
 
 def _as_tree(text: str) -> dict[str, Any]:
@@ -268,7 +323,7 @@ def finish(
             save_weights(policy, place, layout)
             tokenizer.save_pretrained(place)
 
-        put_whole(folder / "model", write, seal=False)
+        put_whole(folder / "model", write, with_manifest=False)
     results = {
         "recipe": plan.config.recipe.name,
         "task": plan.task.display_name,

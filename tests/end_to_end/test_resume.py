@@ -132,6 +132,23 @@ def test_a_stage_whose_checkpoints_are_all_damaged_is_refused_and_its_logs_stay(
     assert server.run((*words, "resume=force"), log) == 0, log.read_text()
 
 
+def test_killed_while_the_model_is_handed_over(server, grpo, tmp_path):
+    """Between the weights and the tokenizer there is no model; then a bit of the stage's result flips, and is found."""
+    words, log = (*JOBS["grpo"].with_saves(None), f"run_dir={tmp_path / 'run'}"), tmp_path / "log"
+    at = ("transformers:PreTrainedTokenizerBase.save_pretrained", 1, signal.SIGKILL)
+    assert server.run(words, log, prepared=True, at=at) == -signal.SIGKILL
+    assert not (tmp_path / "run" / "model").exists()
+    weights = tmp_path / "run" / "stages" / "grpo" / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    assert server.run(words, log) == 0, log.read_text()
+    assert "grpo: goes on from step_12" in log.read_text() and "its bytes have changed" in log.read_text()
+    assert (tmp_path / "run" / "model" / "tokenizer.json").exists()
+    assert not list((tmp_path / "run").rglob(".*.staging"))
+    check_same(ending(tmp_path / "run", JOBS["grpo"]), grpo.ending)
+
+
 def test_a_full_disk_costs_checkpoints_and_nothing_else(server, grpo, tmp_path):
     """F4 by the kernel's limit: no checkpoint fits, one line says so, training goes on."""
     words, log = (*JOBS["grpo"].with_saves(5), f"run_dir={tmp_path / 'run'}"), tmp_path / "log"
