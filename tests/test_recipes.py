@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from d1lit import recipes
 from d1lit.checkpoint import broken, put_whole, write_tree
 from d1lit.checkpoint import folder as store
 from d1lit.errors import ConfigError
@@ -122,3 +123,24 @@ def test_a_crash_at_every_call_of_a_hand_over_leaves_the_old_weights_or_the_new(
         assert [file.name for file in folder.path.iterdir() if file.name.startswith(".")] == []
         found.append((folder.best / "model.safetensors").read_text())
     assert k > 6 and set(found) == {"old", "new"} and found == sorted(found, reverse=True)
+
+
+def test_all_processes_begin_where_the_first_has_found_the_checkpoint(tmp_path):
+    """A disk may show another process an older state: each would train on from a step of its own."""
+    folder, children = with_checkpoints(StageFolder(tmp_path / "sft"), 5, 10), []
+    for rank in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            status = 99
+            try:
+                torch.distributed.init_process_group(
+                    "gloo", init_method=f"file://{tmp_path}/meet", rank=rank, world_size=2
+                )
+                if rank == 1:
+                    recipes.newest = lambda folder: (None, [])
+                run(folder)
+            except Begins as at:
+                status = at.args[0]
+            finally:
+                os._exit(status)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [10, 10]
