@@ -22,7 +22,6 @@ from measuring import Run, against, compare, publish, setup, table
 
 from d1lit.bases import base_policy
 from d1lit.build import plan_run
-from d1lit.callbacks import StopFlag
 from d1lit.composing import compose_jobs
 from d1lit.data import EncodedRow, prompt_batch
 from d1lit.draws import CounterDraws
@@ -33,6 +32,7 @@ from d1lit.models.cache import KVCache
 from d1lit.plan import Plan, decode, evaluation_rows
 from d1lit.quiet import quiet_libraries
 from d1lit.sampling import BlockSampler, DualCache, Threshold, approximation_nats
+from d1lit.stopping import StopFlag
 from d1lit.types import PromptBatch, Rollout
 
 ROWS_PER_FORWARD = 64

@@ -27,9 +27,10 @@ from torch import nn
 from d1lit.callbacks.saving import SaveCheckpoints
 from d1lit.callbacks.signals import StopOnSignal
 from d1lit.callbacks.validation import Validate
-from d1lit.checkpoint import FolderCheckpointIO, checkpoint_folder, find_resume, lock_run
+from d1lit.checkpoint import FolderCheckpointIO, lock_run, newest, read_facts
 from d1lit.data import batch_loader
 from d1lit.draws import CounterDraws
+from d1lit.stopping import requeued
 
 MICRO, INNER, STEPS, VALIDATE_EVERY = 2, 2, 24, 3
 ROWS, LENGTH, VOCABULARY = 4, 6, 16
@@ -218,12 +219,13 @@ def run(
     os.environ |= environment or {}
     if max_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, resource.RLIM_INFINITY))
-    with lock_run(folder):
-        resume = find_resume(folder, ["only"])
-        done = resume.facts["step"] if resume.path is not None else 0
+    with requeued(), lock_run(folder):
+        checkpoints = folder / "stages" / "only" / "checkpoints"
+        checkpoint, refused = newest(checkpoints)
+        done = read_facts(checkpoint)["step"] if checkpoint is not None else 0
         with (folder / "starts.txt").open("a") as file:
-            file.write(f"{done} {len(resume.refused)}\n")
-        saver = SaveCheckpoints(checkpoint_folder(folder, "only"), every_n_steps, every_n_minutes)
+            file.write(f"{done} {len(refused)}\n")
+        saver = SaveCheckpoints(checkpoints, every_n_steps, every_n_minutes)
         module = Cycles(sleep, At(*at) if at is not None else lambda moment: None)
         watch_fsync(module.at)
         trainer = L.Trainer(
@@ -243,7 +245,7 @@ def run(
             use_distributed_sampler=False,
         )
         loader = batch_loader(Batches(), STEPS * MICRO, done * MICRO)
-        trainer.fit(module, loader, ckpt_path=resume.path)
+        trainer.fit(module, loader, ckpt_path=checkpoint)
         for logger in trainer.loggers:
             logger.save()
         final = {

@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from d1lit import commands
+from d1lit import commands, handing_on
 from d1lit.chatting import answer, chat
 from d1lit.cli import main
 from d1lit.errors import ConfigError
@@ -144,6 +144,19 @@ def test_an_adapter_of_a_merged_model_is_not_passed_off_as_one_of_the_base(tmp_p
     for name in ("config.json", "README.md", "model.safetensors"):
         (exported / name).write_text("")
     assert "would upload README.md, config.json, model.safetensors" in push(exported, "me/m", yes=False, private=True)
+
+
+def test_an_export_that_was_cut_short_is_no_model_and_can_be_asked_for_again(tmp_path, monkeypatch):
+    def cut_short(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(handing_on, "model_card", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        handing_on.export(real_run(), tmp_path / "whole")
+    monkeypatch.undo()
+    handing_on.export(real_run(), tmp_path / "whole")
+    names = {file.name for file in (tmp_path / "whole").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names and ".staging" not in names
 
 
 def test_the_card_is_replaced_whole(tmp_path):

@@ -7,7 +7,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "d1lit"
 
 LAYERS: list[set[str]] = [
     {"errors", "types", "draws", "security", "processes"},
-    {"schedules", "masking", "estimators", "advantages", "losses", "rewards", "statistics", "costs"},
+    {"schedules", "masking", "estimators", "advantages", "losses", "rewards", "statistics", "costs", "stopping"},
     {"models"},
     {"scoring", "sampling", "footprint"},
     {"tasks", "data", "exact", "joint_scoring"},
@@ -26,6 +26,7 @@ LAYERS: list[set[str]] = [
     {"fitting_memory"},
     {"estimates"},
     {"fitting"},
+    {"pinning"},
     {"bases"},
     {"opening"},
     {"playing", "chatting", "handing_on", "consolidating", "doctor", "harness", "verify", "evaluate_command"},

@@ -245,10 +245,10 @@ def test_confidence_in_bfloat16_ties_near_one():
 
 def test_the_composed_run_trains(tmp_path):
     """All of them together through the stage as runs make it, on the tiny model with an adapter."""
-    from d1lit.callbacks import StopFlag
     from d1lit.fitting import make_trainer
     from d1lit.plan import make_stage
     from d1lit.recipes import StageFolder, run_stage
+    from d1lit.stopping import StopFlag
 
     config = config_of(
         "paper_compat=true", "task=sudoku", "recipe=grpo", "logger=none", "debug=fast", "task.num_builtin.train=64"

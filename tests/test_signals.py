@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from d1lit.callbacks.saving import SaveCheckpoints
-from d1lit.callbacks.signals import Interrupted, StopFlag, requeue
 from d1lit.checkpoint import list_checkpoints, read_facts, verify
+from d1lit.stopping import Interrupted, StopFlag, requeue, requeued
 
 WORKER = Path(__file__).parent / "interruption_worker.py"
 SLEEP = 0.001
@@ -272,6 +272,25 @@ def test_requeue_minds_arrays_and_strange_ids(tmp_path: Path, monkeypatch: pytes
     scontrol.unlink()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not requeue({"SLURM_JOB_ID": "5"})
+
+
+@pytest.mark.parametrize(("signum", "rank", "asked"), [(10, "0", "requeue 5\n"), (10, "1", None), (15, "0", None)])
+def test_what_ends_outside_a_trainer_is_queued_again_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, rank: str, asked: str | None
+) -> None:
+    """By the first process, and for SIGUSR1 alone."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    for name, value in {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "5", "RANK": rank}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flag = StopFlag()
+    with pytest.raises(Interrupted), requeued(), flag.installed():
+        os.kill(os.getpid(), signum)
+        flag.raise_if_stopped()
+    assert ((tmp_path / "asked").read_text() if asked else None) == asked
+    assert asked is not None or not (tmp_path / "asked").exists()
 
 
 def test_the_flag_serves_loops_outside_a_trainer() -> None:

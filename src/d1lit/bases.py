@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,17 +18,19 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from d1lit.callbacks import StopFlag
-from d1lit.checkpoint import lock_run
+from d1lit.checkpoint import MANIFEST, broken, lock_run, seal
+from d1lit.errors import ConfigError
 from d1lit.evaluating import code_sha256
 from d1lit.fitting import make_trainer
 from d1lit.handover import kept_base, trains_adapters
 from d1lit.models import Policy
-from d1lit.models.loading import find_folder, shard_files
+from d1lit.models.loading import find_folder
+from d1lit.pinning import weights_sha256
 from d1lit.plan import Plan, make_stage
-from d1lit.processes import is_first
+from d1lit.processes import first_decides, is_first
 from d1lit.recipes import StageFolder, run_stage
 from d1lit.report.console import say
+from d1lit.stopping import StopFlag
 
 
 def cache_folder() -> Path:
@@ -33,18 +39,46 @@ def cache_folder() -> Path:
     return Path(os.environ.get("D1LIT_CACHE", default))
 
 
-def base_policy(plan: Plan, folder: Path, flag: StopFlag) -> tuple[Policy, Any]:
-    """The model the stages start from: read from its place, or the tiny one, pretrained once and kept."""
+def base_policy(
+    plan: Plan, folder: Path, flag: StopFlag, check: Callable[[Path, Any], Any] = lambda place, tokenizer: None
+) -> tuple[Policy, Any]:
+    """The model the stages start from: read from its place, or the tiny one, pretrained once and kept.
+
+    Args:
+        plan: of the run.
+        folder: of the run.
+        flag: ends the pretraining at a signal.
+        check: is told where the weights stand, and the tokenizer; what it raises ends the run before that is kept.
+    """
     if plan.base is None:
-        return plan.make_policy()
+        place = first_decides(partial(find_folder, plan.config.model.path, plan.config.model.revision))
+        policy, tokenizer = plan.make_policy()
+        check(place, tokenizer)
+        return policy, tokenizer
     home = base_home(plan)
-    if not home.exists():
+    if not first_decides(partial(is_usable, home)):
         make_base(plan, folder / "stages" / "base", flag)
     else:
         say(f"base: the tiny model, taken from {home}")
+    if not home.exists():
+        cause = f"{home}, which the first process has made, is not seen on {platform.node()}"
+        raise ConfigError("strategy", cause, "D1LIT_CACHE=FOLDER on a disk that all machines share", "E601")
+    policy, tokenizer = plan.make_policy(home)
+    check(home, tokenizer)
     if trains_adapters(plan) and is_first():
         shutil.copytree(home, kept_base(folder), dirs_exist_ok=True)  # the cache may be emptied, adapters need it
-    return plan.make_policy(home)
+    return policy, tokenizer
+
+
+def is_usable(home: Path) -> bool:
+    """Whether a base is kept there and whole; one that is damaged is named and removed."""
+    if not home.exists():
+        return False
+    reason = broken(home)
+    if reason is not None:
+        say(f"base: {home} is not used: {reason}")
+        shutil.rmtree(home)
+    return reason is None
 
 
 def base_home(plan: Plan) -> Path:
@@ -60,19 +94,34 @@ def make_base(plan: Plan, work: Path, flag: StopFlag) -> None:
     policy, tokenizer = plan.make_policy()
     stage = make_stage(plan, plan.base, tokenizer, partial(make_trainer, plan, flag, tokenizer))
     folder = StageFolder(work)
-    run_stage(folder, policy, stage, plan.seed, say)
+    run_stage(folder, policy, stage, plan.seed, say, plan.config.resume == "force")
     keep_base(folder.weights, tokenizer, home)
 
 
 def make_shared_base(plan: Plan, flag: StopFlag) -> None:
-    """The base for a run of several processes, made by the first before they meet: the one any run would make."""
+    """The base for a run of several processes, made by the first before they meet: the one any run would make.
+
+    Where another run is making it, this one waits.
+    """
     home = base_home(plan)
-    if home.exists():
-        return
     work = home.with_name(f"{home.name}.work")
-    with lock_run(work):
-        make_base(plan, work / "stages" / "base", flag)
-    shutil.rmtree(work, ignore_errors=True)
+    is_told = False
+    while not is_usable(home):
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(lock_run(work))
+            except ValueError as error:
+                if not is_told:
+                    say(f"base: waits for the one that is being made: {error}")
+                is_told = True
+                flag.raise_if_stopped()
+                time.sleep(1.0)
+                continue
+            if not is_usable(home):
+                make_base(plan, work / "stages" / "base", flag)
+            for left in work.iterdir():
+                if left.is_dir():
+                    shutil.rmtree(left)
 
 
 def base_hash(plan: Plan) -> str:
@@ -107,9 +156,7 @@ def kept_evaluations(plan: Plan) -> Path | None:
         return None
     model = OmegaConf.to_container(plan.config.model, resolve=True)
     digest = hashlib.sha256(json.dumps(model, sort_keys=True, default=str).encode())
-    for file in (*sorted(folder.glob("*.json")), *shard_files(folder)):
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    digest.update(weights_sha256(folder).encode())
     return cache_folder() / "evaluations" / digest.hexdigest()[:16]
 
 
@@ -123,8 +170,9 @@ def keep_base(weights: Path, tokenizer: Any, home: Path) -> None:
     """Copy a finished base into the cache; another process may have been faster."""
     home.parent.mkdir(parents=True, exist_ok=True)
     staging = home.with_name(f"{home.name}.{os.getpid()}")
-    shutil.copytree(weights, staging)
+    shutil.copytree(weights, staging, ignore=shutil.ignore_patterns(MANIFEST))
     tokenizer.save_pretrained(staging)
+    seal(staging)
     try:
         os.replace(staging, home)
     except OSError:

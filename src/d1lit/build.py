@@ -72,6 +72,8 @@ def plan_run(config: DictConfig, trains: bool = True) -> Plan:
     stages = [_stage(config, f"stages.{name}", name, world_size, task) for name in config.recipe.stages]
     for stage in stages:
         _check_stage(config, f"stages.{stage.name}", stage, world_size)
+        if trains:
+            _check_selection(stage, task)
     base = None
     if config.model.path is None:  # the first process makes it for all
         base = _stage(config, "model.base", "base", 1, task)
@@ -85,6 +87,17 @@ def plan_run(config: DictConfig, trains: bool = True) -> Plan:
     for length in config.evaluation.lengths or ():
         evaluation_sampler(plan, length)
     return plan
+
+
+def _check_selection(stage: StageParts, task: AnyTask) -> None:
+    """The best weights on validation rows are found by looking at some."""
+    key = f"stages.{stage.name}"
+    cure = f"{key}.select=last"
+    if stage.select == "best_val" and stage.validate_every is None:
+        cause = f"best_val, but {key}.validate_every is null"
+        raise ConfigError(f"{key}.select", cause, f"{cure}, or a number of steps there", "E207")
+    if stage.select == "best_val" and not task.val_rows:
+        raise ConfigError(f"{key}.select", "best_val, but task.val_rows is 0", f"{cure}, or validation rows", "E207")
 
 
 def _check_quantized(config: DictConfig, stage: StageParts) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from d1lit.commands import COMMANDS, no_such_command, refused
 from d1lit.security import redact, redact_text
+from d1lit.stopping import StopFlag, requeued
 
 if TYPE_CHECKING:
     from d1lit.composing import Jobs
@@ -90,17 +91,20 @@ def train(words: Sequence[str]) -> int:
         if any(word.split("=")[0] in _HYDRA_FLAGS for word in words):
             compose_jobs("train", [word for word in words if "=" in word and not word.startswith("-")])
             return _hydra(words)
-        jobs = compose_jobs("train", words)
-        for config in jobs.configs:
-            check_values(config)  # before the heavy imports: most mistakes are answered at once
-            check_places(config)
-        from d1lit.build import plan_run, processes_to_start
-        from d1lit.processes import launch
-        from d1lit.running import run_training
+        with requeued(), StopFlag().installed() as flag:  # SLURM may ask a job to stop that has hardly begun
+            jobs = compose_jobs("train", words)
+            for config in jobs.configs:
+                check_values(config)  # before the heavy imports: most mistakes are answered at once
+                check_places(config)
+            from d1lit.build import plan_run, processes_to_start
+            from d1lit.processes import launch
+            from d1lit.running import run_training
 
-        plan = None
-        for config in jobs.configs:
-            plan = plan_run(config)  # the jobs of a sweep make theirs again, each in its process
+            plan = None
+            for config in jobs.configs:
+                flag.raise_if_stopped()
+                plan = plan_run(config)  # the jobs of a sweep make theirs again, each in its process
+            flag.raise_if_stopped()
         if jobs.is_multirun:
             return _sweep(words, jobs)
         (config,) = jobs.configs

@@ -15,7 +15,6 @@ from typing import Any
 from omegaconf import DictConfig
 
 from d1lit.build import check_hub_model, plan_run
-from d1lit.callbacks import StopFlag
 from d1lit.components import build
 from d1lit.errors import ConfigError
 from d1lit.evaluating import TaskEvaluator, weights_of
@@ -27,6 +26,7 @@ from d1lit.processes import first_decides, is_first, join_world
 from d1lit.quiet import quiet_libraries
 from d1lit.report.console import console, show_table
 from d1lit.rewards.stored import published_row
+from d1lit.stopping import StopFlag
 from d1lit.tasks import Task
 from d1lit.wording import as_config_error
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from d1lit.callbacks import StopFlag
 from d1lit.callbacks.progress import RowsProgress
 from d1lit.data import EncodedRow
 from d1lit.draws import CounterDraws
@@ -41,6 +40,7 @@ from d1lit.processes import Place, gathered, is_first, wait_for_all, world
 from d1lit.report.console import say
 from d1lit.sampling import BlockSampler
 from d1lit.statistics import pass_at_k, wilson_interval
+from d1lit.stopping import StopFlag
 from d1lit.tasks import MixedTask, graded_text, prompt_protocol
 
 PACKAGES = ("d1lit", "torch", "lightning", "transformers", "tokenizers", "peft", "datasets", "torchmetrics")

@@ -234,7 +234,10 @@ def write_whole(file: Path, text: str) -> None:
     """Replace a file's content in one step, so that a kill leaves the old or the new."""
     staging = file.with_name(f".{file.name}.staging")
     with _named(file):
-        staging.write_text(text, encoding="utf-8")
+        with staging.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
         os.replace(staging, file)
 
 

@@ -10,7 +10,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from omegaconf import OmegaConf
 
-from d1lit.callbacks import ConsoleProgress, StopFlag, StopOnSignal, Validate
+from d1lit.callbacks import ConsoleProgress, StopOnSignal, Validate
 from d1lit.checkpoint import FolderCheckpointIO
 from d1lit.components import build
 from d1lit.evaluating import TaskEvaluator
@@ -19,6 +19,7 @@ from d1lit.processes import ALONE, is_first, world
 from d1lit.report.console import console
 from d1lit.report.events import cut_events
 from d1lit.report.loggers import cut_csv, lasting
+from d1lit.stopping import StopFlag
 from d1lit.strategies import Setting
 
 

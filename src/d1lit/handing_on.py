@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +15,7 @@ import yaml
 from peft import PeftModel
 from torch import Tensor
 
+from d1lit.checkpoint import seal
 from d1lit.errors import ConfigError
 from d1lit.models import export_model
 from d1lit.models.lora import merge
@@ -253,9 +256,16 @@ def export(
     if isinstance(run.policy.model, PeftModel):
         network, shift = merge(run.policy.model, _some_prompts(run))
         print(f"{shift}, over prompts of {run.plan.task.display_name}")
-    export_model(network, target, layout)
-    run.tokenizer.save_pretrained(target)
-    (target / "README.md").write_text(model_card(read_run(folder), merged=True), encoding="utf-8")
+    staging = target / ".staging"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    export_model(network, staging, layout)
+    run.tokenizer.save_pretrained(staging)
+    (staging / "README.md").write_text(model_card(read_run(folder), merged=True), encoding="utf-8")
+    seal(staging, with_manifest=False)
+    for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):  # last what says that it is all
+        os.replace(file, target / file.name)
+    staging.rmdir()
     return target
 
 

@@ -25,8 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from d1lit.bases import base_policy, kept_evaluations, make_shared_base
 from d1lit.build import check_hub_model, plan_run
-from d1lit.callbacks import StopFlag
-from d1lit.checkpoint import differing_keys, flatten, lock_run
+from d1lit.checkpoint import differing_keys, flatten, lock_run, put_whole
 from d1lit.errors import ConfigError
 from d1lit.estimates import estimate_run
 from d1lit.evaluating import PACKAGES, TaskEvaluator
@@ -34,13 +33,15 @@ from d1lit.evaluation import write_whole
 from d1lit.fitting import make_trainer
 from d1lit.fitting_memory import micro_batch_sizes, with_micro_batches
 from d1lit.models import Policy, save_weights
+from d1lit.pinning import BASE, ROWS, changed_inputs, inputs, keep_inputs
 from d1lit.plan import Plan, make_stage
 from d1lit.presenting import present
 from d1lit.processes import first_decides, is_first, join_world, place, slurm_job, wait_for_all, world
 from d1lit.quiet import quiet_libraries
-from d1lit.recipes import read_costs, run_recipe
+from d1lit.recipes import StageFolder, read_costs, run_recipe
 from d1lit.report.console import console, say, show_table
 from d1lit.security import redact
+from d1lit.stopping import StopFlag, requeued
 
 OUTPUTS = Path("outputs")
 """Where runs stand that name no folder of their own."""
@@ -56,40 +57,53 @@ def run_training(config: DictConfig, overrides: Sequence[str], plan: Plan | None
     """
     quiet_libraries()
     console.quiet = not is_first()
-    plan = plan_run(config) if plan is None else plan
-    tell_rows(plan)
-    if config.dry_run:
-        _, lines = estimate_run(plan, config.trainer.devices * config.trainer.num_nodes)
-        print("\n".join(lines))
-        return 0
-    check_hub_model(plan)
     flag = StopFlag()
-    if plan.base is not None and place().world_size > 1 and is_first():
+    with requeued():
         with flag.installed():
-            make_shared_base(plan, flag)
-    join_world(config.trainer.accelerator)
-    folder, is_new = first_decides(partial(run_folder, config))
+            plan = plan_run(config) if plan is None else plan
+            tell_rows(plan)
+            if config.dry_run:
+                _, lines = estimate_run(plan, config.trainer.devices * config.trainer.num_nodes)
+                print("\n".join(lines))
+                return 0
+            check_hub_model(plan)
+            if plan.base is not None and place().world_size > 1 and is_first():
+                make_shared_base(plan, flag)
+            flag.raise_if_stopped()
+        join_world(config.trainer.accelerator)  # a signal ends it at once: whoever waits in there cannot look at a flag
+        with flag.installed():
+            _run(config, overrides, plan, flag)
+    return 0
+
+
+def _run(config: DictConfig, overrides: Sequence[str], plan: Plan, flag: StopFlag) -> None:
+    """All from where the processes have met."""
+    folder = first_decides(partial(run_folder, config))
     sizes = first_decides(partial(micro_batch_sizes, plan, world().world_size))
     plan = with_micro_batches(plan, sizes)
     for name, size in sizes.items():
         say(f"{name}: micro-batches of {size}, by the memory of a device")
-    with removed_if_refused(folder, is_new), held_by_first(folder), flag.installed():
+    with held_by_first(folder), removed_if_refused(folder):
         first_decides(partial(refuse_changes, config, folder))
         write_once(folder / "config.yaml", without_secrets(config))
         write_once(folder / "overrides.json", json.dumps(redact(list(overrides))))
+        tell_other_environment(folder)
         write_once(folder / "environment.json", json.dumps(redact(environment()), indent=2))
         started = time.time()
-        policy, tokenizer = base_policy(plan, folder, flag)
+
+        def check(base: Path, tokenizer: Any) -> None:
+            first_decides(lambda: refuse_other_inputs(folder, config, inputs(plan, base, tokenizer)))
+
+        policy, tokenizer = base_policy(plan, folder, flag, check)
         tell_dropped(plan, tokenizer)
         evaluator = TaskEvaluator(plan, tokenizer, folder, flag, kept=kept_evaluations(plan))
         stages = [
             make_stage(plan, parts, tokenizer, partial(make_trainer, plan, flag, tokenizer)) for parts in plan.stages
         ]
-        policy, evaluations = run_recipe(folder, policy, stages, evaluator, plan.seed, say)
+        policy, evaluations = run_recipe(folder, policy, stages, evaluator, plan.seed, say, config.resume == "force")
         if is_first():
             finish(plan, folder, policy, tokenizer, evaluator, evaluations, time.time() - started)
         wait_for_all()
-    return 0
 
 
 @contextmanager
@@ -101,12 +115,16 @@ def held_by_first(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def removed_if_refused(folder: Path, is_new: bool) -> Iterator[None]:
-    """A new run that is refused before its first stage has begun leaves nothing behind."""
+def removed_if_refused(folder: Path) -> Iterator[None]:
+    """A new run that is refused before its first stage has begun leaves nothing behind.
+
+    Entered under the lock: until it is held, the folder may become another run's.
+    """
+    is_new = is_first() and all(file.name.startswith(".lock") for file in folder.iterdir())
     try:
         yield
     except ValueError:
-        if is_new and is_first() and not any(folder.glob("stages/*/*")):
+        if is_new and not any(folder.glob("stages/*/*")):
             shutil.rmtree(folder, ignore_errors=True)
             if folder.parent == OUTPUTS and not any(OUTPUTS.iterdir()):
                 OUTPUTS.rmdir()
@@ -114,11 +132,13 @@ def removed_if_refused(folder: Path, is_new: bool) -> Iterator[None]:
 
 
 MAY_CHANGE = (
-    "run_dir", "resume", "dry_run", "debug", "logger", "logger.", "callbacks.", "evaluation.", "strategy.", "hydra.",
-    "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.log_every_n_steps",
-    "trainer.enable_model_summary", "hardware.",
+    "run_dir", "resume", "dry_run", "debug", "logger", "logger.", "callbacks.save", "callbacks.save.",
+    "callbacks.samples", "callbacks.samples.", "evaluation.", "strategy.", "hydra.", "trainer.accelerator",
+    "trainer.devices", "trainer.num_nodes", "trainer.log_every_n_steps", "trainer.enable_model_summary", "hardware.",
 )  # fmt: skip
 """Keys that say where and how a run goes on, not what it computes."""
+OF_ALL_STAGES = ("seed:", "model.", "task.", "quirks.", "trainer.")
+"""How the keys begin that every stage has been made with; what else makes one stands, resolved, under `stages.NAME`."""
 
 
 def refuse_changes(config: DictConfig, folder: Path) -> None:
@@ -129,16 +149,21 @@ def refuse_changes(config: DictConfig, folder: Path) -> None:
     """
     file = folder / "config.yaml"
     if not file.exists():
+        if any(folder.glob("stages/*/*")) and config.resume != "force":
+            cause = f"{folder} holds stages of a run, but no config.yaml that says of which"
+            raise ConfigError(
+                "run_dir", cause, "another run_dir, or resume=force to go on with them all the same", "E503"
+            )
         return
     now = without_secrets(config)
     old, new = (flatten(_as_tree(text)) for text in (file.read_text(encoding="utf-8"), now))
     changed = differing_keys(old, new, MAY_CHANGE)
     if not changed:
         return
-    if config.resume != "force":
-        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-        cause = f"{folder} was started with other values: {'; '.join(changed[:5])}{more}"
-        raise ConfigError("resume", cause, "another run_dir, or resume=force to go on with the new values", "E503")
+    _refuse_unless_forced(config, folder, f"was started with other values: {'; '.join(changed)}")
+    for name in finished_stages(config, folder):
+        made_it = [line for line in changed if line.startswith((*OF_ALL_STAGES, f"stages.{name}."))]
+        _refuse_for_finished(folder, name, made_it)
     say(f"going on with other values, as resume=force says: {'; '.join(changed)}")
     for name in ("config.yaml", "overrides.json"):
         before = folder / name
@@ -151,6 +176,48 @@ def without_secrets(config: DictConfig) -> str:
     return yaml.safe_dump(redact(OmegaConf.to_container(config, resolve=True)), sort_keys=False, allow_unicode=True)
 
 
+def refuse_other_inputs(folder: Path, config: DictConfig, now: dict[str, str]) -> None:
+    """What the configuration names is still what it was when the run was started: weights and rows.
+
+    Raises:
+        ConfigError: listing what differs.
+    """
+    changed = changed_inputs(folder, now)
+    if changed:
+        _refuse_unless_forced(config, folder, f"was started from something else: {'; '.join(changed)}")
+        for name in finished_stages(config, folder):
+            _refuse_for_finished(folder, name, [line for line in changed if line.startswith((BASE, f"{ROWS} {name}:"))])
+        say(f"going on from something else, as resume=force says: {'; '.join(changed)}")
+    keep_inputs(folder, now)
+
+
+def _refuse_unless_forced(config: DictConfig, folder: Path, what: str) -> None:
+    if config.resume != "force":
+        cure = "another run_dir, or resume=force to go on with the new values"
+        raise ConfigError("resume", f"{folder} {what}", cure, "E503")
+
+
+def _refuse_for_finished(folder: Path, stage: str, changed: Sequence[str]) -> None:
+    if changed:
+        cause = f"stage {stage} of {folder} is finished, and would not be run again with {'; '.join(changed)}"
+        raise ConfigError("resume", cause, f"another run_dir, or this one without stages/{stage}", "E503")
+
+
+def finished_stages(config: DictConfig, folder: Path) -> list[str]:
+    """Names of the stages that will be taken as they are."""
+    return [name for name in config.recipe.stages if StageFolder(folder / "stages" / name).weights.exists()]
+
+
+def tell_other_environment(folder: Path) -> None:
+    """One line where a run goes on under other versions, another commit or on another machine."""
+    file = folder / "environment.json"
+    if is_first() and file.exists():
+        before, now = (flatten(redact(record)) for record in (json.loads(file.read_text("utf-8")), environment()))
+        changed = differing_keys(before, now, ("command", "command."))
+        if changed:
+            say(f"goes on under another environment, so not bit for bit as it would have: {'; '.join(changed)}")
+
+
 def _as_tree(text: str) -> dict[str, Any]:
     try:
         tree = OmegaConf.to_container(OmegaConf.create(text))
@@ -159,17 +226,16 @@ def _as_tree(text: str) -> dict[str, Any]:
     return cast("dict[str, Any]", tree) if isinstance(tree, dict) else {"config.yaml": "(not readable)"}
 
 
-def run_folder(config: DictConfig) -> tuple[Path, bool]:
-    """The run's folder: the one named, or a new one under outputs/; and whether nothing was in it.
+def run_folder(config: DictConfig) -> Path:
+    """The run's folder: the one named, or a new one under outputs/.
 
     Raises:
         ConfigError: if it holds a run already and `resume=never`, or if it cannot be made or written.
     """
     try:
         folder = _made_folder(config)
-        is_new = not any(folder.iterdir())
         with tempfile.TemporaryFile(dir=folder):
-            return folder, is_new
+            return folder
     except OSError as error:
         cause = f"{error.filename or config.run_dir or 'outputs'}: {error.strerror}"
         raise ConfigError("run_dir", cause, "a folder that can be made and written", "E501") from None
@@ -203,7 +269,7 @@ def _made_folder(config: DictConfig) -> Path:
 def write_once(file: Path, text: str) -> None:
     """Write a file unless it is there."""
     if is_first() and not file.exists():
-        file.write_text(text, encoding="utf-8")
+        write_whole(file, text)
 
 
 def environment() -> dict[str, Any]:
@@ -263,8 +329,13 @@ def finish(
     if not (folder / "model").exists():
         # An adapter goes on alone, so it says its places in the words of the model it belongs to.
         is_official = policy.is_adapted and plan.config.model.path is not None
-        save_weights(policy, folder / "model", "official" if is_official else "d1lit")
-        tokenizer.save_pretrained(folder / "model")
+        layout = "official" if is_official else "d1lit"
+
+        def write(place: Path) -> None:
+            save_weights(policy, place, layout)
+            tokenizer.save_pretrained(place)
+
+        put_whole(folder / "model", write, with_manifest=False)
     results = {
         "recipe": plan.config.recipe.name,
         "task": plan.task.display_name,

@@ -90,7 +90,7 @@ def saved_before_requeued(child: subprocess.Popen[str]) -> Iterator[None]:
     """Under submitit on SLURM, let the job save and end before submitit's handler queues it again, which ends it.
 
     The signal reaches every process of a step, submitit's own one too: its handler waits here for the end of the child.
-    The child does not ask for the queue (callbacks/signals.py).
+    The child does not ask for the queue (stopping.py).
     """
     if os.environ.get("SUBMITIT_EXECUTOR") != "slurm" or threading.current_thread() is not threading.main_thread():
         yield

@@ -19,6 +19,7 @@ from d1lit.cli import evaluate, train
 from d1lit.composing import compose_jobs
 from d1lit.errors import ConfigError, catalogue
 from d1lit.tasks import reading
+from tests.test_checkpoint import HOLD
 from tests.test_tasks_reading import CORRUPT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,6 +87,8 @@ CASES: dict[str, tuple[str, str, str]] = {
     "prompts longer than allowed": ("task.max_test_prompt_length=3 task.max_prompt_length=3", "task.max_test_prompt_length", "18"),
     "split that is not there": ("evaluation.split=dev", "evaluation.split", "val"),
     "no validation rows": ("evaluation.split=val task.val_rows=0", "evaluation.split", "val_rows"),
+    "best weights on no validation rows": ("recipe=sft stages.sft.select=best_val task.val_rows=0", "stages.sft.select", "val_rows"),
+    "best weights without a look": ("recipe=sft stages.sft.select=best_val stages.sft.validate_every=null", "stages.sft.select", "validate_every"),
     "grader that is not there": ("task.grader=lenient", "task.grader", "strict"),
     "resume by another word": ("resume=always", "resume", "auto"),
     "dtype that is not there": ("model.dtype=float8", "model.dtype", "float32"),
@@ -315,6 +318,27 @@ def test_a_folder_in_use_names_its_user(capsys, tmp_path):
         match = refusal(capsys, train, [*FAST, f"run_dir={folder}"])
     assert match["key"] == "run_dir"
     assert f"process {os.getpid()}" in match["cause"]
+
+
+def test_of_two_runs_started_at_once_the_refused_one_leaves_the_other_its_folder(capsys, tmp_path, monkeypatch):
+    """Both found no run there; the other has the lock first, and what it has written stays."""
+    folder, real, others = tmp_path / "run", running.lock_run, []
+
+    def too_late(place: Path) -> contextlib.AbstractContextManager[None]:
+        other = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(place)], stdout=subprocess.PIPE, stdin=subprocess.PIPE
+        )
+        others.append(other)
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        (folder / "config.yaml").write_text("seed: 3")
+        return real(place)
+
+    monkeypatch.setattr(running, "lock_run", too_late)
+    match = refusal(capsys, train, [*FAST, f"run_dir={folder}"])
+    assert f"in use by process {others[0].pid}" in match["cause"]
+    assert (folder / "config.yaml").read_text() == "seed: 3"
+    others[0].communicate()
+    assert others[0].returncode == 0
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluate

@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from d1lit.build import plan_run
-from d1lit.callbacks import StopFlag
 from d1lit.composing import compose_jobs
 from d1lit.fitting import make_trainer
 from d1lit.models import Policy
@@ -36,6 +35,7 @@ from d1lit.quiet import quiet_libraries
 from d1lit.recipes import StageFolder, run_stage
 from d1lit.rewards.parts import RewardParts
 from d1lit.scoring import score
+from d1lit.stopping import StopFlag
 from d1lit.types import Corruption, Example, Rollout, Verdict
 
 SMALL = (

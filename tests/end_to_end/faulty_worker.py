@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from d1lit.build import plan_run
-from d1lit.callbacks import SkipNonFinite, StopFlag
+from d1lit.callbacks import SkipNonFinite
 from d1lit.composing import compose_jobs
 from d1lit.fitting import make_trainer
 from d1lit.modules import DiffuGRPO
@@ -30,6 +30,7 @@ from d1lit.processes import join_world, world
 from d1lit.quiet import quiet_libraries
 from d1lit.recipes import StageFolder, run_stage
 from d1lit.rewards.parts import RewardParts
+from d1lit.stopping import StopFlag
 from tests.end_to_end.distributed_worker import GRPO, Wordy
 
 PLACES = ("loss_nan", "loss_inf", "one_gradient", "logprob", "old_logprob", "ref_logprob", "reward")

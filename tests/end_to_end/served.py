@@ -41,7 +41,7 @@ class Server:
             log: where its output is appended.
             faults: `prepared`: compose and check the command line once for all runs that differ in `run_dir` alone;
                 `at`: a function (`module:name.name`), the number of a call, a signal that the process gets as that call
-                begins; `max_file_bytes`: what no file may outgrow.
+                begins; `max_file_bytes`: what no file may outgrow; `environment`: variables of this run alone.
         """
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"words": list(words), "log": str(log), **faults}) + "\n")
@@ -107,6 +107,7 @@ def _run_prepared(words: tuple[str, ...], run_dir: str) -> int:
 
 
 def _run(request: dict[str, Any]) -> int:
+    os.environ |= request.get("environment", {})
     if "at" in request:
         _signal_at(*request["at"])
     if "max_file_bytes" in request:

@@ -74,6 +74,30 @@ def test_asked_to_stop_at_a_chosen_moment(server, grpo, tmp_path, function, visi
     check_same(ending(tmp_path / "run", JOBS["grpo"]), grpo.ending)
 
 
+OUTSIDE = [
+    ("d1lit.composing:compose_jobs", 1),
+    ("d1lit.build:plan_run", 1),
+    ("d1lit.evaluating:TaskEvaluator._entry", 1),  # the base, before any stage
+    ("d1lit.evaluating:TaskEvaluator._entry", 2),
+]
+
+
+@pytest.mark.parametrize(("function", "visit"), OUTSIDE)
+def test_slurm_is_asked_to_queue_what_is_stopped_outside_a_stage(server, tmp_path, function, visit):
+    """F5: while a run begins, and in its evaluations."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    environment = {"PATH": f"{scontrol.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "123"}
+    words = [word for word in JOBS["grpo"].words if word != "evaluation.base=false"]
+    words += [f"run_dir={tmp_path / 'run'}", "evaluation.reuse_base=false", "stages.grpo.max_updates=2"]
+    at, log = (function, visit, signal.SIGUSR1), tmp_path / "log"
+    assert server.run(words, log, at=at, environment=environment) == 138, log.read_text()
+    assert (tmp_path / "asked").read_text() == "requeue 123\n"
+    assert server.run(words, log) == 0, log.read_text()
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(server, grpo, tmp_path):
     """F3."""
     words, log = (*JOBS["grpo"].with_saves(1), f"run_dir={tmp_path / 'run'}"), tmp_path / "log"
@@ -88,6 +112,40 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(server, grpo,
     (line,) = [line for line in log.read_text().splitlines() if "is not used" in line]
     assert newest.name in line
     assert f"grpo: goes on from {before.name}" in log.read_text()
+    check_same(ending(tmp_path / "run", JOBS["grpo"]), grpo.ending)
+
+
+def test_a_stage_whose_checkpoints_are_all_damaged_is_refused_and_its_logs_stay(server, tmp_path):
+    """F3, both of them: nothing is cut off and nothing begun again unless that is said."""
+    words, log = (*JOBS["grpo"].with_saves(1), f"run_dir={tmp_path / 'run'}"), tmp_path / "log"
+    at = ("d1lit.modules.grpo:DiffuGRPO.update", 15, signal.SIGKILL)
+    assert server.run(words, log, prepared=True, at=at) == -signal.SIGKILL
+    damaged = list_checkpoints(tmp_path / "run" / "stages" / "grpo" / "checkpoints")
+    for path in damaged:
+        os.truncate(path / "structure.json", 10)
+    written = [*(tmp_path / "run" / "logs").rglob("events*"), *(tmp_path / "run").glob("samples.jsonl")]
+    before = {file: file.read_bytes() for file in written}
+    assert server.run(words, log) == 2
+    line = log.read_text().splitlines()[-1]
+    assert line.endswith("[E508]") and all(path.name in line for path in damaged) and len(damaged) == 2
+    assert before and {file: file.read_bytes() for file in written} == before
+    assert server.run((*words, "resume=force"), log) == 0, log.read_text()
+
+
+def test_killed_while_the_model_is_handed_over(server, grpo, tmp_path):
+    """Between the weights and the tokenizer there is no model; then a bit of the stage's result flips, and is found."""
+    words, log = (*JOBS["grpo"].with_saves(None), f"run_dir={tmp_path / 'run'}"), tmp_path / "log"
+    at = ("transformers:PreTrainedTokenizerBase.save_pretrained", 1, signal.SIGKILL)
+    assert server.run(words, log, prepared=True, at=at) == -signal.SIGKILL
+    assert not (tmp_path / "run" / "model").exists()
+    weights = tmp_path / "run" / "stages" / "grpo" / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    assert server.run(words, log) == 0, log.read_text()
+    assert "grpo: goes on from step_12" in log.read_text() and "its bytes have changed" in log.read_text()
+    assert (tmp_path / "run" / "model" / "tokenizer.json").exists()
+    assert not list((tmp_path / "run").rglob(".*.staging"))
     check_same(ending(tmp_path / "run", JOBS["grpo"]), grpo.ending)
 
 

@@ -39,6 +39,10 @@ class Mutant:
 STORE, GUARDS, ALARMS = "tests/test_checkpoint.py", "tests/test_guards.py", "tests/test_alarms.py"
 SHARDS, FULL = "tests/test_shards.py", "tests/test_full_disk.py"
 SIGNALS, SECURITY = "tests/test_signals.py", "tests/test_security.py"
+RECIPES, GOING_ON, REFUSED = "tests/test_recipes.py", "tests/test_going_on.py", "tests/contracts/test_bad_input.py"
+QUEUED = "test_what_ends_outside_a_trainer_is_queued_again_too"
+LISTED, EDITED = "test_every_changed_key_is_listed", "test_an_edited_base_or_row_is_refused_and_named"
+LOOKED_AT = "look_at(folder, stage, starts_over)"
 MUTANTS = (
     # checkpoints
     Mutant("checkpoint/folder.py", 'if digest != entry["sha256"]:', "if False:", (STORE,)),
@@ -92,6 +96,26 @@ MUTANTS = (
     Mutant("callbacks/saving.py", 'rank_zero_warn(f"the log up to', 'raise OSError(f"', (FULL,)),
     Mutant("report/loggers.py", "failed_at = time.monotonic()", "raise", ("tests/test_events.py",)),
     Mutant("report/loggers.py", "    os.replace(aside, file)", "    pass", ("tests/test_events.py",)),
+    Mutant("stopping.py", "if end.signum == signal.SIGUSR1 and is_first():", "if False:", (f"{SIGNALS}::{QUEUED}",)),
+    Mutant("recipes.py", "if refused and checkpoint is None and not starts_over:", "if False:", (RECIPES,)),
+    Mutant("recipes.py", "first_decides(partial(look_at, folder, stage, starts_over))", LOOKED_AT, (RECIPES,)),
+    Mutant("recipes.py", "broken(folder.weights) if folder.weights.exists() else None", "None", (RECIPES,)),
+    Mutant(
+        "running.py",
+        "with held_by_first(folder), removed_if_refused(folder):",
+        "with removed_if_refused(folder), held_by_first(folder):",
+        (f"{REFUSED}::test_of_two_runs_started_at_once_the_refused_one_leaves_the_other_its_folder",),
+    ),
+    Mutant(
+        "running.py",
+        "is_new = is_first() and all(",
+        "is_new = True or all(",
+        (f"{REFUSED}::test_a_changed_configuration_is_refused_and_its_keys_listed",),
+    ),
+    Mutant("running.py", "    if not changed:\n        return\n", "    return\n", (f"{GOING_ON}::{LISTED}",)),
+    Mutant(
+        "running.py", "    changed = changed_inputs(folder, now)\n", "    changed = []\n", (f"{GOING_ON}::{EDITED}",)
+    ),
     # numbers that are not finite, collapse
     Mutant("callbacks/guards.py", "parameter.grad = None", "pass", (GUARDS,)),
     Mutant("callbacks/guards.py", "bad = bad | loss_is_bad.to(bad.device)", "pass", (GUARDS,)),

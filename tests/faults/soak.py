@@ -13,12 +13,12 @@ import psutil
 import torch
 
 from d1lit.build import plan_run
-from d1lit.callbacks import StopFlag
 from d1lit.composing import compose_jobs
 from d1lit.fitting import make_trainer
 from d1lit.plan import make_stage
 from d1lit.quiet import quiet_libraries
 from d1lit.recipes import StageFolder, run_stage
+from d1lit.stopping import StopFlag
 from tests.faults.jobs import EARNS, SMALL
 
 SETTLED = 0.2

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from typing_extensions import override
 
+from d1lit.checkpoint import put_whole
 from d1lit.models import Policy, save_weights
 from d1lit.models.sharding import gathered
 
@@ -81,7 +83,7 @@ class Validate(L.Callback):
             numbers = {**numbers, "loss": loss}
         if self.folder is not None and (self.best is None or numbers["accuracy"] > self.best):
             self.best = numbers["accuracy"]
-            save_weights(policy, self.folder)  # pyright: ignore[reportArgumentType]
+            put_whole(self.folder, partial(save_weights, policy))  # pyright: ignore[reportArgumentType]
         for logger in trainer.loggers:
             logger.log_metrics({f"val/{name}": value for name, value in numbers.items()}, step)
             logger.save()

@@ -49,7 +49,7 @@ def write_tree(
     Args:
         folder: where the checkpoint will stand; the folder around it is made.
         tree: see `split_tree` for what it may hold.
-        facts: what the manifest says besides (step, configuration hash, world size); JSON values.
+        facts: what the manifest says besides (step, world size); JSON values.
         shard_bytes: tensors are grouped into files of about this size.
 
     Raises:
@@ -72,13 +72,17 @@ def write_tree(
         if holds_pieces(structure):
             files |= _adopted(pieces_folder(folder), staging)
         files[STRUCTURE] = write_file(staging / STRUCTURE, encoded)
-        body = {"schema": SCHEMA, "facts": dict(facts or {}), "files": files}
-        write_file(staging / MANIFEST, _manifest_bytes(body))
-        _sync_folder(staging)
+        write_manifest(staging, facts or {}, files)
+        sync_folder(staging)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     _put_in_place(staging, folder)
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+    """The last file of a folder: what is said of it, and the sums of all others."""
+    write_file(folder / MANIFEST, _manifest_bytes({"schema": SCHEMA, "facts": dict(facts), "files": dict(files)}))
 
 
 def pieces_folder(folder: Path) -> Path:
@@ -101,11 +105,11 @@ def _put_in_place(staging: Path, folder: Path) -> None:
     replaced, damaged = folder.with_name(f"{folder.name}.replaced"), folder.with_name(f".{folder.name}.removing")
     if folder.exists():
         # Only a whole checkpoint may push out the one that an earlier crash left as `.replaced`.
-        aside = replaced if verify(folder) is None else damaged
+        aside = replaced if damage(folder) is None else damaged
         _remove(aside)
         os.rename(folder, aside)
     os.rename(staging, folder)
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
     _remove(replaced)
     _remove(damaged)
 
@@ -156,10 +160,10 @@ def _make_folder(folder: Path) -> None:
     if not folder.is_dir():
         _make_folder(folder.parent)
         os.mkdir(folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """A rename or a new file is on the disk only when the folder that holds its name is."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -215,26 +219,42 @@ def read_tree(folder: Path | str) -> tuple[Any, dict[str, Any]]:
 
 
 def verify(folder: Path | str) -> str | None:
-    """None if every byte of the checkpoint is as it was written, else the reason in one line."""
+    """None if every byte of the checkpoint is as it was written, else the reason in one line; so for a failing disk."""
+    try:
+        return damage(folder)
+    except OSError as error:
+        return str(error)
+
+
+def damage(folder: Path | str) -> str | None:
+    """None if every byte of the checkpoint is as it was written, else the reason in one line.
+
+    Raises:
+        OSError: if the disk does not say, which is no damage: asked again it may.
+    """
     folder = Path(folder)
     try:
         for name, entry in read_manifest(folder)["files"].items():
             check_on_disk(folder / name, entry)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         return str(error)
     return None
 
 
 def read_facts(folder: Path | str) -> dict[str, Any]:
-    """The facts in a checkpoint's manifest (step, configuration hash, world size)."""
+    """The facts in a checkpoint's manifest (step, world size)."""
     return read_manifest(Path(folder))["facts"]
 
 
 def newest(folder: Path | str) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The checkpoint of the most steps that verifies, and the ones above it that were refused, with the reason."""
+    """The checkpoint of the most steps that verifies, and the ones above it that were refused, with the reason.
+
+    Raises:
+        OSError: if the disk does not say whether one of them is good.
+    """
     refused: list[tuple[Path, str]] = []
     for path in list_checkpoints(folder):
-        reason = verify(path)
+        reason = damage(path)
         if reason is None:
             return path, refused
         refused.append((path, reason))
@@ -296,12 +316,13 @@ def _manifest_bytes(body: Mapping[str, Any]) -> bytes:
     return json.dumps({"body": body, "sha256": digest}, sort_keys=True, indent=1, allow_nan=False).encode()
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, needs: str | None = STRUCTURE) -> dict[str, Any]:
+    """What the manifest says, if it is whole and names the file that the folder cannot be without."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"{path}: missing, so the save never finished; use an earlier checkpoint")
     raw = path.read_bytes()
-    body = _intact_body(raw)
+    body = _intact_body(raw, needs)
     if body is None:
         raise ValueError(f"{path}: damaged ({len(raw)} bytes do not match their own checksum); use an earlier one")
     if body["schema"] != SCHEMA:
@@ -313,12 +334,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return body
 
 
-def _intact_body(raw: bytes) -> dict[str, Any] | None:
+def _intact_body(raw: bytes, needs: str | None) -> dict[str, Any] | None:
     try:
         body = json.loads(raw)["body"]
         entries = body["files"].values()
         well_formed = all(type(entry["size"]) is int and type(entry["sha256"]) is str for entry in entries)
-        complete = {"schema", "facts", "files"} <= body.keys() and STRUCTURE in body["files"]
+        complete = {"schema", "facts", "files"} <= body.keys() and needs in (None, *body["files"])
         return body if well_formed and complete and _manifest_bytes(body) == raw else None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

@@ -22,14 +22,12 @@ class FolderCheckpointIO(CheckpointIO):
 
     Args:
         keep: verified checkpoints kept beside each other, at least two; 0 keeps them all.
-        config_hash: hash of the run's configuration (`config_hash`), noted in the manifest.
     """
 
-    def __init__(self, keep: int = 2, config_hash: str = "") -> None:
+    def __init__(self, keep: int = 2) -> None:
         if keep < 2 and keep != 0:
             raise ValueError(f"checkpoint keep must be at least 2 (0 keeps all), got {keep}; say keep=2")
         self.keep = keep
-        self.config_hash = config_hash
         self.hold: int | None = None
         """A step: the newest checkpoint that is not after it is kept too."""
 
@@ -46,7 +44,6 @@ class FolderCheckpointIO(CheckpointIO):
         path = Path(path)
         facts = {
             "step": checkpoint.get("global_step", 0),
-            "config_hash": self.config_hash,
             "world_size": _world_size(),
         }
         try:

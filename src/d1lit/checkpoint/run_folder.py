@@ -1,61 +1,16 @@
-"""The folder of a run: one process at a time, which checkpoint to go on from, and whether it is still the same run."""
+"""The folder of a run: one process at a time, and whether it is still the same run."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-
-from d1lit.checkpoint.folder import newest, read_facts
-
-
-@dataclass(frozen=True)
-class Resume:
-    """Where a run goes on."""
-
-    stage: str | None
-    """The stage the checkpoint belongs to; None when there is none and the run begins at its first stage."""
-    path: Path | None
-    facts: Mapping[str, Any]
-    """What the manifest says: step, config_hash, world_size."""
-    refused: tuple[tuple[Path, str], ...]
-    """Newer checkpoints that did not verify, and why."""
-
-    def describe(self) -> list[str]:
-        """One line for each refused checkpoint and one for the decision."""
-        lines = [f"checkpoint refused: {reason}" for _, reason in self.refused]
-        if self.path is None:
-            return [*lines, "no usable checkpoint: starting from the beginning"]
-        return [*lines, f"resuming stage {self.stage} from {self.path}"]
-
-
-def checkpoint_folder(run_folder: Path | str, stage: str) -> Path:
-    """`<run>/stages/<stage>/checkpoints`."""
-    return Path(run_folder) / "stages" / stage / "checkpoints"
-
-
-def find_resume(run_folder: Path | str, stages: Sequence[str]) -> Resume:
-    """The newest checkpoint that verifies, in the last stage that has one.
-
-    Args:
-        run_folder: the folder of the run; need not exist.
-        stages: names of the run's stages in their order.
-    """
-    refused: list[tuple[Path, str]] = []
-    for stage in reversed(stages):
-        path, bad = newest(checkpoint_folder(run_folder, stage))
-        refused += bad
-        if path is not None:
-            return Resume(stage, path, read_facts(path), tuple(refused))
-    return Resume(None, None, {}, tuple(refused))
 
 
 @contextmanager
@@ -68,15 +23,19 @@ def lock_run(run_folder: Path | str) -> Iterator[None]:
         ValueError: if another process holds it, naming its pid and host.
     """
     folder = Path(run_folder)
-    folder.mkdir(parents=True, exist_ok=True)
     owner = folder / ".lock.owner"
     lock = FileLock(str(folder / ".lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(
-            f"run_dir: {folder} is in use by {_read_owner(owner)}. Try: another run_dir, or wait for it [E502]"
-        ) from None
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"run_dir: {folder} is in use by {_read_owner(owner)}. Try: another run_dir, or wait for it [E502]"
+            ) from None
+        if (folder / ".lock").exists():
+            break
+        lock.release()  # a refused run has just removed its new folder, and with it the file that this lock is on
     try:
         owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         yield
@@ -108,11 +67,6 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
-
-
-def config_hash(flat: Mapping[str, Any]) -> str:
-    """sha256 of a flat configuration, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(dict(flat), sort_keys=True, default=repr).encode()).hexdigest()
 
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Sequence[str] = ()) -> list[str]:

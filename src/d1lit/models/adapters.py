@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -102,7 +101,12 @@ def _read_adapter(path: str, family: str, revision: str | None = None) -> tuple[
         raise ValueError(f"model.adapter: {folder} gives matrices ranks of their own or saves whole modules; "
                          "only one rank for all is implemented. Try: merging it with PEFT first [E405]")  # fmt: skip
     tensors = {}
-    for name, tensor in load_file(str(folder / _WEIGHTS)).items():
+    try:
+        stored = load_file(str(folder / _WEIGHTS))
+    except SafetensorError as error:
+        cause = f"{folder / _WEIGHTS} is damaged ({error})"
+        raise ValueError(f"model.adapter: {cause}. Try: copying the adapter again [E403]") from None
+    for name, tensor in stored.items():
         module, part = name.removeprefix(_PREFIX).rsplit(".lora_", 1)
         tensors[f"{from_official_name(module, family)}.lora_{part}"] = tensor
     names = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in tensors})
@@ -130,22 +134,13 @@ def _fill_adapter(adapted: PeftModel, tensors: dict[str, Tensor], path: str) -> 
 
 
 def save_weights(policy: Policy, folder: str | Path, layout: Layout = "d1lit") -> Path:
-    """Write what the policy trains, adapter or whole network; the folder appears complete or not at all.
+    """Write what the policy trains, adapter or whole network.
 
     If parameters are sharded, every process calls; the first one writes.
     """
-    folder = Path(folder)
-    staging = folder.with_name(f".{folder.name}.staging-{os.getpid()}")
-    shutil.rmtree(staging, ignore_errors=True)
     if isinstance(policy.model, PeftModel):
-        save_adapter(policy.model, staging, layout)
-    else:
-        export_model(policy.network, staging, layout)
-    if not is_first():
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    staging.rename(folder)
-    return folder
+        return save_adapter(policy.model, folder, layout)
+    return export_model(policy.network, folder, layout)
 
 
 def load_weights(policy: Policy, folder: str | Path) -> None:

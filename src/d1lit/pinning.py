@@ -1,0 +1,66 @@
+"""What a run was started with that its configuration only names: the weights it begins with, the rows it trains on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from d1lit.checkpoint import differing_keys
+from d1lit.data import EncodedRow
+from d1lit.evaluation import write_whole
+from d1lit.plan import Plan
+
+FILE = "inputs.json"
+BASE, ROWS, VALIDATION = "the base's weights", "rows of", "validation rows"
+
+
+def inputs(plan: Plan, base: Path, tokenizer: Any) -> dict[str, str]:
+    """Hashes of what a run begins with, by name.
+
+    Args:
+        plan: of the run.
+        base: the folder its weights are read from.
+        tokenizer: of the model.
+    """
+    found = {BASE: weights_sha256(base)}
+    for parts in plan.stages:
+        found[f"{ROWS} {parts.name}"] = _sha256(map(_facts, plan.rows_of(parts, tokenizer).rows))
+    if plan.task.val_rows and any(parts.validate_every is not None for parts in plan.stages):
+        found[VALIDATION] = _sha256(plan.task.rows("val"))
+    return found
+
+
+def weights_sha256(folder: Path) -> str:
+    """Of the settings and weights in a model's folder; of a snapshot from the hub, its commit."""
+    if folder.parent.name == "snapshots":
+        return f"commit {folder.name}"
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def changed_inputs(run: Path, now: dict[str, str]) -> list[str]:
+    """`name: old -> new` of what is no longer what the run was started with."""
+    file = run / FILE
+    return differing_keys(json.loads(file.read_text(encoding="utf-8")), now) if file.exists() else []
+
+
+def keep_inputs(run: Path, now: dict[str, str]) -> None:
+    """From now on the run is one with these."""
+    write_whole(run / FILE, json.dumps(now, indent=2))
+
+
+def _facts(row: EncodedRow) -> Any:
+    return [list(row.prompt_ids), list(row.completion_ids), row.example]
+
+
+def _sha256(rows: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]

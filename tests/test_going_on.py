@@ -1,0 +1,180 @@
+"""Whether a run that is started again is still the same one: its values, its base, its rows, its machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from d1lit import bases, running
+from d1lit.build import plan_run
+from d1lit.checkpoint import broken, seal
+from d1lit.composing import compose_jobs
+from d1lit.errors import ConfigError
+from d1lit.models import build_tiny_tokenizer
+from d1lit.pinning import inputs
+from d1lit.stopping import StopFlag
+from tests.test_checkpoint import HOLD, flip_bit
+
+FAST = ["task=sudoku", "debug=fast"]
+
+
+def composed(*words: str) -> DictConfig:
+    (config,) = compose_jobs("train", [*FAST, *words]).configs
+    return config
+
+
+def begun(folder: Path, finished: Sequence[str] = ()) -> Path:
+    """A run's folder, some of its stages finished."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(composed(), resolve=True))
+    (folder / "overrides.json").write_text(json.dumps(FAST))
+    for name in finished:
+        (folder / "stages" / name / "model").mkdir(parents=True)
+    return folder
+
+
+def test_every_changed_key_is_listed(tmp_path):
+    words = [f"loss.epsilon_{side}=0.{n}" for n, side in enumerate(("low", "high"), 3)]
+    words += ["seed=7", "sampler.num_steps=20", "stages.grpo.optimizer.lr=0.5", "stages.sft.optimizer.lr=0.5"]
+    with pytest.raises(ConfigError) as refused:
+        running.refuse_changes(composed(*words), begun(tmp_path / "run"))
+    keys = [word.split("=")[0] for word in words]
+    assert all(f"{key}: " in refused.value.cause for key in keys), refused.value
+    assert " more" not in refused.value.cause
+
+
+@pytest.mark.parametrize("word", ["callbacks.skip=null", "callbacks.alarms.max_rollbacks=1", "callbacks.alarms=null"])
+def test_callbacks_that_change_results_may_not_change(tmp_path, word):
+    folder = begun(tmp_path / "run")
+    running.refuse_changes(composed("callbacks.save=null", "callbacks.samples.rows=2"), folder)
+    with pytest.raises(ConfigError, match=r"callbacks\.(skip|alarms)"):
+        running.refuse_changes(composed(word), folder)
+
+
+@pytest.mark.parametrize("word", ["seed=7", "stages.sft.max_updates=3", "task.max_prompt_length=150"])
+def test_force_does_not_say_of_a_finished_stage_what_it_was_not_made_with(tmp_path, word):
+    folder = begun(tmp_path / "run", finished=["sft"])
+    with pytest.raises(ConfigError, match=f"stage sft of .* is finished.*{word.split('=')[0]}"):
+        running.refuse_changes(composed(word, "resume=force"), folder)
+    assert (folder / "config.yaml").exists()
+    running.refuse_changes(composed("stages.grpo.max_updates=3", "loss.beta=0.1", "resume=force"), folder)
+    assert not (folder / "config.yaml").exists(), "put aside, the run writes the new one"
+
+
+def test_stages_without_a_configuration_are_refused(tmp_path):
+    (tmp_path / "run" / "stages" / "sft" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"no config\.yaml"):
+        running.refuse_changes(composed(), tmp_path / "run")
+    running.refuse_changes(composed("resume=force"), tmp_path / "run")
+
+
+def base_and_rows(folder: Path) -> tuple[Path, Path]:
+    """Weights of a base, and 40 rows of countdown."""
+    base, rows = folder / "base", folder / "rows.jsonl"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    (base / "model.safetensors").write_bytes(bytes(64))
+    rows.write_text("".join(json.dumps({"numbers": [n, 2, 3], "target": n + 1}) + "\n" for n in range(10, 50)))
+    return base, rows
+
+
+def inputs_of(base: Path, rows: Path) -> dict[str, str]:
+    words = [f"task.train_data={rows}", "task.columns.numbers=numbers", "task.columns.target=target", "task.val_rows=4"]
+    (config,) = compose_jobs("train", ["task=countdown", "debug=fast", "recipe=grpo", *words]).configs
+    return inputs(plan_run(config), base, build_tiny_tokenizer())
+
+
+def test_an_edited_base_or_row_is_refused_and_named(tmp_path):
+    """The configuration names the same folder and the same file as before."""
+    base, rows = base_and_rows(tmp_path)
+    (tmp_path / "run" / "stages" / "sft" / "model").mkdir(parents=True)
+
+    def start(*words: str) -> None:
+        running.refuse_other_inputs(tmp_path / "run", composed(*words), inputs_of(base, rows))
+
+    start()
+    start()
+    flip_bit(base / "model.safetensors", 9)
+    with pytest.raises(ConfigError, match=r"the base's weights: .*\[E503\]"):
+        start()
+    with pytest.raises(ConfigError, match=r"stage sft of .* is finished"):
+        start("resume=force")
+    flip_bit(base / "model.safetensors", 9)
+    first, second, *rest = rows.read_text().splitlines(True)
+    rows.write_text("".join([second, first, *rest]))
+    plan_run.__globals__["_task"].cache_clear()
+    with pytest.raises(ConfigError, match="rows of grpo: ") as refused:
+        start()
+    assert "the base's" not in refused.value.cause
+    start("resume=force")  # the finished stage has not seen these rows
+    start()
+
+
+def test_another_environment_is_told_in_one_line(tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(running, "say", said.append)
+    record = running.environment()
+    (tmp_path / "environment.json").write_text(json.dumps({**record, "command": ["train.py", "again"]}))
+    running.tell_other_environment(tmp_path)
+    assert said == []
+    (tmp_path / "environment.json").write_text(json.dumps({**record, "threads": 99, "python": "3.9"}))
+    running.tell_other_environment(tmp_path)
+    assert len(said) == 1 and "threads: 99 -> " in said[0] and "python: '3.9' -> " in said[0]
+
+
+# ----------------------------------------------------------------------------------------------------------- the base
+
+
+class Made:
+    """Stands for the pretraining: what is kept is one file."""
+
+    def __init__(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.home, self.times = home, 0
+        monkeypatch.setattr(bases, "base_home", lambda plan: home)
+        monkeypatch.setattr(bases, "make_base", self)
+
+    def __call__(self, *args: Any) -> None:
+        self.times += 1
+        weights = self.home.parent / "weights"
+        weights.mkdir(parents=True, exist_ok=True)
+        (weights / "model.safetensors").write_bytes(bytes(64))
+        bases.keep_base(weights, SimpleNamespace(save_pretrained=lambda folder: None), self.home)
+
+
+def test_a_kept_base_that_is_damaged_is_made_again(tmp_path, monkeypatch):
+    home = tmp_path / "cache" / "abc"
+    made = Made(home, monkeypatch)
+    for times in (1, 1, 2):
+        if times == 2:
+            flip_bit(home / "model.safetensors", 9)
+        bases.make_shared_base(SimpleNamespace(), StopFlag())  # type: ignore[arg-type]
+        assert made.times == times and broken(home) is None
+
+
+def test_a_base_that_another_run_is_making_is_waited_for(tmp_path, monkeypatch):
+    """Two runs of several processes, started together on one base."""
+    home = tmp_path / "cache" / "abc"
+    made, said = Made(home, monkeypatch), []
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(home.with_name("abc.work"))], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+
+    def other_is_done(seconds: float) -> None:
+        home.mkdir()
+        (home / "model.safetensors").write_bytes(bytes(32))
+        seal(home)
+        holder.communicate()
+
+    monkeypatch.setattr(bases.time, "sleep", other_is_done)
+    monkeypatch.setattr(bases, "say", said.append)
+    bases.make_shared_base(SimpleNamespace(), StopFlag())  # type: ignore[arg-type]
+    assert made.times == 0 and len(said) == 1 and f"process {holder.pid}" in said[0]
