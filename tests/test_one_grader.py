@@ -12,7 +12,6 @@ import pytest
 
 from d1lit import evaluating
 from d1lit.build import plan_run
-from d1lit.callbacks import StopFlag
 from d1lit.components import build
 from d1lit.composing import compose_jobs
 from d1lit.errors import ConfigError
@@ -26,6 +25,7 @@ from d1lit.rewards.countdown import CountdownAttempt, CountdownSolved
 from d1lit.rewards.number_answers import NumberAnswer
 from d1lit.rewards.parts import Counted, Grader, OnTask, RewardParts, correctness
 from d1lit.rewards.sandbox import SandboxError
+from d1lit.stopping import StopFlag
 from d1lit.types import Verdict
 
 CODE = {"prompt": "", "setup": "", "tests": ["assert f(1) == 2"], "entry_point": "f"}
