@@ -24,7 +24,8 @@ UNNAMED = (
     "d1lit.estimators.spg.hide_all", "d1lit.estimators.spg.hide_block", "d1lit.estimators.spg.hide_random",
     "d1lit.losses.supervised.batch_mean", "d1lit.losses.supervised.sequence_mean", "d1lit.losses.terms.absolute",
     "d1lit.losses.terms.k1_with_score", "d1lit.masking.BlockMask", "d1lit.masking.ExactCountMask",
-    "d1lit.rewards.countdown.CountdownSolved",
+    "d1lit.masking.context_adaptive_weight", "d1lit.rewards.countdown.CountdownSolved",
+    "d1lit.rewards.math_process.MathVerify",
 )  # fmt: skip
 """Components of d1lit that no YAML of `conf/` names. What is no component may do anything: some run programs."""
 CLASSES_FROM = (
