@@ -93,6 +93,7 @@ MUTANTS = (
     Mutant("report/loggers.py", "failed_at = time.monotonic()", "raise", ("tests/test_events.py",)),
     Mutant("report/loggers.py", "    os.replace(aside, file)", "    pass", ("tests/test_events.py",)),
     # numbers that are not finite, collapse
+    Mutant("callbacks/saving.py", " and guard.in_a_row for", " and False for", (GUARDS,)),
     Mutant("callbacks/guards.py", "parameter.grad = None", "pass", (GUARDS,)),
     Mutant("callbacks/guards.py", "bad = bad | loss_is_bad.to(bad.device)", "pass", (GUARDS,)),
     Mutant("callbacks/guards.py", "if self.in_a_row >= self.max_in_a_row:", "if False:", (GUARDS,)),
@@ -115,6 +116,12 @@ MUTANTS = (
     Mutant("callbacks/alarms.py", "trainer.strategy.load_optimizer_state_dict(checkpoint)", "pass", (ALARMS,)),
     Mutant("callbacks/alarms.py", 'group["lr"] = rate', "pass", (ALARMS,)),
     Mutant("modules/grpo.py", " if inputs.num_units else loss * torch.nan", "", (ALARMS,)),
+    Mutant(
+        "modules/sft.py",
+        "torch.where(num_scored > 0, loss, torch.nan)",
+        "loss",
+        (f"{GUARDS}::test_an_update_that_hides_no_token_is_no_step",),
+    ),
     Mutant("modules/experience.py", "(inputs.logprobs, inputs.old, inputs.ref)", "(inputs.logprobs,)", (ALARMS,)),
     Mutant(
         "losses/terms.py",
