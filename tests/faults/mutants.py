@@ -73,7 +73,7 @@ MUTANTS = (
         "callbacks/signals.py",
         "            self.flag.raise_if_stopped()",
         "            pass",
-        (f"{SIGNALS}::test_asked_twice_at_a_chosen_moment",),
+        (f"{SIGNALS}::test_within_a_rollout_the_pass_after_a_signal_is_the_last",),
     ),
     Mutant(
         "callbacks/validation.py",
