@@ -5,17 +5,19 @@ from __future__ import annotations
 import csv
 import errno
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from d1lit.evaluation import append_records, write_whole
 from d1lit.report import loggers
 from d1lit.report.events import cut_events, event_files, read_scalars
-from d1lit.report.loggers import csv_rows, cut_csv, lasting, wandb_run
+from d1lit.report.loggers import cut_csv, lasting, stage_logger
 
 
 def write(folder: Path, steps: range) -> None:
@@ -47,7 +49,7 @@ def test_rows_of_a_csv_log_stay_and_no_step_is_there_twice(tmp_path: Path) -> No
     folder = tmp_path / "logs" / "sft"
 
     def attempt(steps: range, name: str) -> None:
-        logger = csv_rows(tmp_path, "logs", "sft")
+        logger = stage_logger(CSVLogger, tmp_path, "sft")
         for step in steps:
             logger.log_metrics({"train/loss": 1.0 + step, name: 2.0}, step)
         logger.finalize("success")
@@ -67,10 +69,15 @@ def test_rows_of_a_csv_log_stay_and_no_step_is_there_twice(tmp_path: Path) -> No
 
 def test_a_stage_is_a_run_of_its_own_in_weights_and_biases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made: list[dict[str, Any]] = []
-    monkeypatch.setattr(loggers, "WandbLogger", lambda **settings: made.append(settings))
+
+    def run(**settings: Any) -> DummyLogger:
+        made.append(settings)
+        return DummyLogger()
+
+    monkeypatch.setattr(loggers, "WandbLogger", run)
     for folder, stage in (("a", "sft"), ("a", "grpo"), ("b", "sft"), ("a", "sft")):
-        wandb_run(tmp_path / folder, "logs", stage, project="p")
-    assert len({run["id"] for run in made}) == 3 and made[0]["id"] == made[3]["id"]
+        stage_logger(partial(run, project="p"), tmp_path / folder, stage)
+    assert len({run["version"] for run in made}) == 3 and made[0] == made[3]
 
 
 def test_a_full_disk_costs_log_lines_and_not_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from d1lit.callbacks import guards
+from d1lit.callbacks import SaveCheckpoints, guards
 from d1lit.callbacks.alarms import Alarm, CollapseAlarms
 from d1lit.callbacks.guards import SkipNonFinite, gradients_are_finite, named
+from d1lit.checkpoint import FolderCheckpointIO, list_checkpoints
 from d1lit.data import CompletionRows, EncodedRow, PromptCycles, canvas_layout
 from d1lit.modules import DiffuGRPO, MaskedSFT
 from tests.end_to_end import small
@@ -99,17 +100,17 @@ class Watch(L.Callback):
 
 def fit(module: L.LightningModule, callbacks: list[Any], num_steps: int, **settings: Any) -> L.Trainer:
     """Train quietly on rows 0-3, 4-7, ..."""
-    trainer = L.Trainer(
-        max_steps=num_steps,
-        callbacks=callbacks,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        **settings,
-    )
+    own: dict[str, Any] = {
+        "max_steps": num_steps,
+        "callbacks": callbacks,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+    }
+    trainer = L.Trainer(**{**own, **settings})
     x = torch.randn(4 * 64, 4, generator=torch.Generator().manual_seed(1))
     batches = [Rows(x[i : i + 4], torch.arange(i, i + 4)) for i in range(0, len(x), 4)]
     with warnings.catch_warnings():
@@ -182,6 +183,21 @@ def test_counters_survive_a_checkpoint() -> None:
         RuntimeError, match=r"rows: 16, 17, 18, 19; 20, 21, 22, 23; 0, 1, 2, 3; 4, 5, 6, 7; 8, 9, 10, 11\."
     ):
         fit(Policy(dict.fromkeys(range(3), ("reward", 0))), [other], 6)
+
+
+def test_nothing_is_saved_while_steps_are_left_out(tmp_path: Path) -> None:
+    """Else both checkpoints that are kept would be of weights whose losses are not finite, and of a count near its end."""
+    faults = dict.fromkeys((3, 4, 5, 6), ("reward", 0))
+    found: list[list[str]] = []
+
+    class Names(L.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            found.append([path.name for path in list_checkpoints(tmp_path)])
+
+    callbacks = [SkipNonFinite(), SaveCheckpoints(tmp_path, 1, None), Names()]
+    settings = {"plugins": [FolderCheckpointIO(keep=2)], "enable_checkpointing": True}
+    fit(Policy(faults), callbacks, 10, **settings)
+    assert found[5] == found[7] == ["step_3", "step_2"] and found[9] == ["step_8", "step_3"]
 
 
 @pytest.mark.slow
@@ -281,6 +297,40 @@ def test_rows_of_sft_are_named_as_the_data_names_them() -> None:
     guard = SkipNonFinite(max_in_a_row=1)
     with pytest.raises(RuntimeError, match=rf"their rows: {faulty}\. Try"):
         small.fit(module_with(kind=BadDemonstration, num_updates=3), 2, 4, [guard], demonstrations)
+
+
+class HidesNothing:
+    """A mask that hides a token in some micro-batches only."""
+
+    def __init__(self, hides: list[bool]) -> None:
+        self.hides = iter(hides)
+
+    def __call__(self, draws: Any, row_ids: Tensor, prob: Tensor, is_target: Tensor) -> Tensor:
+        return is_target & next(self.hides)
+
+    def weight(self, draws: Any, row_ids: Tensor, prob: Tensor, is_target: Tensor) -> Tensor:
+        return torch.ones_like(is_target, dtype=torch.float32)
+
+
+def test_an_update_that_hides_no_token_is_no_step() -> None:
+    """Weight decay and moments would move the weights, though nothing was learnt; one micro-batch without is no harm."""
+    rows = [EncodedRow(row.prompt_ids, row.example, [n] * 3) for n, row in enumerate(small.prompt_rows())]
+    layout = partial(canvas_layout, completion_length=8)
+
+    def adam(named: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for _, p in named], lr=0.1, weight_decay=0.1)
+
+    weights = {}
+    for updates, hides in ((2, [True, True, False, True]), (3, [True, True, False, True, False, False])):
+        policy, guard = small.small_policy(), SkipNonFinite()
+        module = module_with(policy=policy, mask=HidesNothing(hides), optimizer=adam, num_updates=updates)
+
+        def demonstrations(plan: Any, updates: int = updates) -> CompletionRows:
+            return CompletionRows(rows, plan, updates, layout, small.EOS, small.EOS, 1)
+
+        weights[updates] = small.fit(module, 2, 4, [guard], demonstrations)
+        assert guard.skipped == updates - 2
+    assert all(torch.equal(weights[2][name], value) for name, value in weights[3].items())
 
 
 def test_a_line_names_so_many_rows_and_counts_the_rest() -> None:

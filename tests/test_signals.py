@@ -15,10 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from d1lit.callbacks.saving import SaveCheckpoints
+from d1lit.callbacks.signals import StopOnSignal
 from d1lit.checkpoint import list_checkpoints, read_facts, verify
 from d1lit.stopping import Interrupted, StopFlag, requeue, requeued
+from tests.end_to_end import small
 
 WORKER = Path(__file__).parent / "interruption_worker.py"
 SLEEP = 0.001
@@ -306,6 +310,24 @@ def test_the_flag_serves_loops_outside_a_trainer() -> None:
             flag.raise_if_stopped()
         assert caught.value.code == 143
     assert [signal.getsignal(signum) for signum, _ in SIGNALS] == before
+
+
+@pytest.mark.parametrize("at", [1, 3, 4])
+def test_within_a_rollout_the_pass_after_a_signal_is_the_last(at: int) -> None:
+    """One process asks before every pass: four that sample, then one of old log-probs."""
+    flag, module, begun = StopFlag(), small.make_module(small.small_policy()), []
+    (lookup,) = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+
+    def begin(*_: Any) -> None:
+        begun.append(torch.is_grad_enabled())  # of an update, not of a rollout
+        if len(begun) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    lookup.register_forward_hook(begin)
+    with flag.installed(), pytest.raises(SystemExit) as caught:
+        small.fit(module, callbacks=[StopOnSignal(flag)])
+    assert caught.value.code == 143
+    assert begun == [False] * at, "passes began after the signal"
 
 
 @pytest.mark.parametrize("settings", [{"every_n_steps": 0}, {"every_n_minutes": -1.0}])

@@ -18,7 +18,7 @@ from d1lit.plan import Plan, StageParts
 from d1lit.processes import ALONE, is_first, world
 from d1lit.report.console import console
 from d1lit.report.events import cut_events
-from d1lit.report.loggers import cut_csv, lasting
+from d1lit.report.loggers import cut_csv, stage_logger
 from d1lit.stopping import StopFlag
 from d1lit.strategies import Setting
 
@@ -75,4 +75,4 @@ def make_logger(plan: Plan, folder: Path, stage: str, first_step: int, num_steps
         cut_csv(folder / "logs" / stage, first_step)
     if plan.config.logger is None or plan.config.logger.get("_target_") is None:
         return False
-    return lasting(build(plan.config, "logger")(save_dir=folder, name="logs", version=stage))
+    return stage_logger(build(plan.config, "logger"), folder, stage)

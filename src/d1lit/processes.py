@@ -8,6 +8,7 @@ SLURM's `srun`, whose variables are translated.
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import re
 import signal
@@ -129,6 +130,8 @@ def join_world(accelerator: str) -> Place:
     if on_gpu:
         device = torch.device("cuda", here.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
+    # A communication library that gives up ends the process from a thread of its own: then say where each one stood.
+    faulthandler.enable(sys.__stderr__ or sys.stderr)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device)
     if here.rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)

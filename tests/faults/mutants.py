@@ -77,7 +77,7 @@ MUTANTS = (
         "callbacks/signals.py",
         "            self.flag.raise_if_stopped()",
         "            pass",
-        (f"{SIGNALS}::test_asked_twice_at_a_chosen_moment",),
+        (f"{SIGNALS}::test_within_a_rollout_the_pass_after_a_signal_is_the_last",),
     ),
     Mutant(
         "callbacks/validation.py",
@@ -117,6 +117,7 @@ MUTANTS = (
         "running.py", "    changed = changed_inputs(folder, now)\n", "    changed = []\n", (f"{GOING_ON}::{EDITED}",)
     ),
     # numbers that are not finite, collapse
+    Mutant("callbacks/saving.py", " and guard.in_a_row for", " and False for", (GUARDS,)),
     Mutant("callbacks/guards.py", "parameter.grad = None", "pass", (GUARDS,)),
     Mutant("callbacks/guards.py", "bad = bad | loss_is_bad.to(bad.device)", "pass", (GUARDS,)),
     Mutant("callbacks/guards.py", "if self.in_a_row >= self.max_in_a_row:", "if False:", (GUARDS,)),
@@ -139,6 +140,12 @@ MUTANTS = (
     Mutant("callbacks/alarms.py", "trainer.strategy.load_optimizer_state_dict(checkpoint)", "pass", (ALARMS,)),
     Mutant("callbacks/alarms.py", 'group["lr"] = rate', "pass", (ALARMS,)),
     Mutant("modules/grpo.py", " & (inputs.num_units > 0)", "", (ALARMS,)),
+    Mutant(
+        "modules/sft.py",
+        "torch.where(num_scored > 0, loss, torch.nan)",
+        "loss",
+        (f"{GUARDS}::test_an_update_that_hides_no_token_is_no_step",),
+    ),
     Mutant("modules/experience.py", "(inputs.logprobs, inputs.old, inputs.ref)", "(inputs.logprobs,)", (ALARMS,)),
     Mutant(
         "losses/terms.py",

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
+from d1lit.callbacks.guards import SkipNonFinite
 from d1lit.checkpoint.folder import check_free_space
 from d1lit.processes import first_decides
 
@@ -121,8 +122,12 @@ class SaveCheckpoints(Checkpoint):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Write the checkpoint that fell due with the last optimizer step."""
-        if self._is_due:
+        """Write the checkpoint that fell due with the last optimizer step; after steps that were left out, later.
+
+        What they failed on may be the weights: the two that are kept shall not both be those.
+        """
+        callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        if self._is_due and not any(isinstance(guard, SkipNonFinite) and guard.in_a_row for guard in callbacks):
             self.save_now(trainer)
 
     @override

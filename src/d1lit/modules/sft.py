@@ -69,6 +69,8 @@ class MaskedSFT(L.LightningModule):
         """Also learn each row under the complement of its mask, so that every token is hidden once a step."""
         self.row_names: Sequence[str] = ()
         """The ids of the rows of the latest micro-batch; the guard names them."""
+        self._num_scored = torch.zeros(())
+        """Tokens that were hidden and scored since the last optimizer step."""
         self.metrics = UpdateMetrics()
         self.meter = Meter(policy.work)
         self.cost = StageCost()
@@ -100,6 +102,13 @@ class MaskedSFT(L.LightningModule):
         self.meter.start("update")  # until `optimizer_step` is over: the backward pass is part of it
         self.row_names = batch.names
         loss, metrics = self.masked_loss(batch, self.draws.at(step=batch.step), self.times)
+        self._num_scored = self._num_scored.to(loss.device) + metrics.pop("num_scored")
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            num_scored, self._num_scored = self._num_scored, torch.zeros(())
+            if self.trainer.world_size > 1:
+                num_scored = self.trainer.strategy.reduce(num_scored, reduce_op="sum")
+            # A loss of nan is no step (SkipNonFinite): also where no token of the whole update is hidden.
+            loss = torch.where(num_scored > 0, loss, torch.nan)
         self.metrics.add_update(loss, metrics)
         # The loss is this micro-batch's share of the global one; Lightning averages over micro-batches and ranks.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
@@ -113,10 +122,10 @@ class MaskedSFT(L.LightningModule):
         if not self.complementary:
             return loss, metrics
         # 1 - t = 0 hides nothing there, but its weight must stay finite
-        rest, _ = self._view_loss(
+        rest, others = self._view_loss(
             batch, complementary_mask(is_masked, batch.is_target), (1 - t).clamp(min=1e-3), factor
         )
-        return (loss + rest) / 2, metrics
+        return (loss + rest) / 2, {**metrics, "num_scored": metrics["num_scored"] + others["num_scored"]}
 
     def _view_loss(
         self, batch: CompletionBatch, is_masked: Tensor, t: Tensor, factor: Tensor
@@ -134,6 +143,7 @@ class MaskedSFT(L.LightningModule):
         return loss, {
             "nll_per_masked_token": nll.detach().sum() / is_scored.sum().clamp(min=1),
             "masked_fraction": is_masked.sum() / batch.is_target.sum(),
+            "num_scored": is_scored.sum().float(),
         }
 
     @torch.no_grad()

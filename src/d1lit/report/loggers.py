@@ -46,12 +46,8 @@ def lasting(logger: Logger) -> Logger:
     return logger
 
 
-def csv_rows(save_dir: Path | str, name: str, version: str) -> CSVLogger:
-    """`metrics.csv` under save_dir/name/version; rows that an earlier attempt has written stay.
-
-    Differs from Lightning's, which begins by deleting them.
-    """
-    logger = CSVLogger(save_dir, name=name, version=version)
+def with_kept_rows(logger: CSVLogger) -> CSVLogger:
+    """The same logger, whose file keeps what an earlier attempt has written: Lightning's begins by deleting it."""
     file = Path(logger.log_dir) / METRICS
     aside = file.with_name(f".{METRICS}.kept")
     if not is_first() or not (file.exists() or aside.exists()):
@@ -87,8 +83,11 @@ def cut_csv(folder: Path, step: int) -> int:
     return len(rows) - len(kept)
 
 
-def wandb_run(save_dir: Path | str, name: str, version: str, project: str) -> WandbLogger:
-    """A run of Weights & Biases for each stage of each run folder; a resumed one is the same."""
-    folder = Path(save_dir).resolve()
-    identity = hashlib.sha256(f"{folder}/{name}/{version}".encode()).hexdigest()[:16]
-    return WandbLogger(name=f"{folder.name} {version}", save_dir=folder, project=project, id=identity)
+def stage_logger(make: Any, folder: Path, stage: str) -> Logger:
+    """The logger of a stage, from what the configuration calls: one that goes on where a resumed stage does."""
+    if getattr(make, "func", None) is WandbLogger:
+        # A run of its own for each stage of each run folder; a resumed one is the same.
+        identity = hashlib.sha256(f"{folder.resolve()}/{stage}".encode()).hexdigest()[:16]
+        return lasting(make(save_dir=folder, name=f"{folder.name} {stage}", version=identity))
+    logger = make(save_dir=folder, name="logs", version=stage)
+    return lasting(with_kept_rows(logger) if isinstance(logger, CSVLogger) else logger)
