@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import os
 import threading
 from functools import partial
 from pathlib import Path
@@ -118,7 +119,7 @@ def test_what_the_disk_refuses_is_named() -> None:
 
 
 def test_a_file_that_cannot_be_replaced_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(Path, "write_text", _full)
+    monkeypatch.setattr(os, "fsync", _full)
     with pytest.raises(OSError) as caught:
         write_whole(tmp_path / "results.json", "{}")
     assert caught.value.filename == str(tmp_path / "results.json")
