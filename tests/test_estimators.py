@@ -17,13 +17,19 @@ from d1lit.composing import CONF
 from d1lit.draws import CounterDraws
 from d1lit.estimators import spg
 from d1lit.estimators.block_elbo import BlockELBOEstimator
-from d1lit.estimators.elbo import ELBOEstimator, MaskwiseELBOEstimator, QuadratureEstimator, gauss_legendre
+from d1lit.estimators.elbo import (
+    ELBOEstimator,
+    MaskwiseELBOEstimator,
+    QuadratureEstimator,
+    ReplicateEstimator,
+    gauss_legendre,
+)
 from d1lit.estimators.left_to_right import LeftToRightEstimator
-from d1lit.estimators.one_mask import ReplicateEstimator, UniGRPOEstimator
 from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.estimators.paired import CoupledEstimator, ESPOEstimator, PairScoreEstimator
 from d1lit.estimators.sampled_steps import EntropyStepsEstimator, SampledStepsEstimator, SurprisalStepsEstimator
 from d1lit.estimators.step_merge import StepMergeEstimator, TraceEstimator
+from d1lit.estimators.unigrpo import UniGRPOEstimator
 from d1lit.losses import terms
 from d1lit.losses.policy_gradient import ReinforceLoss
 from d1lit.scoring import score as score_with_network

@@ -19,7 +19,6 @@ from d1lit.estimators.spg import SPGEstimator, hide_all
 from d1lit.losses import ClippedPolicyLoss, MaskedCrossEntropy, SequenceClippedLoss, check_pair, terms, tree
 from d1lit.losses.clipped import inverse_length
 from d1lit.losses.filters import LikelyTokenFilter, OffPolicyFilter, TopEntropyLoss
-from d1lit.losses.joint import OrderClippedLoss, WithSupervised, scored_units
 from d1lit.losses.policy_gradient import (
     CISPOLoss,
     MaskwiseBoundLoss,
@@ -30,6 +29,7 @@ from d1lit.losses.policy_gradient import (
     gamma_kernel,
 )
 from d1lit.losses.supervised import batch_mean, sequence_mean, token_mean
+from d1lit.losses.two_terms import OrderClippedLoss, WithSupervised, scored_units
 from d1lit.losses.weighted import DDOLoss, DMPOLoss, GDSDLoss, PreferenceLoss, WD1Loss, mean_centering
 from d1lit.types import LogProbs, LossInputs
 

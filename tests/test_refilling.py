@@ -17,9 +17,9 @@ from d1lit.data import BatchPlan, PromptCycles, moved, prompt_batch
 from d1lit.estimators import spg
 from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.losses.clipped import ClippedPolicyLoss
-from d1lit.losses.joint import WithSupervised
 from d1lit.losses.policy_gradient import ReinforceLoss
 from d1lit.losses.terms import KLEstimator, absolute, k1, k2, k3, token_mean, unit_length
+from d1lit.losses.two_terms import WithSupervised
 from d1lit.losses.weighted import PreferenceLoss
 from d1lit.modules import DiffuGRPO
 from d1lit.modules.refilling import JudgedRollout, group_sources, lacks_spread, refilled

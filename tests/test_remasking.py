@@ -1,4 +1,4 @@
-"""Samplers that give tokens back or remember earlier steps: against loops, closed forms, and what may not move a token."""
+"""Samplers that remask or remember earlier steps: against loops, closed forms, and what may not move a token."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from torch import Tensor
 
 from d1lit.draws import CounterDraws
 from d1lit.estimators.step_merge import TraceEstimator
-from d1lit.losses.pairs import check_trajectory
+from d1lit.losses.compatibility import check_trajectory
 from d1lit.models.cache import KVCache
 from d1lit.sampling import (
-    CappedThreshold,
+    CommitAll,
     CreditFusion,
     DualCache,
     EvenSchedule,
-    Everything,
     FixedQuota,
     LowestConfidence,
     PredictionChange,
@@ -27,6 +26,7 @@ from d1lit.sampling import (
     StableThreshold,
     Threshold,
     Unverified,
+    WinoThreshold,
     remdm,
 )
 from d1lit.sampling.commit import even_quotas
@@ -97,14 +97,14 @@ def test_rcr_equals_a_loop_over_rows() -> None:
     batch, moved = prompts(3, 5), 0
     for seed in range(6):
         network = SmallNetwork(seed).eval()
-        rcr = sampler(commit=Everything(), remask=LowestConfidence(EvenSchedule()))
+        rcr = sampler(commit=CommitAll(), remask=LowestConfidence(EvenSchedule()))
         made = rcr(network, batch, 1, CounterDraws(0))
         for row in range(3):
             assert torch.equal(made.completion_ids[row], rcr_loop(network, one_prompt(batch, row), 16, 8, 4))
         plain = sampler()(network, batch, 1, CounterDraws(0))
         assert made.num_forwards == plain.num_forwards
         moved += int((made.commit_step != plain.commit_step).sum())
-    assert moved  # some token was fixed early and given back later
+    assert moved  # some token was fixed early and remasked later
 
 
 @torch.no_grad()
@@ -124,10 +124,10 @@ def test_wino_ends_verifies_and_leaves_the_canvas_alone() -> None:
     policy = small_policy()
     ids = torch.tensor([[3, 4, 5, 6], [4, 4, 6, 3]])
     batch = PromptBatch(ids, torch.tensor([[True] * 4, [False] + [True] * 3]), torch.arange(2))
-    draft = CappedThreshold(0.05, share=0.7, least=5, most=20)
+    draft = WinoThreshold(0.05, share=0.7, least=5, most=20)
     plain = sampler(commit=draft)(policy, batch, 1, CounterDraws(0))
     never = sampler(commit=draft, remask=Unverified(0.0))(policy, batch, 1, CounterDraws(0))
-    # Nobody sees the hidden copy: with nothing to give back the draft's tokens and confidences are those without it.
+    # Nobody sees the hidden copy: with nothing to remask the draft's tokens and confidences are those without it.
     assert torch.equal(plain.completion_ids, never.completion_ids)
     torch.testing.assert_close(plain.confidence, never.confidence)
     assert never.num_tokens_forward > plain.num_tokens_forward
@@ -151,7 +151,7 @@ def test_a_verified_probability_is_that_of_the_token_hidden_from_the_network() -
     class Watching:
         verifies, runs_all_steps = True, True
 
-        def give_back(self, standing):
+        def remask(self, standing):
             seen.append(standing.verified)
             return torch.zeros_like(standing.cells.candidates)
 
@@ -233,7 +233,7 @@ def test_credit_moves_towards_what_came_out_on_top() -> None:
     ("changes", "cause"),
     [
         ({"remask": Unverified(0.9)}, "remask: FixedQuota fixes so many"),
-        ({"commit": Everything()}, "remask: Everything fixes all at once"),
+        ({"commit": CommitAll()}, "remask: CommitAll fixes all at once"),
         (
             {"commit": Threshold(0.9), "remask": Unverified(0.9), "guidance": 1.0},
             "remask: Unverified lays a hidden copy",
@@ -263,8 +263,8 @@ def test_a_shifted_network_cannot_verify() -> None:
         wino(policy, prompts(1, 4), 1, CounterDraws(0))
 
 
-def test_a_sampler_that_gives_back_has_no_steps_to_replay() -> None:
-    giving = sampler(commit=Everything(), remask=LowestConfidence(EvenSchedule()))
+def test_a_sampler_that_remasks_has_no_steps_to_replay() -> None:
+    giving = sampler(commit=CommitAll(), remask=LowestConfidence(EvenSchedule()))
     with pytest.raises(ValueError, match=r"^estimator: TraceEstimator .*LowestConfidence.*Try: "):
         check_trajectory(TraceEstimator(shrink=1, temperature=1.0), giving)
     check_trajectory(TraceEstimator(shrink=1, temperature=1.0), sampler(commit=FixedQuota(EvenSchedule())))

@@ -11,14 +11,14 @@ from torch import Tensor
 from world import Setting
 
 from d1lit import advantages as adv
-from d1lit.estimators.elbo import ELBOEstimator, MaskwiseELBOEstimator, QuadratureEstimator
+from d1lit.estimators.elbo import ELBOEstimator, MaskwiseELBOEstimator, QuadratureEstimator, ReplicateEstimator
 from d1lit.estimators.left_to_right import LeftToRightEstimator
-from d1lit.estimators.one_mask import ReplicateEstimator, UniGRPOEstimator
 from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.estimators.paired import CoupledEstimator, ESPOEstimator, PairScoreEstimator
 from d1lit.estimators.sampled_steps import EntropyStepsEstimator, SampledStepsEstimator, SurprisalStepsEstimator
 from d1lit.estimators.spg import SPGEstimator, hide_in_block
 from d1lit.estimators.step_merge import StepMergeEstimator, TraceEstimator
+from d1lit.estimators.unigrpo import UniGRPOEstimator
 from d1lit.estimators.views import completion_views
 from d1lit.losses.clipped import ClippedPolicyLoss, SequenceClippedLoss
 from d1lit.losses.policy_gradient import MaskwiseBoundLoss, ReinforceLoss, StableDRLLoss

@@ -160,7 +160,7 @@ def test_reward(folder):
 
 
 def test_sampler(folder):
-    sampler = build(composed(folder, "task=sudoku", "sampler=capped"), "sampler", BlockSampler)
+    sampler = build(composed(folder, "task=sudoku", "sampler=at_most"), "sampler", BlockSampler)
     assert isinstance(sampler.commit, CommitRule)
     scores = torch.tensor([[0.95, 0.99, 0.91, 0.97, 0.96, 0.2], [0.1, 0.3, 0.2, 0.1, 0.1, -torch.inf]])
     places = torch.arange(6).expand(2, -1)

@@ -17,9 +17,14 @@ from torch import Tensor
 from d1lit.advantages import group_mean
 from d1lit.estimators import spg
 from d1lit.estimators.block_elbo import BlockELBOEstimator
-from d1lit.estimators.elbo import ELBOEstimator, MaskwiseELBOEstimator, QuadratureEstimator, gauss_legendre
+from d1lit.estimators.elbo import (
+    ELBOEstimator,
+    MaskwiseELBOEstimator,
+    QuadratureEstimator,
+    ReplicateEstimator,
+    gauss_legendre,
+)
 from d1lit.estimators.left_to_right import LeftToRightEstimator
-from d1lit.estimators.one_mask import ReplicateEstimator
 from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.estimators.paired import CoupledEstimator, ESPOEstimator, PairScoreEstimator
 from d1lit.estimators.sampled_steps import SurprisalStepsEstimator

@@ -19,14 +19,13 @@ from d1lit.models.policy import Policy
 from d1lit.models.transformer import MaskedDiffusionLM
 from d1lit.sampling import (
     BlockSampler,
-    CappedThreshold,
+    CommitAll,
     CreditFusion,
     CumulativeEntropyBounded,
     DreamSchedule,
     DualCache,
     EntropyBounded,
     EvenSchedule,
-    Everything,
     Factor,
     FixedQuota,
     Gumbel,
@@ -44,6 +43,7 @@ from d1lit.sampling import (
     Threshold,
     TokenProbability,
     Unverified,
+    WinoThreshold,
     remdm,
 )
 from d1lit.sampling.commit import even_quotas
@@ -441,7 +441,7 @@ def check_rcr(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     made = sampler(
         case["settings"],
         confidence=confidence,
-        commit=Everything(),
+        commit=CommitAll(),
         remask=LowestConfidence(EvenSchedule()),
         record_trace=True,
     )(network, prompts(tensors["in.prompt_ids"]), 1, CounterDraws(0))
@@ -455,7 +455,7 @@ def check_wino(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     settings, network = case["settings"], StoredNetwork(tensors)
     made = sampler(
         settings,
-        commit=CappedThreshold(settings["threshold_wino"], share=0.7, least=5, most=20),
+        commit=WinoThreshold(settings["threshold_wino"], share=0.7, least=5, most=20),
         remask=Unverified(settings["threshold_wino_back"]),
     )(network, prompts(tensors["in.prompt_ids"]), 1, CounterDraws(0))
     assert torch.equal(sequences(made), tensors["out.sequences"])

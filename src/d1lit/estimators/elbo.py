@@ -1,4 +1,4 @@
-"""Monte-Carlo estimates of the masked-diffusion likelihood bound, by the number of hidden tokens or by quadrature.
+"""Monte-Carlo estimates of the masked-diffusion likelihood bound, by number or share of hidden tokens or by quadrature.
 
     ELBO(o | q) = E over l ~ U{1..n}, |S| = l of  (n / l) sum_{i in S} log p_i        (LLaDA, arXiv 2502.09992)
 
@@ -106,6 +106,47 @@ class MaskwiseELBOEstimator:
         _, length = scored_tokens(context, self.score_padding)
         value = (view_logprobs * corruption.weight).sum(2) / length[:, None]
         return LogProbs(value=value, weight=torch.full_like(value, 1 / self.num_masks))
+
+
+@dataclass(frozen=True)
+class ReplicateEstimator:
+    """DMPO's bound (arXiv 2510.08233): R Bernoulli masks, each weighing length / (its realised number of tokens).
+
+    The hidden share of a mask is uniform over [share_low, 1]. In the antithetic form the second half of the masks are
+    the complements of the first.
+    """
+
+    num_masks: int
+    share_low: float
+    antithetic: bool
+    score_padding: bool
+    """Score and attend the whole canvas, as the authors' code does."""
+    traits: ClassVar[EstimatorTraits] = EstimatorTraits("sequence")
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        if self.antithetic and self.num_masks % 2:
+            raise ValueError(f"estimator.num_masks: must be even when antithetic, got {self.num_masks}. Try: 4")
+
+    def corrupt(self, context: Context) -> Corruption:
+        """Views in the order (rollout, mask)."""
+        rows = context.rollout.row_ids
+        scored, length = scored_tokens(context, self.score_padding)
+        masks = []
+        for k in range(self.num_masks // 2 if self.antithetic else self.num_masks):
+            share = self.share_low + (1 - self.share_low) * context.draws.uniform("mask_ratio", rows, (), step=k)
+            uniform = context.draws.uniform("mask", rows, (scored.shape[1],), step=k)
+            masks.append((uniform < share[:, None]) & scored)
+        if self.antithetic:
+            masks += [scored & ~mask for mask in masks]
+        hidden = torch.stack(masks, dim=1)
+        count = hidden.sum(2, keepdim=True).clamp(min=1)
+        weight = hidden * (length[:, None, None] / count).to(torch.float32) / self.num_masks
+        return subset_views(context, hidden, weight, self.score_padding)
+
+    def combine(self, view_logprobs: Float[Tensor, "N K C"], corruption: Corruption, context: Context) -> LogProbs:
+        """The weighted sum over views and tokens."""
+        return sequence_logprobs(view_logprobs, corruption)
 
 
 def gauss_legendre(num_nodes: int) -> tuple[Float[Tensor, " nodes"], Float[Tensor, " nodes"]]:

@@ -1,8 +1,10 @@
 """The reverse process: one block sampler put together from orthogonal parts."""
 
+from d1lit.sampling.bfloat16 import HalfGumbel, HalfTokenProbability
 from d1lit.sampling.block import BlockSampler
 from d1lit.sampling.cache import DualCache, PrefixCache
 from d1lit.sampling.commit import (
+    CommitAll,
     CumulativeEntropyBounded,
     DreamSchedule,
     EntropyBounded,
@@ -12,6 +14,7 @@ from d1lit.sampling.commit import (
     Hierarchical,
     RandomReveal,
     Threshold,
+    WinoThreshold,
 )
 from d1lit.sampling.confidence import (
     LeftToRight,
@@ -24,24 +27,22 @@ from d1lit.sampling.confidence import (
     TokenProbability,
 )
 from d1lit.sampling.filters import Filtered
-from d1lit.sampling.half import HalfGumbel, HalfTokenProbability
 from d1lit.sampling.memory import CreditFusion, PredictionChange, StableThreshold
 from d1lit.sampling.proposal import Gumbel, InverseCDF
-from d1lit.sampling.remask import CappedThreshold, Everything, LowestConfidence, Unverified
+from d1lit.sampling.remask import LowestConfidence, Unverified
 from d1lit.sampling.remdm import ReMDM
 from d1lit.sampling.replay import ApproximateSampler, approximation_nats, replayed_logprobs
 
 __all__ = [
     "ApproximateSampler",
     "BlockSampler",
-    "CappedThreshold",
+    "CommitAll",
     "CreditFusion",
     "CumulativeEntropyBounded",
     "DreamSchedule",
     "DualCache",
     "EntropyBounded",
     "EvenSchedule",
-    "Everything",
     "Factor",
     "Filtered",
     "FixedQuota",
@@ -66,6 +67,7 @@ __all__ = [
     "Threshold",
     "TokenProbability",
     "Unverified",
+    "WinoThreshold",
     "approximation_nats",
     "replayed_logprobs",
 ]

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from d1lit.models import Policy
 from d1lit.sampling.cache import RolloutCache, SpanStorage
-from d1lit.sampling.commit import CumulativeEntropyBounded, EntropyBounded
+from d1lit.sampling.commit import CommitAll, CumulativeEntropyBounded, EntropyBounded
 from d1lit.sampling.confidence import NegativeEntropy
 from d1lit.sampling.memory import PredictionChange, StableThreshold
 from d1lit.sampling.parts import Cells, CommitRule, Confidence, Memory, Proposal, RemaskRule, Standing, StepMemory
 from d1lit.sampling.prediction import Canvas, View, block_causal, choose, entropies, evaluation_mode, predict
-from d1lit.sampling.remask import Everything, with_shadow
+from d1lit.sampling.remask import with_shadow
 from d1lit.sampling.replay import approximation_nats
 from d1lit.sampling.rows import Rows, lay_out
 from d1lit.types import Draws, MaskPredictor, PromptBatch, Rollout
@@ -118,11 +118,11 @@ class BlockSampler:
             raise ValueError("sampler.memory: StableThreshold reads what PredictionChange keeps. Try: both or neither.")
         if self.remask is not None and self.commit.quotas(self.block_length, self.steps_per_block) is not None:
             raise ValueError(
-                f"sampler.remask: {type(self.commit).__name__} fixes so many tokens whatever is given back. "
+                f"sampler.remask: {type(self.commit).__name__} fixes so many tokens whatever is remasked. "
                 "Try: the commit rule of the same paper, or a threshold."
             )
-        if isinstance(self.commit, Everything) and self.remask is None:
-            raise ValueError("sampler.remask: Everything fixes all at once without one. Try: LowestConfidence.")
+        if isinstance(self.commit, CommitAll) and self.remask is None:
+            raise ValueError("sampler.remask: CommitAll fixes all at once without one. Try: LowestConfidence.")
         if self.verifies and (self.guidance or self.cache is not None):
             raise ValueError(
                 f"sampler.remask: {type(self.remask).__name__} lays a hidden copy of the block behind the canvas, which"
@@ -151,8 +151,8 @@ class BlockSampler:
         return self.remask is not None and self.remask.verifies
 
     @property
-    def gives_back(self) -> bool:
-        """True where a token may be given back: then no commit step tells what the network saw."""
+    def remasks(self) -> bool:
+        """True where a token may be hidden again: then no commit step tells what the network saw."""
         return self.remask is not None
 
     def __call__(self, policy: MaskPredictor, prompts: PromptBatch, group_size: int, draws: Draws) -> Rollout:
@@ -240,7 +240,7 @@ class BlockSampler:
             if any(counts):
                 verified = self._step(policy, rows, wave, max(counts), moment, draws)
             if self.remask is not None:
-                self._give_back(self.remask, policy.mask_token_id, rows, wave, moment, verified, draws)
+                self._remask(self.remask, policy.mask_token_id, rows, wave, moment, verified, draws)
             rows.close_step(wave.index)
             computed += 1
 
@@ -314,7 +314,7 @@ class BlockSampler:
             )
         return rows.memory
 
-    def _give_back(
+    def _remask(
         self,
         rule: RemaskRule,
         mask_token_id: int,
@@ -340,8 +340,8 @@ class BlockSampler:
             block_length=self.block_length,
         )
         age = rows.steps_taken[who] - fixed
-        chosen = rule.give_back(Standing(cells, rows.confidence[who, places], age, verified))
-        rows.give_back(wave.index, places, chosen & cells.candidates, mask_token_id)
+        chosen = rule.remask(Standing(cells, rows.confidence[who, places], age, verified))
+        rows.remask(wave.index, places, chosen & cells.candidates, mask_token_id)
 
     def _predict(
         self, policy: MaskPredictor, rows: Rows, wave: _Wave, cells: Cells, fresh: bool

@@ -82,6 +82,19 @@ class FixedQuota:
 
 
 @dataclass(frozen=True)
+class CommitAll:
+    """Every masked position of the block at once; a remask rule then says what stays."""
+
+    def quotas(self, block_length: int, num_steps: int) -> None:
+        """How many are masked depends on what was remasked."""
+        return None
+
+    def select(self, scores: Float[Tensor, "n M"], cells: Cells) -> Bool[Tensor, "n M"]:
+        """All candidates."""
+        return cells.candidates
+
+
+@dataclass(frozen=True)
 class RandomReveal:
     """Each masked position on its own with probability 1 - s/t; the last step takes all (Dream's "origin")."""
 
@@ -113,6 +126,29 @@ class Threshold:
     def select(self, scores: Float[Tensor, "n M"], cells: Cells) -> Bool[Tensor, "n M"]:
         """Confidence at or above the threshold, or the row's best."""
         return ((scores >= self.threshold) | (ranks(scores) == 0)) & cells.candidates
+
+
+@dataclass(frozen=True)
+class WinoThreshold:
+    """WINO's draft (arXiv 2507.18578): every confidence above the threshold, but no more than a share of the masks.
+
+    The best one is always fixed. As published the cap is 0.7 of the masked positions, at least 5 and at most 20.
+    """
+
+    threshold: float
+    share: float
+    least: int
+    most: int
+
+    def quotas(self, block_length: int, num_steps: int) -> None:
+        """The predictions decide."""
+        return None
+
+    def select(self, scores: Float[Tensor, "n M"], cells: Cells) -> Bool[Tensor, "n M"]:
+        """The most confident within the cap."""
+        cap = (cells.candidates.sum(1, keepdim=True) * self.share).to(torch.int64).clamp(min=self.least, max=self.most)
+        places = ranks(scores)
+        return (((scores > self.threshold) & (places < cap)) | (places == 0)) & cells.candidates
 
 
 @dataclass(frozen=True)

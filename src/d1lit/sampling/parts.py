@@ -1,8 +1,8 @@
 """What the parts of a block sampler see, and the protocols they meet.
 
 A sampler is put together from orthogonal parts: a proposal (which token), a confidence (how sure), a commit rule (which
-positions are fixed now), a remask rule (which are given back) and a cache. Letters as in d1lit.types; here n counts the
-rows of one network call, M the positions of the active block that may still be masked, c = n * M rows of logits.
+positions are fixed now), a remask rule (which are hidden again) and a cache. Letters as in d1lit.types; here n counts
+the rows of one network call, M the positions of the active block that may still be masked, c = n * M rows of logits.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class CommitRule(Protocol):
         ...
 
 
-# ------------------------------------------------------------------------------------------- tokens that are given back
+# -------------------------------------------------------------------------------------------------- tokens hidden again
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Standing:
 
 @runtime_checkable
 class RemaskRule(Protocol):
-    """Which tokens of the block are given back, to be predicted again."""
+    """Which tokens of the block are hidden again, to be predicted anew."""
 
     @property
     def verifies(self) -> bool:
@@ -183,7 +183,7 @@ class RemaskRule(Protocol):
         """Whether a block goes on for its planned steps although nothing is masked any more."""
         ...
 
-    def give_back(self, standing: Standing) -> Bool[Tensor, "n M"]:
+    def remask(self, standing: Standing) -> Bool[Tensor, "n M"]:
         """The tokens to hide again; none in the last planned step, or the block would not end."""
         ...
 

@@ -1,4 +1,4 @@
-"""Remask rules: which tokens of the active block are given back after a step, to be predicted again.
+"""Remask rules: which tokens of the active block are hidden again after a step, to be predicted anew.
 
 With one of these the commit steps in a rollout are those of the LAST time each token was fixed, and the canvases
 between can no longer be read off them (`record_trace` keeps those).
@@ -10,41 +10,28 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from d1lit.sampling.commit import QuotaSchedule, ranks
-from d1lit.sampling.parts import Cells, Standing
+from d1lit.sampling.parts import Standing
 from d1lit.sampling.prediction import Canvas
 
 
 @dataclass(frozen=True)
-class Everything:
-    """Commit rule: every masked position of the block at once; a remask rule then says what stays."""
-
-    def quotas(self, block_length: int, num_steps: int) -> None:
-        """How many are masked depends on what was given back."""
-        return None
-
-    def select(self, scores: Float[Tensor, "n M"], cells: Cells) -> Bool[Tensor, "n M"]:
-        """All candidates."""
-        return cells.candidates
-
-
-@dataclass(frozen=True)
 class LowestConfidence:
-    """Running-confidence remasking (RCR of MDPO, arXiv 2508.13148), together with `Everything` as the commit rule.
+    """Running-confidence remasking (RCR of MDPO, arXiv 2508.13148), together with `CommitAll` as the commit rule.
 
-    A step fixes all that is masked and gives the least confident tokens of the block back, until as many stand as the
-    schedule says. A token keeps the confidence it was fixed with until it is given back.
-    Differs from the published code: tokens of finished blocks are never given back.
+    A step fixes all that is masked and remasks the least confident tokens of the block, until as many stand as the
+    schedule says. A token keeps the confidence it was fixed with until it is remasked.
+    Differs from the published code: tokens of finished blocks are never remasked.
     """
 
     schedule: QuotaSchedule
     verifies: ClassVar[bool] = False
     runs_all_steps: ClassVar[bool] = False
 
-    def give_back(self, standing: Standing) -> Bool[Tensor, "n M"]:
+    def remask(self, standing: Standing) -> Bool[Tensor, "n M"]:
         """As many of the lowest scores as later steps have to fix, leftmost on ties."""
         cells = standing.cells
         later = sum(self.schedule.quotas(standing.age.shape[1], cells.num_steps)[cells.step + 1 :])
@@ -55,41 +42,18 @@ class LowestConfidence:
 
 
 @dataclass(frozen=True)
-class CappedThreshold:
-    """WINO's draft (arXiv 2507.18578): every confidence above the threshold, but no more than a share of the masks.
-
-    The best one is always fixed. As published the cap is 0.7 of the masked positions, at least 5 and at most 20.
-    """
-
-    threshold: float
-    share: float
-    least: int
-    most: int
-
-    def quotas(self, block_length: int, num_steps: int) -> None:
-        """The predictions decide."""
-        return None
-
-    def select(self, scores: Float[Tensor, "n M"], cells: Cells) -> Bool[Tensor, "n M"]:
-        """The most confident within the cap."""
-        cap = (cells.candidates.sum(1, keepdim=True) * self.share).to(torch.int64).clamp(min=self.least, max=self.most)
-        places = ranks(scores)
-        return (((scores > self.threshold) & (places < cap)) | (places == 0)) & cells.candidates
-
-
-@dataclass(frozen=True)
 class Unverified:
-    """WINO's verification (arXiv 2507.18578): tokens the network finds improbable without seeing them are given back.
+    """WINO's verification (arXiv 2507.18578): tokens the network finds improbable without seeing them are remasked.
 
     Every forward carries a hidden copy of the block (`with_shadow`), which sees all but the token it verifies. Nothing
-    is given back in a step that fixed a single token, and fewer than the step before had fixed: so a block ends.
+    is remasked in a step that fixed a single token, and fewer than the step before had fixed: so a block ends.
     """
 
     threshold: float
     verifies: ClassVar[bool] = True
     runs_all_steps: ClassVar[bool] = False
 
-    def give_back(self, standing: Standing) -> Bool[Tensor, "n M"]:
+    def remask(self, standing: Standing) -> Bool[Tensor, "n M"]:
         """The improbable ones, the least probable first where they are too many."""
         assert standing.verified is not None
         here, age = standing.cells.candidates, standing.age

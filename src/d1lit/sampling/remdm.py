@@ -1,4 +1,4 @@
-"""ReMDM (arXiv 2503.00307): a reverse process that gives tokens back with probability sigma, whatever the network."""
+"""ReMDM (arXiv 2503.00307): a reverse process that remasks tokens with probability sigma, whatever the network."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def reveal_probability(alpha_t: float, alpha_s: float, sigma: float) -> float:
 
 @dataclass(frozen=True)
 class Loop:
-    """ReMDM-loop: tokens are given back only between two times, during which alpha stands still.
+    """ReMDM-loop: tokens are remasked only between two times, during which alpha stands still.
 
     Before and after, the times are stretched so that alpha runs from 0 to alpha_on and from alpha_on to 1, without
-    giving back.
+    remasking.
     """
 
     t_on: float
@@ -82,7 +82,7 @@ class Loop:
 class ReMDM:
     """Commit rule and remask rule in one (arXiv 2503.00307), with alpha = 1 - t on a grid of times from 1 to eps.
 
-    A masked position is fixed with `reveal_probability`, a standing token given back with probability sigma; the last
+    A masked position is fixed with `reveal_probability`, a standing token remasked with probability sigma; the last
     step fixes all and gives nothing back.
     Differs from the authors' code: sigma never exceeds `largest_sigma`; the time runs over each block.
     """
@@ -99,7 +99,7 @@ class ReMDM:
         return None
 
     def _alphas(self, cells: Cells) -> tuple[float, float, bool]:
-        """alpha at the step's time and at the next one, and whether tokens may be given back between them."""
+        """alpha at the step's time and at the next one, and whether tokens may be remasked between them."""
         times = torch.linspace(1, self.eps, cells.num_steps + 1, dtype=torch.float64).tolist()
         if self.loop is None:
             return 1 - times[cells.step], 1 - times[cells.step + 1], True
@@ -115,16 +115,16 @@ class ReMDM:
         """A coin for each masked position."""
         if cells.step >= cells.num_steps - 1:
             return cells.candidates
-        alpha_t, alpha_s, gives_back = self._alphas(cells)
-        sigma = min(float(self.sigma(alpha_t, alpha_s, None)), largest_sigma(alpha_t, alpha_s)) if gives_back else 0.0
+        alpha_t, alpha_s, remasks = self._alphas(cells)
+        sigma = min(float(self.sigma(alpha_t, alpha_s, None)), largest_sigma(alpha_t, alpha_s)) if remasks else 0.0
         return (cells.uniform("order") < reveal_probability(alpha_t, alpha_s, sigma)) & cells.candidates
 
-    def give_back(self, standing: Standing) -> Bool[Tensor, "n M"]:
+    def remask(self, standing: Standing) -> Bool[Tensor, "n M"]:
         """A coin for each token that stood before this step."""
         cells = standing.cells
         old = cells.candidates & (standing.age > 0)
-        alpha_t, alpha_s, gives_back = self._alphas(cells)
-        if cells.step >= cells.num_steps - 1 or not gives_back:
+        alpha_t, alpha_s, remasks = self._alphas(cells)
+        if cells.step >= cells.num_steps - 1 or not remasks:
             return torch.zeros_like(old)
         sigma = self.sigma(alpha_t, alpha_s, standing.confidence.masked_fill(~old, torch.inf))
         sigma = torch.as_tensor(sigma, device=old.device).clamp(max=largest_sigma(alpha_t, alpha_s))

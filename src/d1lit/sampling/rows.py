@@ -50,7 +50,7 @@ class Rows:
             self.trace[self.steps_taken[index], index] = self.ids[index, self.prompt_length :]
         self.steps_taken[index] += 1
 
-    def give_back(
+    def remask(
         self,
         index: Int[Tensor, " n"],
         places: Int[Tensor, "n M"],

@@ -11,11 +11,11 @@ from d1lit.types import LogProbEstimator, PolicyLoss, Sampler
 
 
 @runtime_checkable
-class GivesBack(Protocol):
+class Remasking(Protocol):
     """A sampler that may hide a token again."""
 
     @property
-    def gives_back(self) -> bool:
+    def remasks(self) -> bool:
         """Whether it does."""
         ...
 
@@ -26,7 +26,7 @@ class GivesBack(Protocol):
 
 
 def check_trajectory(estimator: LogProbEstimator, sampler: Sampler) -> None:
-    """Refuse an estimator that replays commit steps on a sampler that gives tokens back.
+    """Refuse an estimator that replays commit steps on a sampler that remasks.
 
     The steps recorded are those of the last time each token was fixed; the canvases they imply never stood before the
     network, so the replayed likelihood is that of no trajectory.
@@ -34,10 +34,10 @@ def check_trajectory(estimator: LogProbEstimator, sampler: Sampler) -> None:
     Raises:
         ValueError: naming both.
     """
-    if estimator.traits.needs_trace and isinstance(sampler, GivesBack) and sampler.gives_back:
+    if estimator.traits.needs_trace and isinstance(sampler, Remasking) and sampler.remasks:
         raise ValueError(
             f"estimator: {type(estimator).__name__} with {type(sampler.remask).__name__} is refused: it replays the "
-            "rollout's commit steps, and a sampler that gives tokens back passes through other canvases. "
+            "rollout's commit steps, and a sampler that remasks passes through other canvases. "
             "Try: estimator=one_step or estimator=elbo, or a sampler without a remask rule [E207]"
         )
 
