@@ -100,7 +100,7 @@ def chat(
     Args:
         folder: of the run.
         temperature: of the answers; None for the evaluation's.
-        words: KEY=VALUE that now hold instead of the run's.
+        words: KEY=VALUE that override the run's.
         trusted: packages whose components the run may name.
         lines: where questions come from; None for the terminal or pipe.
         console: where answers go.

@@ -32,7 +32,7 @@ Train a masked diffusion language model: SFT, diffu-GRPO, or both.
   python train.py recipe=d1 task=sudoku seed=1            another task, another seed
   python train.py recipe=d1 task=gsm8k model=llada_8b     the paper's run (GPUs)
   python train.py -m recipe=sft,grpo,d1 seed=1,2,3        a sweep: every combination
-  python train.py run_dir=outputs/mine                    a folder of your own; run again to go on where it stopped
+  python train.py run_dir=outputs/mine                    your own folder; run it again to resume
 
 Any value of conf/ can be given as KEY=VALUE (stages.grpo.max_updates=20, loss.beta=0.04, sampler.temperature=0.9).
 
@@ -40,7 +40,7 @@ Choices of each group (GROUP=CHOICE):
 {groups}
 
   --cfg job            print the composed configuration          --resolve            ... with interpolations resolved
-  -m, --multirun       sweep over comma-separated values         --config-dir DIR     add a folder of your own YAMLs
+  -m, --multirun       sweep over comma-separated values         --config-dir DIR     add a folder with your own YAMLs
   dry_run=true         print what would be done
 """
 

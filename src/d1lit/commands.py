@@ -197,7 +197,7 @@ def play(words: Sequence[str]) -> int:
 
 
 def _add_open(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="settings that now hold instead of the run's")
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="override the run's settings")
     parser.add_argument(
         "--trust",
         action="append",

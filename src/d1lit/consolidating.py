@@ -37,7 +37,7 @@ def consolidate(
         step: of the checkpoint; None for the newest.
         layout: our own names, which d1lit and transformers read, or those of the model's family.
         trusted: packages whose components the run may name.
-        words: KEY=VALUE that now hold instead of the run's.
+        words: KEY=VALUE that override the run's.
 
     Raises:
         ConfigError: if there is no such checkpoint, if it does not verify, or if the target is taken.

@@ -244,7 +244,7 @@ def export(
         target: is created; refused if it holds a model already.
         layout: our own names, which d1lit and transformers read, or those of the model's family.
         trusted: packages whose components the run may name.
-        words: KEY=VALUE that now hold instead of the run's.
+        words: KEY=VALUE that override the run's.
 
     Raises:
         ConfigError: without a finished run, or where the target is taken.

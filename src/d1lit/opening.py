@@ -37,7 +37,7 @@ def open_run(folder: Path, words: Sequence[str] = (), trusted: Sequence[str] = (
 
     Args:
         folder: of the run.
-        words: KEY=VALUE that now hold instead.
+        words: KEY=VALUE that override the run's.
         trusted: packages, besides d1lit's own, whose components the run may name.
 
     Raises:

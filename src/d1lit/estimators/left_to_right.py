@@ -29,7 +29,7 @@ class LeftToRightEstimator:
     exclude_mask: bool = False
     """Leave the mask token out of the softmax, as the sampler does; published code lets it take its share."""
     score_padding: bool = False
-    """Score the whole canvas, what stands behind the end too."""
+    """Score the whole canvas, tokens after the end of the sequence too."""
     traits: ClassVar[EstimatorTraits] = EstimatorTraits("token")
 
     def __post_init__(self) -> None:

@@ -52,7 +52,7 @@ class OrderedTraceEstimator:
     traits: ClassVar[EstimatorTraits] = EstimatorTraits("step", needs_trace=True, parts=frozenset({"tokens", "order"}))
 
     def corrupt(self, context: Context) -> Corruption:
-        """A view a step, which scores everything still hidden in the step's block, behind the end too.
+        """A view a step, which scores everything still hidden in the step's block, after the end too.
 
         The sampler could have fixed those positions instead. Where no valid token is open any more nothing is scored.
         """
@@ -78,7 +78,7 @@ class OrderedTraceEstimator:
     def combine(self, view_logprobs: Float[Tensor, "N K C"], corruption: Corruption, context: Context) -> LogProbs:
         """Token and order likelihood of each step, and both apart; steps without an open valid token weigh 0.
 
-        Tokens behind the end have no likelihood, but that their positions were chosen has.
+        Tokens after the end have no likelihood, but that their positions were chosen has.
         """
         step = context.rollout.commit_step[:, None, :]
         steps = torch.arange(view_logprobs.shape[1], device=step.device)[None, :, None]

@@ -146,7 +146,7 @@ def segment_views(
         chosen: which segment each view replays; -1 for none.
         share: weight of each view's tokens; 1 where None.
         score_all_hidden: score all hidden tokens instead of those of the segment.
-        score_padding: score what stands behind the end of the sequence too.
+        score_padding: score tokens after the end of the sequence too.
         temperature: logits are divided by it.
         exclude_mask: leave the mask token out of the softmax.
     """
