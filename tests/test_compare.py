@@ -8,6 +8,7 @@ import math
 import random
 import re
 import statistics
+from typing import Any
 
 import pytest
 from scipy import stats
@@ -196,18 +197,35 @@ def markdown_tables(text: str) -> list[dict[str, dict[str, str]]]:
     return found
 
 
-def test_measures_by_seed_are_the_studys_own_tables(tmp_path, capsys):
-    """`d1lit compare --by-seed` and experiments/recipes/analyse.py read the same numbers out of the same runs."""
+def the_analysis() -> Any:
+    """experiments/recipes/analyse.py."""
     module = importlib.util.spec_from_file_location("analyse", ROOT / "experiments" / "recipes" / "analyse.py")
-    assert module is not None
-    assert module.loader is not None
+    assert module is not None and module.loader is not None
     analyse = importlib.util.module_from_spec(module)
     module.loader.exec_module(analyse)
+    return analyse
+
+
+def test_the_studys_page_shows_what_was_found(capsys):
+    the_analysis().main([str(ROOT / "experiments" / "recipes" / "results.json")])
+    told = capsys.readouterr().out
+    page = (ROOT / "experiments" / "recipes" / "README.md").read_text()
+    lines = [line for line in told.splitlines() if line.strip()]
+    assert len(lines) > 20
+    assert [line for line in lines if line not in page] == []
+
+
+def test_measures_by_seed_are_the_studys_own_tables(tmp_path, capsys):
+    """`d1lit compare --by-seed` and experiments/recipes/analyse.py read the same numbers out of the same runs."""
+    analyse = the_analysis()
     for recipe in STAGES:
         for seed in (11, 12):
             study_run(tmp_path / f"recipe={recipe},seed={seed}", recipe, seed)
-    analyse.main(tmp_path)
+    analyse.main([str(tmp_path), "--keep", str(kept := tmp_path / "kept.json")])
     told = capsys.readouterr().out
+    analyse.main([str(kept)])
+    assert capsys.readouterr().out == told, "what is kept has everything"
+    kept.unlink()
     cells, apart, solved = markdown_tables(told)
     # Every run drew its own base here; the study's column is the sft run's, and compare takes the first it is given.
     folders = [*map(str, sorted(tmp_path.glob("*sft,*"))), *map(str, sorted(tmp_path.iterdir()))]

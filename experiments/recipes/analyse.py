@@ -1,9 +1,13 @@
-"""The tables of this study from its run folders: `python experiments/recipes/analyse.py outputs/recipes`."""
+"""The tables of this study, from its run folders or from what was kept of them.
+
+python experiments/recipes/analyse.py outputs/recipes --keep experiments/recipes/results.json
+python experiments/recipes/analyse.py experiments/recipes/results.json
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +16,36 @@ import torch
 from d1lit.draws import CounterDraws
 from d1lit.statistics import Interval, paired_bootstrap
 
-Results = dict[str, dict[int, dict[str, Any]]]
+Results = dict[str, dict[str, dict[str, Any]]]
+"""What was found, by recipe and seed."""
 METRIC = "cell_accuracy"
 
 
-def read(folder: Path) -> Results:
-    """results.json of every run, by recipe and seed; each knows its folder."""
+def collect(folder: Path) -> Results:
+    """Of every run in the folder: share of right cells of each test row after each stage, probes, baselines, cost."""
     found: Results = {}
     for file in sorted(folder.glob("*/results.json")):
         results = json.loads(file.read_text())
-        found.setdefault(results["recipe"], {})[results["seed"]] = {**results, "folder": file.parent}
+        stages = {}
+        for entry in results["evaluations"]:
+            rows = [json.loads(line) for line in (file.parent / entry["rows_file"]).read_text().splitlines()]
+            shares = [round(row["extra"][METRIC], 6) for row in sorted(rows, key=lambda row: row["index"])]
+            stages[entry["stage"]] = {"accuracy": entry["accuracy"], METRIC: shares}
+        probes = [
+            {key: p[key] for key in ("stage", "probe", "pass_at_k", "extra") if key in p} for p in results["probes"]
+        ]
+        found.setdefault(results["recipe"], {})[str(results["seed"])] = {
+            "stages": stages,
+            "probes": probes,
+            "baselines": {name: b["extra"][METRIC]["mean"] for name, b in results["baselines"].items()},
+            "flops": results["cost"]["flops"],
+        }
     return found
 
 
 def cells(run: dict[str, Any], stage: str) -> torch.Tensor:
     """Share of right cells of every test row after a stage, in row order."""
-    (entry,) = [e for e in run["evaluations"] if e["stage"] == stage]
-    rows = [json.loads(line) for line in (run["folder"] / entry["rows_file"]).read_text().splitlines()]
-    return torch.tensor([row["extra"][METRIC] for row in sorted(rows, key=lambda row: row["index"])])
+    return torch.tensor(run["stages"][stage][METRIC])
 
 
 def probe(run: dict[str, Any], stage: str, kind: str) -> dict[str, Any]:
@@ -55,9 +71,8 @@ SAMPLED = (("base", "sft", "base"), ("sft", "sft", "sft"), ("grpo", "grpo", "grp
 """Of these pass@k is shown: base before grpo, sft before d1's own GRPO stage."""
 
 
-def main(folder: Path) -> None:
+def show(runs: Results) -> None:
     """Print the tables as Markdown."""
-    runs = read(folder)
     seeds = sorted(runs["d1"])
     print("Cell accuracy, per cent of the empty cells, greedy\n")
     print("| seed | " + " | ".join(name for name, _, _ in ARMS) + " | forced-x: base | forced-x: sft | forced-x: d1 |")
@@ -90,18 +105,31 @@ def main(folder: Path) -> None:
     print("|---" * (3 * len(SAMPLED) + 1) + "|")
     for seed in seeds:
         chosen = [(runs[recipe][seed], stage) for _, recipe, stage in SAMPLED]
-        solved = [100 * next(e["accuracy"] for e in run["evaluations"] if e["stage"] == stage) for run, stage in chosen]
+        solved = [100 * run["stages"][stage]["accuracy"] for run, stage in chosen]
         for run, stage in chosen:
             estimates = probe(run, stage, "pass_at_k")["pass_at_k"]
             solved += [100 * estimates[k]["mean"] for k in ("1", "16")]
         print(f"| {seed} | " + " | ".join(f"{value:.2f}" for value in solved) + " |")
     print("\nWithout a model, on the same rows: ", end="")
     baselines = runs["d1"][seeds[0]]["baselines"].items()
-    print("; ".join(f"{name} {100 * b['extra'][METRIC]['mean']:.1f} % of cells" for name, b in baselines))
-    costs = {name: runs[name][seeds[0]]["cost"] for name in runs}
+    print("; ".join(f"{name} {100 * share:.1f} % of cells" for name, share in baselines))
     print(f"\nCost of the stages after the base (seed {seeds[0]}): ", end="")
-    print("; ".join(f"{name} {cost['flops']:.2e} FLOPs" for name, cost in costs.items()))
+    print("; ".join(f"{name} {runs[name][seeds[0]]['flops']:.2e} FLOPs" for name in runs))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read, keep if asked to, show."""
+    parser = argparse.ArgumentParser("analyse", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "place", type=Path, nargs="?", default=Path("outputs/recipes"), help="run folders, or a kept file"
+    )
+    parser.add_argument("--keep", type=Path, default=None, metavar="FILE", help="where to keep what the tables need")
+    known = parser.parse_args(arguments)
+    runs = collect(known.place) if known.place.is_dir() else json.loads(known.place.read_text())
+    if known.keep is not None:
+        known.keep.write_text(json.dumps(runs, separators=(",", ":")).replace('},"', '},\n"') + "\n")
+    show(runs)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/recipes"))
+    main()

@@ -1,4 +1,4 @@
-"""Handing a model on: its card, its merged form, and the hub when asked."""
+"""A finished model for others: its card, its merged form, and the hub when asked."""
 
 from __future__ import annotations
 
