@@ -32,7 +32,7 @@ from d1lit.checkpoint.folder import (
     write_file,
 )
 from d1lit.checkpoint.tree import Pieces, join_tree
-from d1lit.processes import gathered, is_first, wait_for_all, world
+from d1lit.processes import all_gather_objects, is_first, wait_for_all, world
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def write_pieces(tree: Any, folder: Path) -> Any:
         (beside / f"{name}.json").write_text(json.dumps(entry))
     except OSError as found:
         error = str(found)
-    errors = [found for found in gathered(error) if found is not None]
+    errors = [found for found in all_gather_objects(error) if found is not None]
     if errors:
         raise OSError(errors[0])
     return marked
