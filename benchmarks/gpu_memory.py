@@ -19,16 +19,16 @@ from rollout import our_sampler
 from scoring import random_rows
 
 from d1lit.draws import CounterDraws
-from d1lit.footprint import Counts, Work, count_parameters, memory
+from d1lit.footprint import Counts, Workload, count_parameters, memory
 from d1lit.models import LoraSettings
 from d1lit.models.kernels import PLAIN
 from d1lit.sampling import BlockSampler
 from d1lit.scoring import score
 
 
-def stage(session: Session, counts: Counts, views: int, length: int, scored: int, recomputes: bool) -> Work:
+def stage(session: Session, counts: Counts, views: int, length: int, scored: int, recomputes: bool) -> Workload:
     """A stage on one device without a rollout."""
-    return Work(
+    return Workload(
         config=session.shape.config(), counts=counts, itemsize=2 if session.is_cuda else 4, optimizer_slots=2.0,
         world_size=1, is_sharded=False, is_offloaded=False, recomputes_blocks=recomputes, num_micro=1, views=views,
         length=length, scored=scored, views_per_chunk=None, keeps_reference=False, on_gpu=session.is_cuda,

@@ -26,7 +26,7 @@ from d1lit.costs import (
     update_flops,
 )
 from d1lit.draws import CounterDraws
-from d1lit.losses.supervised import MaskedCrossEntropy, token_mean
+from d1lit.losses.supervised import MaskedCrossEntropy, per_target_token
 from d1lit.masking import apply_mask
 from d1lit.models import Policy
 from d1lit.models.graphs import ForwardGraphs
@@ -246,7 +246,7 @@ def sft_loss(policy: Policy, ids: torch.Tensor, is_masked: torch.Tensor, start: 
     weight = torch.full((len(ids),), 2.0, device=ids.device)
     is_target = torch.zeros_like(is_masked)
     is_target[:, start:] = True
-    return MaskedCrossEntropy(token_mean)(nll, weight, is_masked, is_target, int(is_target.sum()), len(ids))
+    return MaskedCrossEntropy(per_target_token)(nll, weight, is_masked, is_target, int(is_target.sum()), len(ids))
 
 
 def sft_run(session: Session, policy: Policy, rows: int, length: int) -> Callable[[], object]:

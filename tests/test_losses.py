@@ -28,7 +28,7 @@ from d1lit.losses.policy_gradient import (
     VESPOLoss,
     gamma_kernel,
 )
-from d1lit.losses.supervised import batch_mean, sequence_mean, token_mean
+from d1lit.losses.supervised import batch_mean, per_row, per_target_token
 from d1lit.losses.two_terms import OrderClippedLoss, WithSupervised, scored_units
 from d1lit.losses.weighted import DDOLoss, DMPOLoss, GDSDLoss, PreferenceLoss, WD1Loss, mean_centering
 from d1lit.types import LogProbs, LossInputs
@@ -424,7 +424,7 @@ def test_stable_drl_names_the_estimator_it_wants() -> None:
 # ---------------------------------------------------------------------------------------------------------- supervised
 
 
-@pytest.mark.parametrize("normalize", [token_mean, sequence_mean, batch_mean])
+@pytest.mark.parametrize("normalize", [per_target_token, per_row, batch_mean])
 def test_supervised_micro_batches_add_up(normalize: Any) -> None:
     generator = torch.Generator().manual_seed(3)
     nll, t = torch.rand(8, 9, generator=generator), torch.rand(8, generator=generator)
@@ -443,7 +443,7 @@ def test_supervised_micro_batches_add_up(normalize: Any) -> None:
 def test_supervised_loss_ignores_what_is_not_hidden_even_if_infinite() -> None:
     nll = torch.tensor([[1.0, math.inf, 2.0]], requires_grad=True)
     hidden, target = torch.tensor([[True, False, True]]), torch.tensor([[True, True, True]])
-    loss = MaskedCrossEntropy(token_mean)(nll, torch.tensor([2.0]), hidden, target, 3, 1)
+    loss = MaskedCrossEntropy(per_target_token)(nll, torch.tensor([2.0]), hidden, target, 3, 1)
     assert float(loss) == pytest.approx(2.0)
     assert _gradient(loss, nll).tolist()[0] == pytest.approx([2 / 3, 0, 2 / 3])
 

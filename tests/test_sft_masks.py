@@ -11,7 +11,7 @@ import torch
 from d1lit.data import CompletionBatch, EncodedRow, canvas_layout, completion_batch
 from d1lit.draws import CounterDraws
 from d1lit.losses import MaskedCrossEntropy
-from d1lit.losses.supervised import token_mean
+from d1lit.losses.supervised import per_target_token
 from d1lit.masking import BernoulliMask, BlockMask, ExactCountMask, UniformTimes, context_adaptive_weight
 from d1lit.modules import MaskedSFT
 from d1lit.modules.optimizing import constant
@@ -26,7 +26,7 @@ def module_with(kind: type[MaskedSFT] = MaskedSFT, **changes: Any) -> MaskedSFT:
         "times": UniformTimes(low=1e-3),
         "validation_times": UniformTimes(low=1e-3),
         "mask": BernoulliMask(),
-        "loss": MaskedCrossEntropy(token_mean),
+        "loss": MaskedCrossEntropy(per_target_token),
         "optimizer": sgd,
         "lr_schedule": partial(constant, warmup_updates=0),
         "num_updates": 1,

@@ -17,7 +17,7 @@ import torch
 from d1lit.costs import RolloutPlan, matmul_peak, rollout_flops
 from d1lit.errors import ConfigError
 from d1lit.fitting_memory import GIB, cures, device_memory, micro_batch_sizes, with_micro_batches
-from d1lit.footprint import Memory, Work, cycle_flops, memory, network_shape, update_flops
+from d1lit.footprint import MemoryNeed, Workload, cycle_flops, memory, network_shape, update_flops
 from d1lit.plan import Plan, StageParts
 from d1lit.workloads import evaluation_plan, stage_work
 
@@ -27,8 +27,8 @@ class StageEstimate:
     """What one stage would need."""
 
     name: str
-    work: Work
-    memory: Memory
+    work: Workload
+    memory: MemoryNeed
     updates: int
     rollouts: int
     flops: int
@@ -84,7 +84,7 @@ class EvaluationEstimate:
 
 
 def estimate_evaluations(
-    plan: Plan, work: Work, world_size: int, peak: float, utilisation: float
+    plan: Plan, work: Workload, world_size: int, peak: float, utilisation: float
 ) -> list[EvaluationEstimate]:
     """Every completion length that is asked for; no row is assumed to end early, and judging is left out.
 
@@ -107,7 +107,7 @@ def estimate_evaluations(
     return found
 
 
-def _evaluation_bytes(work: Work, rollout: RolloutPlan) -> int:
+def _evaluation_bytes(work: Workload, rollout: RolloutPlan) -> int:
     """The whole model on every device, and a forward of the rollout."""
     whole = replace(work, rollout=rollout, validation=None, merges=False, is_sharded=False, is_offloaded=False)
     need = memory(whole)
@@ -184,7 +184,7 @@ def _check_stage(plan: Plan, parts: StageParts, stage: StageEstimate, limit: flo
         raise ConfigError(key, cause, f"strategy=fsdp, more machines, or {other}", "E602")
 
 
-def _check_evaluation(plan: Plan, entry: EvaluationEstimate, work: Work, limit: float) -> None:
+def _check_evaluation(plan: Plan, entry: EvaluationEstimate, work: Workload, limit: float) -> None:
     """Refuse an evaluation that does not fit, naming how many rows of a forward would."""
     if entry.memory <= limit:
         return
@@ -197,7 +197,7 @@ def _check_evaluation(plan: Plan, entry: EvaluationEstimate, work: Work, limit: 
     raise ConfigError("evaluation", f"{cause}, which has {limit / GIB:.1f}", cure, "E602")
 
 
-def merge_bytes(work: Work) -> int:
+def merge_bytes(work: Workload) -> int:
     """What `d1lit export` and the hand-over between stages hold: the model, and one matrix three times in float32."""
     widest = max(work.config.intermediate_size, work.config.hidden_size) * work.config.hidden_size
     return (work.counts.total - work.counts.adapter) * work.itemsize + 3 * widest * work.wide

@@ -23,8 +23,8 @@ from d1lit.callbacks.progress import RowsProgress
 from d1lit.data import EncodedRow
 from d1lit.draws import CounterDraws
 from d1lit.evaluation import (
+    EvaluationProtocol,
     Progress,
-    Protocol,
     check_coverage,
     evaluate,
     json_lines,
@@ -36,7 +36,7 @@ from d1lit.evaluation import (
 from d1lit.models import Policy, encode_text
 from d1lit.modules.stage_data import prompt_rows
 from d1lit.plan import Plan, decode, evaluation_rows, evaluation_sampler, shortened
-from d1lit.processes import Place, gathered, is_first, wait_for_all, world
+from d1lit.processes import Place, all_gather_objects, is_first, wait_for_all, world
 from d1lit.report.console import say
 from d1lit.sampling import BlockSampler
 from d1lit.statistics import pass_at_k, wilson_interval
@@ -81,10 +81,11 @@ class TaskEvaluator:
         """Entries of `evaluations`, one a task and length, with the draws of one seed."""
         if isinstance(self.plan.task, MixedTask):
             return [entry for member in self._members().values() for entry in member.at_seed(policy, stage, seed)]
-        rows, prefix = evaluation_rows(self.plan, self.tokenizer), graded_text(self.plan.task.template, "")
+        rows = evaluation_rows(self.plan, self.tokenizer)
         lengths = self.plan.config.evaluation.lengths or [self.plan.sampler.completion_length]
         return [
-            self._entry(policy, stage, evaluation_sampler(self.plan, length), rows, seed, prefix) for length in lengths
+            self._entry(policy, stage, evaluation_sampler(self.plan, length), rows, seed, self._graded_prefix)
+            for length in lengths
         ]
 
     def _members(self) -> dict[str, TaskEvaluator]:
@@ -195,7 +196,9 @@ class TaskEvaluator:
             graded_prefix=prefix,
             protocol_sha256=protocol_sha256,
         )
-        records = sorted((record for part in gathered(mine) for record in part), key=lambda record: record["index"])
+        records = sorted(
+            (record for part in all_gather_objects(mine) for record in part), key=lambda record: record["index"]
+        )
         if file is not None and is_first():
             collect_records(file, here.world_size)
         wait_for_all()
@@ -228,7 +231,7 @@ class TaskEvaluator:
 
         return step
 
-    def _protocol(self, sampler: Any, num_rows: int, seed: int) -> Protocol:
+    def _protocol(self, sampler: Any, num_rows: int, seed: int) -> EvaluationProtocol:
         config = self.plan.config
         settings = {
             "sampler": described(sampler),
@@ -243,7 +246,7 @@ class TaskEvaluator:
             **prompt_protocol(self.plan.task.template),
         }
         task = self.plan.task
-        return Protocol(task.display_name, num_rows, task.template.sha256, settings)
+        return EvaluationProtocol(task.display_name, num_rows, task.template.sha256, settings)
 
 
 def weights_of(config: Any, sha256: str = "") -> dict[str, Any]:
@@ -257,7 +260,7 @@ def weights_of(config: Any, sha256: str = "") -> dict[str, Any]:
     return {"path": config.model.path, "revision": config.model.revision, **places, "files_sha256": sha256 or None}
 
 
-def rows_and_code(rows: Sequence[EncodedRow], protocol: Protocol) -> str:
+def rows_and_code(rows: Sequence[EncodedRow], protocol: EvaluationProtocol) -> str:
     """Hash of what an evaluation's records depend on besides the weights."""
     digest = hashlib.sha256((protocol.sha256 + code_sha256(".")).encode())
     for row in rows:

@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Protocol:
+class EvaluationProtocol:
     """Everything a number depends on besides the weights; its hash names the evaluation."""
 
     task: str

@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from d1lit.data import BatchPlan
-from d1lit.footprint import Work, memory
+from d1lit.footprint import Workload, memory
 from d1lit.plan import Plan, StageParts
 from d1lit.workloads import stage_work
 
@@ -46,7 +46,7 @@ def with_micro_batches(plan: Plan, sizes: Mapping[str, int]) -> Plan:
     return replace(plan, stages=stages)
 
 
-def smaller(plan: Plan, parts: StageParts, work: Work) -> Iterator[tuple[str, Work]]:
+def smaller(plan: Plan, parts: StageParts, work: Workload) -> Iterator[tuple[str, Workload]]:
     """Ways for a stage to need less memory, the cheapest first, each with the words of the command line that ask it."""
     few = None if work.rollout is None else replace(work.rollout, rows=min(4, work.rollout.rows))
     recompute = "" if work.recomputes_blocks else "model.gradient_checkpointing=true "
@@ -91,7 +91,7 @@ def _divides(plan: Plan, devices: int) -> bool:
     return True
 
 
-def cures(plan: Plan, parts: StageParts, work: Work, limit: float) -> list[str]:
+def cures(plan: Plan, parts: StageParts, work: Workload, limit: float) -> list[str]:
     """What would make the stage fit: up to two ways."""
     found = (words for words, changed in smaller(plan, parts, work) if memory(changed).peak <= limit)
     return list(islice(found, 2))

@@ -73,7 +73,7 @@ def _count(config: MaskedDiffusionConfig, lora: LoraSettings | None) -> Counts:
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """One stage on one device, as numbers."""
 
     config: MaskedDiffusionConfig
@@ -127,7 +127,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryNeed:
     """Bytes on one device."""
 
     weights: int
@@ -163,7 +163,7 @@ class Memory:
         return max(self.start, self.fixed + max(update, self.rollout, self.scoring))
 
 
-def memory(work: Work) -> Memory:
+def memory(work: Workload) -> MemoryNeed:
     """Memory of one device."""
     counts, item = work.counts, work.itemsize
     share = work.world_size if work.is_sharded else 1
@@ -183,7 +183,7 @@ def memory(work: Work) -> Memory:
     reference = base * item // share if work.keeps_reference else 0
     on_device = 0 if work.is_offloaded else 1
     looks = [_rollout_bytes(work, plan) for plan in (work.rollout, work.validation) if plan is not None]
-    return Memory(
+    return MemoryNeed(
         weights=weights * on_device,
         gradients=gradients * on_device,
         optimizer=optimizer * on_device,
@@ -199,7 +199,7 @@ def memory(work: Work) -> Memory:
     )
 
 
-def _whole_bytes(work: Work, shards: int) -> int:
+def _whole_bytes(work: Workload, shards: int) -> int:
     """The whole model, beside its copy of reference before it is cut, and beside its shards at the end of the stage."""
     base = (work.counts.total - work.counts.adapter) * work.itemsize
     if not work.is_sharded:
@@ -208,7 +208,7 @@ def _whole_bytes(work: Work, shards: int) -> int:
     return model + max(base if work.keeps_reference else 0, shards)
 
 
-def kept_by_block(work: Work) -> int:
+def kept_by_block(work: Workload) -> int:
     """Bytes that a block keeps of each token for its backward pass (models/transformer.py, line by line)."""
     width, mlp = work.config.hidden_size, work.config.intermediate_size
     names = work.counts.adapted_names
@@ -222,7 +222,7 @@ def kept_by_block(work: Work) -> int:
     return both_norms + (attention + inputs + inner + ranks) * work.itemsize
 
 
-def block_scratch(work: Work, with_gradient: bool) -> int:
+def block_scratch(work: Workload, with_gradient: bool) -> int:
     """Bytes of each token at the widest moment inside one block, beside what is kept."""
     width, mlp = work.config.hidden_size, work.config.intermediate_size
     if with_gradient:  # gradients of the four tensors of the MLP and of the residual stream
@@ -232,14 +232,14 @@ def block_scratch(work: Work, with_gradient: bool) -> int:
     return max(attention, (2 * width + 3 * mlp) * work.itemsize + width * work.wide + adapted)
 
 
-def _head_scratch(work: Work, positions: int) -> int:
+def _head_scratch(work: Workload, positions: int) -> int:
     """Bytes of logits: a tile is formed while the one before still stands, unless the first holds the vocabulary."""
     vocabulary, budget = work.config.vocab_size, default_budget("cuda" if work.on_gpu else "cpu")
     rows, columns = tile_shape(positions, vocabulary, budget, work.wide)
     return rows * min(2 * columns, vocabulary) * work.wide
 
 
-def _update_bytes(work: Work) -> int:
+def _update_bytes(work: Workload) -> int:
     config, tokens = work.config, work.tokens
     layers = config.num_hidden_layers
     chunked = work.views_per_chunk is not None and work.views_per_chunk < work.views
@@ -260,7 +260,7 @@ def _update_bytes(work: Work) -> int:
     return finals + max(kept + moment, head if chunked else kept + head)
 
 
-def _rollout_bytes(work: Work, plan: RolloutPlan) -> int:
+def _rollout_bytes(work: Workload, plan: RolloutPlan) -> int:
     config = work.config
     body = plan.rows * plan.length * block_scratch(work, with_gradient=False)
     logits = plan.rows * plan.block_length * config.vocab_size * work.wide
@@ -273,7 +273,7 @@ def _rollout_bytes(work: Work, plan: RolloutPlan) -> int:
     return max(body, logits) + merged + cache
 
 
-def _scoring_bytes(work: Work) -> int:
+def _scoring_bytes(work: Workload) -> int:
     joined = work.views * work.corruptions_at_once
     views = min(joined, work.views_per_chunk or joined)
     scratch = views * work.length * block_scratch(work, with_gradient=False)
@@ -292,7 +292,7 @@ def network_shape(config: MaskedDiffusionConfig) -> NetworkShape:
     )
 
 
-def update_flops(work: Work) -> int:
+def update_flops(work: Workload) -> int:
     """One rank's operations of one optimizer step."""
     shape, extent = network_shape(work.config), replace(full(work.views, work.length), kept=work.scored)
     trains_weights = work.counts.adapter == 0
@@ -304,7 +304,7 @@ def update_flops(work: Work) -> int:
     return work.num_micro * (body + again + body_back + forward + backward + adapters)
 
 
-def cycle_flops(work: Work) -> int:
+def cycle_flops(work: Workload) -> int:
     """One rank's operations of one rollout and the passes that follow it; no row is assumed to end early."""
     if work.rollout is None:
         return 0

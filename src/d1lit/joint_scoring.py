@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from d1lit.processes import gathered
+from d1lit.processes import all_gather_objects
 from d1lit.scoring import score
 from d1lit.types import Context, Corruption, LogProbEstimator, LogProbs, MaskPredictor, Rollout, Scores
 
@@ -78,7 +78,7 @@ def score_together(
     """
     if not corruptions:
         return []
-    at_once = min(gathered(_at_once(policy, corruptions, views_per_chunk)))
+    at_once = min(all_gather_objects(_at_once(policy, corruptions, views_per_chunk)))
     result = []
     with torch.no_grad():
         for start in range(0, len(corruptions), at_once):

@@ -165,7 +165,7 @@ def first_decides(decide: Callable[[], T]) -> T:
     return found[0]
 
 
-def gathered(mine: T) -> list[T]:
+def all_gather_objects(mine: T) -> list[T]:
     """Every process's object, in rank order, on all of them."""
     if not dist.is_initialized():
         return [mine]

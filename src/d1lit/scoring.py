@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
-from d1lit.processes import gathered
+from d1lit.processes import all_gather_objects
 from d1lit.types import Corruption, MaskPredictor, Rollout, Scores
 
 _ENTROPY_BUDGET = 64 * 2**20  # bytes of logits at a time
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _ViewTable:
     """Which views run, which (rollout, k) pairs each of them scores, and where. Views nobody scores are left out."""
 
     views: Int[Tensor, " r"]
@@ -27,7 +27,7 @@ class _Plan:
     is_needed: Bool[Tensor, "r C"]
     """Completion positions that some pair of the view scores."""
 
-    def chunks(self, size: int, count: int) -> Iterator[_Plan]:
+    def chunks(self, size: int, count: int) -> Iterator[_ViewTable]:
         """Runs of at most `size` views, by rising number of scored positions, so that padding wastes little.
 
         Made up to `count` by runs of the first view with one position that no pair scores.
@@ -35,11 +35,11 @@ class _Plan:
         order = torch.argsort(self.is_needed.sum(-1), stable=True)
         parts = order.split(size) if len(order) else ()
         for part in parts:
-            yield _Plan(self.views[part], self.pairs[part], self.is_needed[part])
+            yield _ViewTable(self.views[part], self.pairs[part], self.is_needed[part])
         first = self.is_needed.new_zeros(1, self.is_needed.shape[1])
         first[:, 0] = True
         for _ in range(count - len(parts)):
-            yield _Plan(self.views.new_zeros(1), self.pairs.new_full((1, 1), -1), first)
+            yield _ViewTable(self.views.new_zeros(1), self.pairs.new_full((1, 1), -1), first)
 
     def positions(self) -> tuple[Int[Tensor, "r M"], Bool[Tensor, "r M"]]:
         """The needed completion positions of each view, padded to the most of any, and which of them are real."""
@@ -49,7 +49,7 @@ class _Plan:
         return places, torch.arange(most, device=counts.device) < counts[:, None]
 
 
-def _plan(corruption: Corruption) -> _Plan:
+def _view_table(corruption: Corruption) -> _ViewTable:
     """Turn `view_of` (views of each rollout) round: the scored pairs of each view, and the positions they want."""
     num_views = len(corruption.noised_ids)
     view_of = corruption.view_of.flatten()
@@ -64,7 +64,7 @@ def _plan(corruption: Corruption) -> _Plan:
     is_needed = is_scored.new_zeros(num_views, is_scored.shape[-1], dtype=torch.int32)
     is_needed = is_needed.index_add_(0, view, is_scored[pairs].int()) > 0
     views = torch.nonzero(per_view).squeeze(-1)
-    return _Plan(views, table[views], is_needed[views])
+    return _ViewTable(views, table[views], is_needed[views])
 
 
 def score(
@@ -94,7 +94,7 @@ def score(
     """
     shape = corruption.target_ids.shape
     num_tokens = shape[2]
-    plan = _plan(corruption)
+    plan = _view_table(corruption)
     size = max(1, min(views_per_chunk or len(plan.views), len(plan.views)))
     num_chunks = _num_chunks(policy, -(-len(plan.views) // size))
     if num_chunks == 0:
@@ -133,7 +133,7 @@ def _num_chunks(policy: MaskPredictor, own: int) -> int:
     With gradients at least one: a loss of nothing has gradients too, of zero, which other processes wait for.
     """
     own = max(own, int(torch.is_grad_enabled()))
-    return max(gathered(own)) if isinstance(policy, FSDPModule) else own
+    return max(all_gather_objects(own)) if isinstance(policy, FSDPModule) else own
 
 
 def _scatter(index: tuple[Int[Tensor, " n"]], values: Float[Tensor, " n"], shape: torch.Size) -> Float[Tensor, "N K C"]:

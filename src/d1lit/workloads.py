@@ -15,7 +15,7 @@ from d1lit.components import build
 from d1lit.costs import RolloutPlan
 from d1lit.draws import CounterDraws
 from d1lit.errors import ConfigError
-from d1lit.footprint import Work, count_parameters
+from d1lit.footprint import Workload, count_parameters
 from d1lit.joint_scoring import corruptions_at_once
 from d1lit.models import MaskedDiffusionConfig, build_tiny_tokenizer
 from d1lit.models.layouts import read_config
@@ -59,7 +59,7 @@ def shape_of(plan: Plan) -> MaskedDiffusionConfig:
 # ------------------------------------------------------------------------------------------------ stages as workloads
 
 
-def stage_work(plan: Plan, parts: StageParts, world_size: int) -> Work:
+def stage_work(plan: Plan, parts: StageParts, world_size: int) -> Workload:
     """A stage of a plan as numbers."""
     model = plan.config.model
     config = shape_of(plan)
@@ -71,7 +71,7 @@ def stage_work(plan: Plan, parts: StageParts, world_size: int) -> Work:
     on_gpu = plan.device.type == "cuda" or plan.config.hardware.peak_tflops is not None
     muon = isinstance(parts.optimizer, partial) and parts.optimizer.func is MuonWithAdamW
     slots = 2.0 - counts.matrices / counts.trainable if muon else 2.0
-    common = Work(
+    common = Workload(
         config=config,
         counts=counts,
         itemsize=_ITEMSIZE[model.dtype],
@@ -99,7 +99,7 @@ def stage_work(plan: Plan, parts: StageParts, world_size: int) -> Work:
     return replace(common, length=prompt + completion, scored=completion)
 
 
-def _rl_work(plan: Plan, parts: StageParts, common: Work, keywords: Mapping[str, Any]) -> Work:
+def _rl_work(plan: Plan, parts: StageParts, common: Workload, keywords: Mapping[str, Any]) -> Workload:
     sampler, group, inner = plan.sampler, keywords["group_size"], keywords["num_inner_updates"]
     loss: PolicyLoss = keywords["loss"]
     prompt, completion = plan.task.max_prompt_length, sampler.completion_length

@@ -30,7 +30,7 @@ from d1lit.models.presets import fresh_network, tiny_config
 from d1lit.models.sharding import shard, whole
 from d1lit.modules import DiffuGRPO
 from d1lit.plan import make_stage
-from d1lit.processes import gathered, is_first, join_world, world
+from d1lit.processes import all_gather_objects, is_first, join_world, world
 from d1lit.quiet import quiet_libraries
 from d1lit.recipes import StageFolder, run_stage
 from d1lit.rewards.parts import RewardParts
@@ -124,7 +124,7 @@ class Recorder(L.Callback):
         ]
         numbers = [torch.cat([getattr(e, name) for e in pl_module.experience]) for name in ("rewards", "advantages")]
         for name, mine in zip(("row_ids", "completion_ids", "rewards", "advantages"), [*parts, *numbers], strict=True):
-            self.rollouts[f"{batch.step:03d}.{name}"] = torch.cat(gathered(mine))
+            self.rollouts[f"{batch.step:03d}.{name}"] = torch.cat(all_gather_objects(mine))
 
 
 class Looks(DummyLogger):

@@ -16,7 +16,7 @@ from d1lit.draws import CounterDraws
 from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.losses import MaskedCrossEntropy
 from d1lit.losses.clipped import ClippedPolicyLoss
-from d1lit.losses.supervised import token_mean as supervised_token_mean
+from d1lit.losses.supervised import per_target_token
 from d1lit.losses.terms import k3, token_mean
 from d1lit.masking import BernoulliMask, GridTimes, UniformTimes
 from d1lit.models import KVCache, LoraSettings, Policy, add_lora
@@ -178,7 +178,7 @@ def sft_module(policy: Any, num_updates: int) -> MaskedSFT:
         times=UniformTimes(low=1e-3),
         validation_times=UniformTimes(low=1e-3),
         mask=BernoulliMask(),
-        loss=MaskedCrossEntropy(supervised_token_mean),
+        loss=MaskedCrossEntropy(per_target_token),
         optimizer=sgd,
         lr_schedule=partial(constant, warmup_updates=0),
         num_updates=num_updates,

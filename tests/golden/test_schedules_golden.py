@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from d1lit import masking, schedules
-from d1lit.losses.supervised import MaskedCrossEntropy, batch_mean, sequence_mean, token_mean
+from d1lit.losses.supervised import MaskedCrossEntropy, batch_mean, per_row, per_target_token
 from tests.golden.reading import method_cases, method_tensors, needs_golden
 from tests.golden.replay import ReplayDraws, StoredCalls, assert_near
 
@@ -59,7 +59,7 @@ def llada_loss(case: Case, t: Tensors) -> None:
     network = StoredCalls(t)
     noised = masking.apply_mask(ids, hidden, s["mask_id"])
     assert torch.equal(noised, t["call0.input_ids"])
-    normalize = sequence_mean if "sft" in case["name"] else token_mean
+    normalize = per_row if "sft" in case["name"] else per_target_token
     loss = MaskedCrossEntropy(normalize)(
         _cross_entropy(network, noised, ids),
         schedules.LinearSchedule().weight(times),
@@ -119,7 +119,7 @@ def mdlm_loss(case: Case, t: Tensors) -> None:
     allowed = torch.arange(logits.shape[-1]) != s["mask_id"]
     nll = -torch.log_softmax(torch.where(allowed, logits, -torch.inf), -1).gather(-1, ids[..., None])[..., 0]
     assert_near("token loss", torch.where(hidden, nll * schedule.weight(times)[:, None], 0.0), t["out.token_loss"])
-    loss = MaskedCrossEntropy(token_mean)(nll, schedule.weight(times), hidden, every, ids.numel(), len(ids))
+    loss = MaskedCrossEntropy(per_target_token)(nll, schedule.weight(times), hidden, every, ids.numel(), len(ids))
     _check_loss(case, loss, t["out.loss_mean"], network)
 
 
@@ -184,7 +184,7 @@ def dllm_loss(case: Case, t: Tensors) -> None:
     noised, network = masking.apply_mask(ids, hidden, s["mask_id"]), StoredCalls(t)
     assert torch.equal(noised, t["call0.input_ids"])
     weighting = schedules.UniformWeight(schedule) if s["loss_weight_type"] == "uniform" else schedule
-    normalize = {"token": token_mean, "sequence": sequence_mean, "batch": batch_mean}[s["loss_norm_type"]]
+    normalize = {"token": per_target_token, "sequence": per_row, "batch": batch_mean}[s["loss_norm_type"]]
     loss = MaskedCrossEntropy(normalize)(
         _cross_entropy(network, noised, ids),
         weighting.weight(times),

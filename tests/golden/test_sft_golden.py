@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from d1lit.losses.supervised import MaskedCrossEntropy, token_mean
+from d1lit.losses.supervised import MaskedCrossEntropy, per_target_token
 from d1lit.masking import BernoulliMask, GridTimes, UniformTimes, apply_mask
 from d1lit.models import Policy, load_network
 from d1lit.models.layouts import to_official_name
@@ -55,7 +55,7 @@ def test_supervised_loss_equals_d1(entry: dict[str, Any], name: str) -> None:
         return
     logits = t["logits"].clone().requires_grad_()
     nll = -torch.log_softmax(logits, -1).gather(-1, ids[..., None])[..., 0]
-    loss = MaskedCrossEntropy(token_mean)(
+    loss = MaskedCrossEntropy(per_target_token)(
         nll, schedule.weight(times), hidden, is_target, int(is_target.sum()), len(ids)
     )
     assert_near(f"{name} loss", loss, t["loss"].reshape(()))
@@ -80,7 +80,7 @@ def _check_network(
     states = policy.hidden(t["noisy_ids"])
     picked = policy.logprobs(states[hidden], t["ids"][hidden][:, None])[:, 0]
     nll = torch.zeros(hidden.shape).masked_scatter(hidden, -picked)
-    loss = MaskedCrossEntropy(token_mean)(nll, weight, hidden, is_target, int(is_target.sum()), len(hidden))
+    loss = MaskedCrossEntropy(per_target_token)(nll, weight, hidden, is_target, int(is_target.sum()), len(hidden))
     assert_near(f"{name} loss", loss, t["loss"].reshape(()), **entry["tolerance"])
     loss.backward()
     ours = {to_official_name(n, network.config.family): p.grad for n, p in network.named_parameters()}

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from d1lit.checkpoint import put_whole
 from d1lit.models import Policy, save_weights
-from d1lit.models.sharding import gathered
+from d1lit.models.sharding import gathered_parameters
 
 Measure = Callable[[Policy], dict[str, float]]
 
@@ -76,7 +76,7 @@ class Validate(L.Callback):
         if step == self._looked_at:
             return
         policy = pl_module.policy
-        with gathered(policy):  # pyright: ignore[reportArgumentType] (every stage's module has a Policy)
+        with gathered_parameters(policy):  # pyright: ignore[reportArgumentType] (every stage's module has a Policy)
             numbers = self.measure(policy)  # pyright: ignore[reportArgumentType]
             loss = getattr(pl_module, "validation_loss", lambda batch_size: None)(self.batch_size)
         if loss is not None:

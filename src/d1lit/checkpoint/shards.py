@@ -32,7 +32,7 @@ from d1lit.checkpoint.folder import (
     write_file,
 )
 from d1lit.checkpoint.tree import Pieces, join_tree
-from d1lit.processes import gathered, is_first, world
+from d1lit.processes import all_gather_objects, is_first, world
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _on_all(act: Callable[[], None]) -> None:
         act()
     except OSError as found:
         error = str(found)
-    errors = [found for found in gathered(error) if found is not None]
+    errors = [found for found in all_gather_objects(error) if found is not None]
     if errors:
         raise OSError(errors[0])
 

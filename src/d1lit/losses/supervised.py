@@ -17,7 +17,7 @@ TokenLosses = Float[Tensor, "n T"]
 Normalization = Callable[[TokenLosses, Bool[Tensor, "n T"], float | int, float | int], Float[Tensor, ""]]
 
 
-def token_mean(
+def per_target_token(
     losses: TokenLosses, is_target: Bool[Tensor, "n T"], num_targets: float | int, num_rows: float | int
 ) -> Float[Tensor, ""]:
     """Over all tokens that could have been hidden, end-of-sequence padding included (d1, arXiv 2504.12216).
@@ -27,7 +27,7 @@ def token_mean(
     return losses.sum() / num_targets
 
 
-def sequence_mean(
+def per_row(
     losses: TokenLosses, is_target: Bool[Tensor, "n T"], num_targets: float | int, num_rows: float | int
 ) -> Float[Tensor, ""]:
     """Each row over its own answer length, then the mean of the rows (LLaDA's guide, arXiv 2502.09992)."""
@@ -46,7 +46,7 @@ class MaskedCrossEntropy:
     """Cross-entropy of the hidden tokens, each times its weight (LLaDA, arXiv 2502.09992, and d1, arXiv 2504.12216)."""
 
     normalize: Normalization
-    """What the sum is divided by: `token_mean` (d1), `sequence_mean` (LLaDA) or `batch_mean`."""
+    """What the sum is divided by: `per_target_token` (d1), `per_row` (LLaDA) or `batch_mean`."""
 
     def __call__(
         self,

@@ -52,7 +52,7 @@ def sharded_parts(policy: nn.Module) -> list[FSDPModule]:
 
 
 @contextmanager
-def gathered(policy: nn.Module) -> Iterator[None]:
+def gathered_parameters(policy: nn.Module) -> Iterator[None]:
     """Within the context every process holds all parameters, gathered once; nothing happens to a whole policy.
 
     For rollouts: no forward communicates, so processes may run different numbers of them. Enter it outside

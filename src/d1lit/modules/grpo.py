@@ -20,7 +20,7 @@ from d1lit.joint_scoring import likelihoods
 from d1lit.losses import check_pair, check_trajectory
 from d1lit.losses.terms import KLEstimator, k1
 from d1lit.models import Policy
-from d1lit.models.sharding import gathered
+from d1lit.models.sharding import gathered_parameters
 from d1lit.modules.accounting import Meter, StageCost, UpdateMetrics, close_update
 from d1lit.modules.experience import (
     Experience,
@@ -42,8 +42,7 @@ from d1lit.modules.optimizing import (
     trainable_state,
 )
 from d1lit.modules.refilling import JudgedRollout, lacks_spread, refilled
-from d1lit.processes import gathered as gathered_objects
-from d1lit.processes import gathered_rows
+from d1lit.processes import all_gather_objects, gathered_rows
 from d1lit.rewards.parts import RewardParts, outcome_fraction
 from d1lit.sampling import ApproximateSampler
 from d1lit.sampling.prediction import evaluation_mode
@@ -265,7 +264,12 @@ class DiffuGRPO(L.LightningModule):
 
     def _sample_and_judge(self, prompts: PromptBatch, step: int) -> JudgedRollout:
         """Rollouts of some prompts, with what the judges say of them."""
-        with self.meter("rollout"), self._rollout_weights(), gathered(self.policy), self._rollout_dropout(step):
+        with (
+            self.meter("rollout"),
+            self._rollout_weights(),
+            gathered_parameters(self.policy),
+            self._rollout_dropout(step),
+        ):
             rollout = self.sampler(self.policy, prompts, self.group_size, self.draws.at(step=step))
             rollout = replace(rollout, completions=tuple(self.decode(ids) for ids in rollout.completion_ids))
         with self.meter("reward"):
@@ -385,11 +389,11 @@ class DiffuGRPO(L.LightningModule):
         if not isinstance(sampler, ApproximateSampler):
             return
         if sampler.is_approximate:
-            with self.meter("replay"), self._rollout_weights(), gathered(self.policy):
+            with self.meter("replay"), self._rollout_weights(), gathered_parameters(self.policy):
                 nats = sampler.replay(self.policy, rollout, REPLAYED_ROWS)
             self.metrics.add_approximation("approximation_nats", nats)
         if self.merge_for_rollouts and self.policy.is_adapted and not self.policy.merges_exactly:
-            with self.meter("replay"), gathered(self.policy):
+            with self.meter("replay"), gathered_parameters(self.policy):
                 nats = sampler.replay(self.policy, rollout, REPLAYED_ROWS)
             self.metrics.add_approximation("merge_nats", nats)
 
@@ -436,7 +440,7 @@ class DiffuGRPO(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the experience, so that a run stopped inside a cycle goes on inside it."""
         checkpoint["state_dict"] = trainable_state(self.policy, checkpoint["state_dict"])
-        checkpoint["experience"] = gathered_objects([asdict(e) for e in self.experience])
+        checkpoint["experience"] = all_gather_objects([asdict(e) for e in self.experience])
         checkpoint["num_micro"] = self.trainer.accumulate_grad_batches
         checkpoint["cost"] = self.cost.record()
         checkpoint["latest_rollout"] = self.metrics.latest_rollout

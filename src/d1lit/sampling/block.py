@@ -17,7 +17,7 @@ from d1lit.sampling.parts import Cells, CommitRule, Confidence, Memory, Proposal
 from d1lit.sampling.prediction import Canvas, View, block_causal, choose, entropies, evaluation_mode, predict
 from d1lit.sampling.remask import with_shadow
 from d1lit.sampling.replay import approximation_nats
-from d1lit.sampling.rows import Rows, lay_out
+from d1lit.sampling.rows import CanvasBatch, lay_out
 from d1lit.types import Draws, MaskPredictor, PromptBatch, Rollout
 
 
@@ -185,7 +185,7 @@ class BlockSampler:
         """Mean |log p of the exact network - log p recorded| of the chosen tokens, over some rows, in nats."""
         return approximation_nats(policy, rollout, self.temperature, self.guidance, num_rows)
 
-    def _fill(self, policy: MaskPredictor, rows: Rows, draws: Draws) -> None:
+    def _fill(self, policy: MaskPredictor, rows: CanvasBatch, draws: Draws) -> None:
         """Block after block for the rows on board; a finished row makes room for one that waits."""
         waiting = list(range(len(rows.row_ids)))[::-1]
         room = self.rows_per_forward or 2 * len(waiting)
@@ -201,7 +201,7 @@ class BlockSampler:
                 ended = rows.end_at_eos(torch.tensor(list(aboard), device=rows.ids.device), policy.eos_token_id)
                 aboard = {row: aboard[row] for row, end in zip(list(aboard), ended, strict=True) if not end}
 
-    def _wave(self, rows: Rows, aboard: dict[int, int]) -> _Wave:
+    def _wave(self, rows: CanvasBatch, aboard: dict[int, int]) -> _Wave:
         """The rows on board at their blocks."""
         device = rows.ids.device
         index = torch.tensor(list(aboard), device=device)
@@ -213,7 +213,7 @@ class BlockSampler:
         span = self.cache.span(start, start + self.block_length, rows.ids.shape[1])
         return _Wave(index, first, self.cache.storage(), span)
 
-    def _fill_block(self, policy: MaskPredictor, rows: Rows, wave: _Wave, draws: Draws) -> None:
+    def _fill_block(self, policy: MaskPredictor, rows: CanvasBatch, wave: _Wave, draws: Draws) -> None:
         """All denoising steps of one block of each row."""
         if rows.memory is not None and rows.memory.width == self.block_length:
             rows.memory.forget(wave.index)
@@ -244,12 +244,12 @@ class BlockSampler:
             rows.close_step(wave.index)
             computed += 1
 
-    def _masked(self, policy: MaskPredictor, rows: Rows, wave: _Wave) -> Bool[Tensor, "n block"]:
+    def _masked(self, policy: MaskPredictor, rows: CanvasBatch, wave: _Wave) -> Bool[Tensor, "n block"]:
         """Which positions of the block are masked."""
         return rows.block_ids(wave.index, wave.first, self.block_length) == policy.mask_token_id
 
     def _cells(
-        self, policy: MaskPredictor, rows: Rows, wave: _Wave, width: int, moment: _Moment, draws: Draws
+        self, policy: MaskPredictor, rows: CanvasBatch, wave: _Wave, width: int, moment: _Moment, draws: Draws
     ) -> Cells:
         """The positions that the step predicts: the `width` leftmost masked ones of the block, or all masked ones."""
         masked, first = self._masked(policy, rows, wave), wave.first[:, None]
@@ -273,7 +273,7 @@ class BlockSampler:
         )
 
     def _step(
-        self, policy: MaskPredictor, rows: Rows, wave: _Wave, width: int, moment: _Moment, draws: Draws
+        self, policy: MaskPredictor, rows: CanvasBatch, wave: _Wave, width: int, moment: _Moment, draws: Draws
     ) -> Float[Tensor, "n block"] | None:
         """One forward: predictions at the `width` leftmost masked positions of the block, some of them fixed.
 
@@ -303,7 +303,7 @@ class BlockSampler:
         rows.entropy[who, where] = entropies(logits.flatten(0, 1), places).float()
         return verified
 
-    def _remembered(self, rows: Rows, logits: Float[Tensor, "n M V"]) -> Memory:
+    def _remembered(self, rows: CanvasBatch, logits: Float[Tensor, "n M V"]) -> Memory:
         """The memory of this call, empty at first."""
         assert self.memory is not None
         if rows.memory is None:
@@ -318,7 +318,7 @@ class BlockSampler:
         self,
         rule: RemaskRule,
         mask_token_id: int,
-        rows: Rows,
+        rows: CanvasBatch,
         wave: _Wave,
         moment: _Moment,
         verified: Float[Tensor, "n block"] | None,
@@ -344,7 +344,7 @@ class BlockSampler:
         rows.remask(wave.index, places, chosen & cells.candidates, mask_token_id)
 
     def _predict(
-        self, policy: MaskPredictor, rows: Rows, wave: _Wave, cells: Cells, fresh: bool
+        self, policy: MaskPredictor, rows: CanvasBatch, wave: _Wave, cells: Cells, fresh: bool
     ) -> tuple[Float[Tensor, "n M V"], Float[Tensor, "n block"] | None]:
         """Logits at the cells, counted; the first forward of a block fills the cache where there is one."""
         attention = None if rows.attention is None else rows.attention[wave.index]

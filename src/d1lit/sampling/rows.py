@@ -13,7 +13,7 @@ from d1lit.types import PromptBatch, Rollout
 
 
 @dataclass
-class Rows:
+class CanvasBatch:
     """The steps of the sampler write into these tensors by row index; nothing here leaves the device before the end."""
 
     prompts: PromptBatch
@@ -99,7 +99,7 @@ class Rows:
 
 def lay_out(
     prompts: PromptBatch, group_size: int, completion_length: int, mask_token_id: int, trace_steps: int
-) -> Rows:
+) -> CanvasBatch:
     """Every row with its prompt and a masked completion.
 
     Args:
@@ -117,7 +117,7 @@ def lay_out(
         attention = torch.cat([prompts.prompt_mask.repeat_interleave(group_size, 0), seen], 1)
     canvas = torch.full(shape, mask_token_id, dtype=prompt_ids.dtype, device=device)
     place = torch.arange(group_size, device=device)
-    return Rows(
+    return CanvasBatch(
         prompts=prompts,
         group_size=group_size,
         ids=torch.cat([prompt_ids, canvas], 1),

@@ -10,9 +10,9 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import permutations
 from typing import Any
 
+from d1lit.rewards.sudoku import all_grids
 from d1lit.tasks.source import (
     METHOD_CHARACTER,
     Forbidden,
@@ -38,14 +38,6 @@ _NUM_TEST_GRIDS = 48
 def is_valid_grid(grid: str) -> bool:
     """Whether 16 characters are a complete 4x4 grid: every row, column and box holds 1 to 4 once."""
     return len(grid) == 16 and all({grid[cell] for cell in unit} == set("1234") for unit in _UNITS)
-
-
-@cache
-def all_grids() -> tuple[str, ...]:
-    """The 288 valid grids, in ascending order."""
-    rows = ["".join(p) for p in permutations("1234")]
-    bands = [top + low for top in rows for low in rows if set(top[:2] + low[:2]) == set("1234")]
-    return tuple(grid for upper in bands for lower in bands if is_valid_grid(grid := upper + lower))
 
 
 @cache
