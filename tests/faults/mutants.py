@@ -222,6 +222,8 @@ def survivors(mutants: Sequence[Mutant]) -> list[str]:
     with tempfile.TemporaryDirectory(prefix="d1lit-mutants-") as name:
         copy = Path(name) / "src"
         shutil.copytree(ROOT / "src", copy)
+        for beside in ("conf", "docs"):  # what the source finds from where it stands
+            (Path(name) / beside).symlink_to(ROOT / beside)
         for mutant in mutants:
             file = copy / "d1lit" / mutant.file
             whole = file.read_text()
