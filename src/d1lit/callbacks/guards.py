@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from d1lit.errors import RunError
-from d1lit.processes import gathered
+from d1lit.processes import all_gather_objects
 
 _MOST_NAMES = 16
 """Rows of a step that its line names; the rest it counts."""
@@ -118,7 +118,7 @@ class SkipNonFinite(L.Callback):
 def bad_rows(window: Sequence[tuple[Tensor, Sequence[str]]]) -> list[str]:
     """The rows of the micro-batches whose loss is bad, on all ranks; those of all, where no loss is. All ranks call."""
     mine = [(bool(bad), list(names)) for bad, names in window]
-    everyone = [micro for rank in gathered(mine) for micro in rank]
+    everyone = [micro for rank in all_gather_objects(mine) for micro in rank]
     hit = [names for bad, names in everyone if bad] or [names for _, names in everyone]
     return list(dict.fromkeys(name for names in hit for name in names))
 
