@@ -95,6 +95,12 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_pooled(tmp_path):
     assert differing_settings([group[0] for _, group in named]) == [("loss.beta", [0.0, 0.1])]
 
 
+def test_a_seed_that_a_part_takes_from_the_run_is_no_setting(tmp_path):
+    own = [known_run(tmp_path / f"own{s}", [T], seed=s, settings={"advantage": {"seed": s}}) for s in (0, 1)]
+    other = known_run(tmp_path / "other", [T], seed=2, settings={"advantage": {"seed": 7}})
+    assert [len(group) for _, group in variants(read_runs([*own, other]))] == [2, 1]
+
+
 def test_equal_words_with_other_values_get_numbers(tmp_path):
     folders = [known_run(tmp_path / str(b), [T], settings={"loss": {"beta": b}}) for b in (0.0, 0.1)]
     assert [name for name, _ in variants(read_runs(folders))] == ["d1 #1", "d1 #2"]

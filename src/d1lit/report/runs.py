@@ -111,10 +111,12 @@ class Run:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Dotted key to value, of everything that makes the experiment what it is; secrets are blanked."""
+        seed = self.config.get("seed")
         return {
             key: value
             for key, value in flat(redact(dict(self.config))).items()
             if key.split(".")[0] not in NOT_THE_EXPERIMENT
+            and not (key.endswith(".seed") and value == seed)  # the run's own, handed to a part
         }
 
 
