@@ -2,7 +2,7 @@
 
 import sys
 
-from d1lit.cli import evaluate
+from d1lit.app.cli import evaluate
 
 if __name__ == "__main__":
     sys.exit(evaluate(sys.argv[1:]))

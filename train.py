@@ -2,7 +2,7 @@
 
 import sys
 
-from d1lit.cli import train
+from d1lit.app.cli import train
 
 if __name__ == "__main__":
     sys.exit(train(sys.argv[1:]))

@@ -21,12 +21,12 @@ from torch import Tensor
 from trained import Trained, load, split_arguments
 
 from d1lit.advantages import group_mean
+from d1lit.app.plan import decode
 from d1lit.data import prompt_batch
 from d1lit.draws import CounterDraws
 from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.modules.experience import reward_batch
 from d1lit.modules.stage_data import prompt_rows
-from d1lit.plan import decode
 from d1lit.scoring import score
 from d1lit.types import Context, Rollout
 

@@ -20,16 +20,16 @@ import textbook
 import torch
 from measuring import Run, against, compare, publish, setup, table
 
-from d1lit.bases import base_policy
-from d1lit.build import plan_run
-from d1lit.composing import compose_jobs
+from d1lit.app.build import plan_run
+from d1lit.app.composing import compose_jobs
+from d1lit.app.plan import Plan, decode, evaluation_rows
+from d1lit.app.run_policy import policy_of_run
+from d1lit.app.tiny_base import base_policy
 from d1lit.data import EncodedRow, prompt_batch
 from d1lit.draws import CounterDraws
 from d1lit.evaluation import evaluate, summarise
-from d1lit.handover import policy_of_run
 from d1lit.models import Policy
 from d1lit.models.cache import KVCache
-from d1lit.plan import Plan, decode, evaluation_rows
 from d1lit.quiet import quiet_libraries
 from d1lit.sampling import BlockSampler, DualCache, Threshold, approximation_nats
 from d1lit.stopping import StopFlag

@@ -10,8 +10,8 @@ from types import ModuleType
 import pytest
 from omegaconf import OmegaConf
 
-from d1lit.build import plan_run
-from d1lit.composing import CONF, compose_jobs
+from d1lit.app.build import plan_run
+from d1lit.app.composing import CONF, compose_jobs
 from d1lit.statistics import student_quantile
 
 HERE = Path(__file__).resolve().parents[1] / "experiments"

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from d1lit import bases, build, running
-from d1lit.build import check_hub_model, plan_run
-from d1lit.composing import compose_jobs
+from d1lit.app import build, running, tiny_base
+from d1lit.app.build import check_hub_model, plan_run
+from d1lit.app.composing import compose_jobs
 from d1lit.errors import ConfigError
 from d1lit.models import build_tiny_tokenizer, export_model
 from d1lit.models.presets import fresh_network, tiny_config
@@ -58,7 +58,7 @@ def test_the_kept_base_hangs_on_the_rows_it_keeps_away_from(tmp_path):
     for question in ("One and one?", "One and one?", "Two and none?"):
         build._task.cache_clear()  # a process reads a task's files once
         plan = plan_run(composed("train", f"task.test_data={rows(tmp_path / 'test.jsonl', question)}"))
-        found.append(bases.base_hash(plan))
+        found.append(tiny_base.base_hash(plan))
     assert found[0] == found[1] != found[2]
 
 
@@ -133,5 +133,5 @@ def test_demonstrations_of_the_8b_preset_have_their_own_limit(task, tmp_path):
 def test_an_evaluation_by_the_users_own_parts_is_not_shared():
     (plain,) = compose_jobs("train", ["task=sudoku", "recipe=sft"]).configs
     (own,) = compose_jobs("train", ["task=sudoku", "recipe=sft", "sampler.commit._target_=mine.Commit"]).configs
-    assert not bases.has_own_parts(plain)
-    assert bases.has_own_parts(own)
+    assert not tiny_base.has_own_parts(plain)
+    assert tiny_base.has_own_parts(own)

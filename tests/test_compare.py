@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from d1lit import commands
+from d1lit.app import commands
 from d1lit.report.comparing import compare, compare_pairs, scores_by_row
 from d1lit.report.runs import differing_settings, read_run, read_runs, variants
 from d1lit.report.tables import Table, as_csv, as_latex, as_markdown, differences_table, pairs_table, results_table

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from d1lit import cli
+from d1lit.app import cli
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "8b.md"
 COMMAND = ("recipe=d1", "task=gsm8k", "model=llada_8b", "evaluation.lengths=[128,256,512]", "dry_run=true")

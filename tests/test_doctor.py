@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from d1lit import commands, doctor
-from d1lit.doctor import Finding, examine, report
+from d1lit.app import commands, doctor
+from d1lit.app.doctor import Finding, examine, report
 from tests.real_runs import real_run
 
 CLOSED = "http://127.0.0.1:9"

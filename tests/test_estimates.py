@@ -14,18 +14,18 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from d1lit.build import plan_run
-from d1lit.composing import compose_jobs
+from d1lit.app.build import plan_run
+from d1lit.app.composing import compose_jobs
+from d1lit.app.dry_run import estimate_run
+from d1lit.app.micro_batches import GIB
+from d1lit.app.plan import Plan
+from d1lit.app.workloads import shape_of, stage_work
 from d1lit.costs import full
 from d1lit.errors import ConfigError
-from d1lit.estimates import estimate_run
-from d1lit.fitting_memory import GIB
 from d1lit.footprint import count_parameters, memory, update_flops
 from d1lit.models import LoraSettings
 from d1lit.models.layouts import to_official_name
 from d1lit.models.presets import build_on_meta
-from d1lit.plan import Plan
-from d1lit.workloads import shape_of, stage_work
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFLINE = ("task=gsm8k", "task.train_data=builtin", "task.test_data=builtin", "task.demonstration_data=task")

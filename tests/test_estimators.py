@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from d1lit.composing import CONF
+from d1lit.app.composing import CONF
 from d1lit.draws import CounterDraws
 from d1lit.estimators import spg
 from d1lit.estimators.block_elbo import BlockELBOEstimator

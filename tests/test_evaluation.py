@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from d1lit.cli import evaluate
-from d1lit.evaluating import deal_records
+from d1lit.app.cli import evaluate
+from d1lit.app.task_evaluator import deal_records
 from d1lit.evaluation import (
     append_records,
     check_coverage,

@@ -5,14 +5,14 @@ from functools import lru_cache, partial
 import pytest
 import torch
 
-from d1lit.build import plan_run
-from d1lit.components import build
-from d1lit.composing import compose_jobs
+from d1lit.app.build import plan_run
+from d1lit.app.components import build
+from d1lit.app.composing import compose_jobs
+from d1lit.app.micro_batches import FILL, device_memory, micro_batch_sizes, with_micro_batches
+from d1lit.app.workloads import stage_work
 from d1lit.errors import ConfigError
-from d1lit.fitting_memory import FILL, device_memory, micro_batch_sizes, with_micro_batches
 from d1lit.footprint import memory
 from d1lit.strategies import FullySharded, Setting
-from d1lit.workloads import stage_work
 
 OFFLINE = ("task=gsm8k", "task.train_data=builtin", "task.test_data=builtin", "task.demonstration_data=task")
 SMALL = ("task.num_builtin.train=200", "recipe=grpo", "scale.grpo.micro_batch_size=null", "model=llada_8b")

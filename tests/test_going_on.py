@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from d1lit import bases, running
-from d1lit.build import plan_run
+from d1lit.app import running, tiny_base
+from d1lit.app.build import plan_run
+from d1lit.app.composing import compose_jobs
+from d1lit.app.pinning import inputs
 from d1lit.checkpoint import broken, seal
-from d1lit.composing import compose_jobs
 from d1lit.errors import ConfigError
 from d1lit.models import build_tiny_tokenizer
-from d1lit.pinning import inputs
 from d1lit.stopping import StopFlag
 from tests.test_checkpoint import HOLD, flip_bit
 
@@ -138,15 +138,15 @@ class Made:
 
     def __init__(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.home, self.times = home, 0
-        monkeypatch.setattr(bases, "base_home", lambda plan: home)
-        monkeypatch.setattr(bases, "make_base", self)
+        monkeypatch.setattr(tiny_base, "base_home", lambda plan: home)
+        monkeypatch.setattr(tiny_base, "make_base", self)
 
     def __call__(self, *args: Any) -> None:
         self.times += 1
         weights = self.home.parent / "weights"
         weights.mkdir(parents=True, exist_ok=True)
         (weights / "model.safetensors").write_bytes(bytes(64))
-        bases.keep_base(weights, SimpleNamespace(save_pretrained=lambda folder: None), self.home)
+        tiny_base.keep_base(weights, SimpleNamespace(save_pretrained=lambda folder: None), self.home)
 
 
 def test_a_kept_base_that_is_damaged_is_made_again(tmp_path, monkeypatch):
@@ -155,7 +155,7 @@ def test_a_kept_base_that_is_damaged_is_made_again(tmp_path, monkeypatch):
     for times in (1, 1, 2):
         if times == 2:
             flip_bit(home / "model.safetensors", 9)
-        bases.make_shared_base(SimpleNamespace(), StopFlag())  # type: ignore[arg-type]
+        tiny_base.make_shared_base(SimpleNamespace(), StopFlag())  # type: ignore[arg-type]
         assert made.times == times and broken(home) is None
 
 
@@ -174,7 +174,7 @@ def test_a_base_that_another_run_is_making_is_waited_for(tmp_path, monkeypatch):
         seal(home)
         holder.communicate()
 
-    monkeypatch.setattr(bases.time, "sleep", other_is_done)
-    monkeypatch.setattr(bases, "say", said.append)
-    bases.make_shared_base(SimpleNamespace(), StopFlag())  # type: ignore[arg-type]
+    monkeypatch.setattr(tiny_base.time, "sleep", other_is_done)
+    monkeypatch.setattr(tiny_base, "say", said.append)
+    tiny_base.make_shared_base(SimpleNamespace(), StopFlag())  # type: ignore[arg-type]
     assert made.times == 0 and len(said) == 1 and f"process {holder.pid}" in said[0]

@@ -13,12 +13,12 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from d1lit import commands, handing_on
-from d1lit.chatting import answer, chat
-from d1lit.cli import main
+from d1lit.app import commands, export
+from d1lit.app.chatting import answer, chat
+from d1lit.app.cli import main
+from d1lit.app.export import model_card, push, write_card
+from d1lit.app.open_run import open_run
 from d1lit.errors import ConfigError
-from d1lit.handing_on import model_card, push, write_card
-from d1lit.opening import open_run
 from d1lit.report.runs import read_run
 from tests.real_runs import add_evaluation, copy_of, known_run, probed, real_run
 
@@ -150,11 +150,11 @@ def test_an_export_that_was_cut_short_is_no_model_and_can_be_asked_for_again(tmp
     def cut_short(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(handing_on, "model_card", cut_short)
+    monkeypatch.setattr(export, "model_card", cut_short)
     with pytest.raises(KeyboardInterrupt):
-        handing_on.export(real_run(), tmp_path / "whole")
+        export.export(real_run(), tmp_path / "whole")
     monkeypatch.undo()
-    handing_on.export(real_run(), tmp_path / "whole")
+    export.export(real_run(), tmp_path / "whole")
     names = {file.name for file in (tmp_path / "whole").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names and ".staging" not in names
 
@@ -187,7 +187,7 @@ def test_the_live_canvas_ends_in_the_same_answer_and_shows_masks():
 @pytest.mark.parametrize("sampler", ["dual_cache", "prefix_cache"])
 def test_the_live_canvas_is_whole_where_a_cache_hands_over_a_span(sampler, monkeypatch):
     seen = []
-    monkeypatch.setattr("d1lit.chatting.drawn", lambda run, canvas: seen.append(list(canvas)) or Text())
+    monkeypatch.setattr("d1lit.app.chatting.drawn", lambda run, canvas: seen.append(list(canvas)) or Text())
     run = open_run(real_run(), [f"sampler={sampler}"])
     assert run.plan.sampler.cache is not None
     console = Console(file=io.StringIO(), width=200, force_terminal=True)

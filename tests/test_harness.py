@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from d1lit.build import plan_run
-from d1lit.composing import compose_jobs
-from d1lit.harness import Generator, harness_model, run_harness, until
+from d1lit.app.build import plan_run
+from d1lit.app.composing import compose_jobs
+from d1lit.app.harness import Generator, harness_model, run_harness, until
+from d1lit.app.plan import evaluation_sampler
 from d1lit.models import Policy, build_tiny_tokenizer, export_model
 from d1lit.models.presets import fresh_network, tiny_config
-from d1lit.plan import evaluation_sampler
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 
-from d1lit import cli
-from d1lit.composing import CONF, compose_jobs
-from d1lit.sweeps import FOLDER, notes_of, reached, show_sweep
+from d1lit.app import cli
+from d1lit.app.composing import CONF, compose_jobs
+from d1lit.app.sweeps import FOLDER, notes_of, reached, show_sweep
 
 PAGE = CONF.parent / "docs" / "scaling.md"
 
@@ -84,7 +84,7 @@ def page_commands() -> list[str]:
 def test_every_command_of_the_page_composes(command):
     words = shlex.split(command)
     if words[0] == "d1lit":
-        from d1lit.commands import COMMANDS
+        from d1lit.app.commands import COMMANDS
 
         assert words[1] in COMMANDS
         return

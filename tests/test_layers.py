@@ -1,6 +1,7 @@
 """Imports point down the layers, never sideways; Lightning and Hydra stay in their storeys."""
 
 import ast
+from collections.abc import Sequence
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "d1lit"
@@ -16,32 +17,50 @@ LAYERS: list[set[str]] = [
     {"strategies"},
     {"modules"},
     {"callbacks", "recipes", "report"},
-    {"wording"},
-    {"composing", "foreign"},
-    {"components", "values"},
-    {"plan"},
-    {"build"},
-    {"handover"},
-    {"evaluating", "workloads"},
-    {"fitting_memory"},
-    {"estimates"},
-    {"fitting"},
-    {"pinning"},
-    {"bases"},
-    {"opening"},
-    {"playing", "chatting", "handing_on", "consolidating", "doctor", "harness", "verify", "evaluate_command"},
-    {"presenting"},
-    {"running", "sweeps"},
-    {"commands"},
-    {"cli"},
+    {"app.config_errors"},
+    {"app.composing", "app.foreign"},
+    {"app.components", "app.config_checks"},
+    {"app.plan"},
+    {"app.build"},
+    {"app.run_policy"},
+    {"app.task_evaluator", "app.workloads"},
+    {"app.micro_batches"},
+    {"app.dry_run"},
+    {"app.trainer"},
+    {"app.pinning"},
+    {"app.tiny_base"},
+    {"app.open_run"},
+    {
+        "app.playing",
+        "app.chatting",
+        "app.export",
+        "app.consolidating",
+        "app.doctor",
+        "app.harness",
+        "app.verify",
+        "app.evaluate_command",
+    },
+    {"app.artifacts"},
+    {"app.running", "app.sweeps"},
+    {"app.commands"},
+    {"app.cli"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-HEAVY_FROM = {"lightning": LAYER["checkpoint"], "hydra": LAYER["wording"], "omegaconf": LAYER["wording"]}
+HEAVY_FROM = {
+    "lightning": LAYER["checkpoint"],
+    "hydra": LAYER["app.config_errors"],
+    "omegaconf": LAYER["app.config_errors"],
+}
 
 
 def room_of(file: Path) -> str:
-    """Top-level module or package of the project that a file belongs to."""
-    return file.relative_to(SOURCE).parts[0].removesuffix(".py")
+    """Top-level module or package that a file belongs to; in `app` every module is a room of its own."""
+    return room_named(file.relative_to(SOURCE).with_suffix("").parts)
+
+
+def room_named(parts: Sequence[str]) -> str:
+    """The same of a module's name without `d1lit`."""
+    return ".".join(parts[:2]) if parts[0] == "app" else parts[0]
 
 
 def imported(file: Path) -> set[str]:
@@ -56,7 +75,9 @@ def imported(file: Path) -> set[str]:
     return names
 
 
-FILES = sorted(file for file in SOURCE.rglob("*.py") if file.name != "__init__.py" or file.parent != SOURCE)
+FILES = sorted(
+    file for file in SOURCE.rglob("*.py") if file not in (SOURCE / "__init__.py", SOURCE / "app" / "__init__.py")
+)
 
 
 def test_every_module_has_a_layer():
@@ -70,10 +91,10 @@ def test_imports_point_down():
         room = room_of(file)
         for name in imported(file):
             parts = name.split(".")
-            if parts[0] != "d1lit" or len(parts) < 2 or parts[1] == room:
+            if parts[0] != "d1lit" or len(parts) < 2 or (other := room_named(parts[1:])) == room:
                 continue
-            if LAYER[parts[1]] >= LAYER[room]:
-                above, below = f"{room} (layer {LAYER[room]})", f"{parts[1]} (layer {LAYER[parts[1]]})"
+            if LAYER[other] >= LAYER[room]:
+                above, below = f"{room} (layer {LAYER[room]})", f"{other} (layer {LAYER[other]})"
                 wrong.append(f"{above} imports {below} in {file.name}")
     assert not wrong, "\n".join(wrong)
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from d1lit.composing import compose_jobs
+from d1lit.app.composing import compose_jobs
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(

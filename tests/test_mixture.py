@@ -14,9 +14,9 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from d1lit.build import plan_run
-from d1lit.components import build
-from d1lit.composing import compose_jobs
+from d1lit.app.build import plan_run
+from d1lit.app.components import build
+from d1lit.app.composing import compose_jobs
 from d1lit.draws import CounterDraws
 from d1lit.errors import ConfigError
 from d1lit.models import build_tiny_tokenizer

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from d1lit import evaluating
-from d1lit.build import plan_run
-from d1lit.components import build
-from d1lit.composing import compose_jobs
+from d1lit.app import task_evaluator
+from d1lit.app.build import plan_run
+from d1lit.app.components import build
+from d1lit.app.composing import compose_jobs
+from d1lit.app.plan import Plan
+from d1lit.app.task_evaluator import TaskEvaluator
 from d1lit.errors import ConfigError
-from d1lit.evaluating import TaskEvaluator
 from d1lit.evaluation import append_records, read_records, record
 from d1lit.models import build_tiny_tokenizer
-from d1lit.plan import Plan
 from d1lit.rewards import graders
 from d1lit.rewards.code import sandbox_runs
 from d1lit.rewards.countdown import CountdownAttempt, CountdownSolved
@@ -114,7 +114,7 @@ def test_validation_and_test_count_what_the_reward_pays_and_keep_both_verdicts(
             append_records(file, found)
         return found
 
-    monkeypatch.setattr(evaluating, "evaluate", one_answer)
+    monkeypatch.setattr(task_evaluator, "evaluate", one_answer)
     evaluator = TaskEvaluator(plan, build_tiny_tokenizer(), tmp_path, StopFlag())
     policy: Any = SimpleNamespace(eos_token_id=0)
     validation, (test,) = evaluator.validation(policy), evaluator.at_seed(policy, "grpo", 0)

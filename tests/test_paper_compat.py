@@ -6,8 +6,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from d1lit.build import plan_run
-from d1lit.composing import compose_jobs
+from d1lit.app.build import plan_run
+from d1lit.app.composing import compose_jobs
+from d1lit.app.plan import judged_text
 from d1lit.data import InnerUpdate
 from d1lit.draws import CounterDraws
 from d1lit.errors import ConfigError
@@ -17,7 +18,6 @@ from d1lit.losses.terms import k3, token_mean
 from d1lit.models import LoraSettings, add_lora, build_tiny_tokenizer
 from d1lit.models.lora import factors, lora_layers
 from d1lit.modules import DiffuGRPO
-from d1lit.plan import judged_text
 from d1lit.sampling import HalfGumbel, HalfTokenProbability
 from d1lit.sampling.parts import Choice, Prediction
 from d1lit.tasks import encode_prompts
@@ -76,7 +76,7 @@ def test_one_quirk_can_be_left_out_or_taken_alone():
 
 
 def test_every_quirk_stands_on_the_page():
-    from d1lit.composing import CONF
+    from d1lit.app.composing import CONF
 
     page = (CONF.parent / "docs" / "paper-compat.md").read_text(encoding="utf-8")
     for key in QUIRKS:
@@ -245,8 +245,8 @@ def test_confidence_in_bfloat16_ties_near_one():
 
 def test_the_composed_run_trains(tmp_path):
     """All of them together through the stage as runs make it, on the tiny model with an adapter."""
-    from d1lit.fitting import make_trainer
-    from d1lit.plan import make_stage
+    from d1lit.app.plan import make_stage
+    from d1lit.app.trainer import make_trainer
     from d1lit.recipes import StageFolder, run_stage
     from d1lit.stopping import StopFlag
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
-from d1lit import commands
+from d1lit.app import commands
+from d1lit.app.open_run import open_run
+from d1lit.app.playing import keep_recordings
 from d1lit.draws import CounterDraws
 from d1lit.models import build_policy
-from d1lit.opening import open_run
-from d1lit.playing import keep_recordings
 from d1lit.report.animation import write_gif
 from d1lit.report.page import player_page
 from d1lit.report.player import player

@@ -6,8 +6,8 @@ from functools import partial
 import pytest
 import torch
 
-from d1lit.build import plan_run
-from d1lit.composing import compose_jobs
+from d1lit.app.build import plan_run
+from d1lit.app.composing import compose_jobs
 from d1lit.errors import ConfigError
 from d1lit.models import LoraSettings, Policy, add_lora, load_weights, merge_lora, save_weights
 from d1lit.models.lora import base_weight, lora_layers, report

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d1lit import commands
+from d1lit.app import commands
 from d1lit.report.curves import HEIGHT, WIDTH, Series, chart, smoothed, thinned, ticks
 from d1lit.report.events import event_files, read_scalars
 from d1lit.report.hparams import final_metrics, write_hparams

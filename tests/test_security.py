@@ -18,12 +18,13 @@ import yaml
 from omegaconf import OmegaConf
 
 import d1lit
-from d1lit.cli import _ITSELF, _job_name, _own_packages, evaluate
-from d1lit.commands import refused
+from d1lit.app.cli import _ITSELF, _job_name, _own_packages, evaluate
+from d1lit.app.commands import refused
+from d1lit.app.foreign import stored_words
+from d1lit.app.open_run import plan_of_run
+from d1lit.app.running import without_secrets
+from d1lit.app.sweeps import FOLDER, blank_secrets, notes_of, run_job, show_sweep
 from d1lit.errors import ConfigError
-from d1lit.foreign import stored_words
-from d1lit.opening import plan_of_run
-from d1lit.running import without_secrets
 from d1lit.security import (
     REDACTED,
     UNNAMED,
@@ -34,7 +35,6 @@ from d1lit.security import (
     redact,
     redact_text,
 )
-from d1lit.sweeps import FOLDER, blank_secrets, notes_of, run_job, show_sweep
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -83,7 +83,7 @@ HOSTILE = [
     "d1lit.callbacks.signals.os.system",
     "d1lit.callbacks.signals.signal.signal",
     "d1lit.data.lru_cache",
-    "d1lit.cli.main",
+    "d1lit.app.cli.main",
     "d1lit.security.importlib.import_module",
     "torch.nn.modules.module.functools.partial",
     "torch.nn.Module.load_state_dict",

@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import pytest
 
-from d1lit.running import hub_commits
+from d1lit.app.running import hub_commits
 from d1lit.tasks import (
     CountdownSource,
     Gsm8kSource,

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from d1lit.commands import verify
+from d1lit.app.commands import verify
+from d1lit.app.verify import Agreement, agreement, before_end, logit_difference, read_published, shared_prefix
 from d1lit.models import build_tiny_tokenizer, export_model
 from d1lit.models.presets import fresh_network, tiny_config
-from d1lit.verify import Agreement, agreement, before_end, logit_difference, read_published, shared_prefix
 
 ROWS = [
     {

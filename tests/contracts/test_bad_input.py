@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from d1lit import running
+from d1lit.app import running
+from d1lit.app.cli import evaluate, train
+from d1lit.app.composing import compose_jobs
 from d1lit.checkpoint import lock_run
-from d1lit.cli import evaluate, train
-from d1lit.composing import compose_jobs
 from d1lit.errors import ConfigError, catalogue
 from d1lit.tasks import reading
 from tests.test_checkpoint import HOLD

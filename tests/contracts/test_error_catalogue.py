@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from d1lit import cli
+from d1lit.app import cli
 from d1lit.checkpoint import lock_run
 from d1lit.errors import PAGE, ConfigError, RunError, catalogue
 from d1lit.models import build_policy, build_tiny_tokenizer, save_weights

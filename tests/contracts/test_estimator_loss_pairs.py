@@ -10,8 +10,8 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from d1lit.components import build
-from d1lit.composing import CONF, compose_jobs
+from d1lit.app.components import build
+from d1lit.app.composing import CONF, compose_jobs
 from d1lit.data import prompt_batch
 from d1lit.losses import check_pair
 from d1lit.models import Policy

@@ -8,15 +8,15 @@ import torch
 from lightning.pytorch.strategies import Strategy
 from omegaconf import OmegaConf
 
-from d1lit.build import plan_run
-from d1lit.components import build, check_trainer, check_watchers
-from d1lit.composing import CONF, compose_jobs
+from d1lit.app.build import plan_run
+from d1lit.app.components import build, check_trainer, check_watchers
+from d1lit.app.composing import CONF, compose_jobs
+from d1lit.app.config_checks import check_values
 from d1lit.rewards.parts import RewardParts
 from d1lit.sampling import BlockSampler
 from d1lit.strategies import Setting
 from d1lit.tasks import AnyTask
 from d1lit.types import Advantage, LogProbEstimator, PolicyLoss, RewardBatch, Sampler, Schedule, Verdict
-from d1lit.values import check_values
 
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
 FILES = sorted((file.parent.name, file.stem) for file in CONF.glob("*/*.yaml"))

@@ -22,14 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from d1lit.build import plan_run
-from d1lit.composing import compose_jobs
-from d1lit.fitting import make_trainer
+from d1lit.app.build import plan_run
+from d1lit.app.composing import compose_jobs
+from d1lit.app.plan import make_stage
+from d1lit.app.trainer import make_trainer
 from d1lit.models import Policy
 from d1lit.models.presets import fresh_network, tiny_config
 from d1lit.models.sharding import shard, whole
 from d1lit.modules import DiffuGRPO
-from d1lit.plan import make_stage
 from d1lit.processes import all_gather_objects, is_first, join_world, world
 from d1lit.quiet import quiet_libraries
 from d1lit.recipes import StageFolder, run_stage

@@ -20,12 +20,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from d1lit.build import plan_run
+from d1lit.app.build import plan_run
+from d1lit.app.composing import compose_jobs
+from d1lit.app.plan import make_stage
+from d1lit.app.trainer import make_trainer
 from d1lit.callbacks import SkipNonFinite
-from d1lit.composing import compose_jobs
-from d1lit.fitting import make_trainer
 from d1lit.modules import DiffuGRPO
-from d1lit.plan import make_stage
 from d1lit.processes import join_world, world
 from d1lit.quiet import quiet_libraries
 from d1lit.recipes import StageFolder, run_stage

@@ -18,16 +18,16 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from d1lit.build import plan_run
-from d1lit.composing import compose_jobs
-from d1lit.fitting import make_trainer
+from d1lit.app.build import plan_run
+from d1lit.app.composing import compose_jobs
+from d1lit.app.plan import Plan, make_stage
+from d1lit.app.trainer import make_trainer
+from d1lit.app.workloads import stage_work
 from d1lit.footprint import memory
 from d1lit.modules.accounting import peak_memory_mb, reset_peak_memory
-from d1lit.plan import Plan, make_stage
 from d1lit.quiet import quiet_libraries
 from d1lit.recipes import StageFolder, run_stage
 from d1lit.stopping import StopFlag
-from d1lit.workloads import stage_work
 
 COMMON = {
     "trainer.accelerator": "cpu",

@@ -90,8 +90,8 @@ _PREPARED: dict[tuple[str, ...], tuple[Any, Any]] = {}
 def _prepare(words: tuple[str, ...]) -> None:
     """What `train` does before a run begins."""
     if words not in _PREPARED:
-        from d1lit.build import plan_run
-        from d1lit.composing import compose_jobs
+        from d1lit.app.build import plan_run
+        from d1lit.app.composing import compose_jobs
 
         (config,) = compose_jobs("train", words).configs
         _PREPARED[words] = (config, plan_run(config))
@@ -99,7 +99,7 @@ def _prepare(words: tuple[str, ...]) -> None:
 
 def _run_prepared(words: tuple[str, ...], run_dir: str) -> int:
     """And from there on."""
-    from d1lit.running import run_training
+    from d1lit.app.running import run_training
 
     config, plan = _PREPARED[words]
     config.run_dir = plan.config.run_dir = run_dir
@@ -116,7 +116,7 @@ def _run(request: dict[str, Any]) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     try:
-        from d1lit.cli import train
+        from d1lit.app.cli import train
 
         if request.get("prepared"):
             return _run_prepared(*_split(request["words"]))
@@ -135,7 +135,7 @@ def _split(words: Sequence[str]) -> tuple[tuple[str, ...], str]:
 
 
 def _serve() -> None:
-    import d1lit.running  # noqa: F401
+    import d1lit.app.running  # noqa: F401
 
     print("ready", flush=True)
     for line in sys.stdin:

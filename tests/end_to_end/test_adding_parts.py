@@ -11,10 +11,10 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from d1lit import cli
-from d1lit.build import plan_run
-from d1lit.components import build
-from d1lit.composing import compose_jobs
+from d1lit.app import cli
+from d1lit.app.build import plan_run
+from d1lit.app.components import build
+from d1lit.app.composing import compose_jobs
 from d1lit.draws import CounterDraws
 from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.losses import check_pair

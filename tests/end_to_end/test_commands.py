@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from d1lit.cli import evaluate, train
-from d1lit.composing import CONF
-from d1lit.consolidating import consolidate
-from d1lit.handing_on import export
+from d1lit.app.cli import evaluate, train
+from d1lit.app.composing import CONF
+from d1lit.app.consolidating import consolidate
+from d1lit.app.export import export
+from d1lit.app.open_run import open_run
 from d1lit.models import build_tiny_tokenizer, export_model, load_network
 from d1lit.models.presets import fresh_network, tiny_config
-from d1lit.opening import open_run
 from d1lit.report.events import read_scalars
 from tests.golden.reading import DATA, needs_data
 

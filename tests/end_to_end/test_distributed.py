@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from d1lit.app.consolidating import consolidate
 from d1lit.checkpoint import newest, read_facts, read_tree
-from d1lit.consolidating import consolidate
 from d1lit.errors import ConfigError
 from d1lit.models import load_network
 from d1lit.processes import launch

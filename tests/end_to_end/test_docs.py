@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from d1lit import cli
 from d1lit import commands as d1lit_commands
-from d1lit.composing import compose_jobs
+from d1lit.app import cli
+from d1lit.app.composing import compose_jobs
 from tests.real_runs import copy_of, real_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,7 +98,7 @@ def test_every_command_of_d1lit_is_understood(page, command, monkeypatch):
         numbered = ["3" if word == "N" else word for word in words]
         assert d1lit_commands.COMMANDS[name][0](numbered) == 0
     else:
-        monkeypatch.setattr("d1lit.doctor.examine", lambda *asked: [])
+        monkeypatch.setattr("d1lit.app.doctor.examine", lambda *asked: [])
         assert d1lit_commands.doctor(words) == 0
 
 

@@ -10,7 +10,7 @@ import json
 import datasets
 import pytest
 
-from d1lit.cli import train
+from d1lit.app.cli import train
 from tests.golden.reading import DATA, needs_data
 
 pytestmark = [pytest.mark.slow, needs_data]

@@ -56,10 +56,14 @@ MOMENTS = [
     ("d1lit.sampling.block:BlockSampler.__call__", 2, 3),  # a rollout: validation's samplers are called after step 4
     ("d1lit.modules.grpo:DiffuGRPO._freeze", 3, 6),  # its old and reference log-probs
     ("d1lit.modules.grpo:DiffuGRPO.update", 5, 2),  # the first of two micro-batches: the second is not begun
-    ("d1lit.evaluating:TaskEvaluator.validation", 1, 4),
-    ("d1lit.evaluating:TaskEvaluator.validation", 2, 8),
-    ("d1lit.evaluating:TaskEvaluator.validation", 3, None),  # the last step's: begun again from the checkpoint before
-    ("d1lit.evaluating:TaskEvaluator._entry", 1, 12),  # the evaluation after the stage
+    ("d1lit.app.task_evaluator:TaskEvaluator.validation", 1, 4),
+    ("d1lit.app.task_evaluator:TaskEvaluator.validation", 2, 8),
+    (
+        "d1lit.app.task_evaluator:TaskEvaluator.validation",
+        3,
+        None,
+    ),  # the last step's: begun again from the checkpoint before
+    ("d1lit.app.task_evaluator:TaskEvaluator._entry", 1, 12),  # the evaluation after the stage
 ]
 
 
@@ -75,10 +79,10 @@ def test_asked_to_stop_at_a_chosen_moment(server, grpo, tmp_path, function, visi
 
 
 OUTSIDE = [
-    ("d1lit.composing:compose_jobs", 1),
-    ("d1lit.build:plan_run", 1),
-    ("d1lit.evaluating:TaskEvaluator._entry", 1),  # the base, before any stage
-    ("d1lit.evaluating:TaskEvaluator._entry", 2),
+    ("d1lit.app.composing:compose_jobs", 1),
+    ("d1lit.app.build:plan_run", 1),
+    ("d1lit.app.task_evaluator:TaskEvaluator._entry", 1),  # the base, before any stage
+    ("d1lit.app.task_evaluator:TaskEvaluator._entry", 2),
 ]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from d1lit.sweeps import FOLDER, notes_of, num_devices, own_devices, run_job, show_sweep, visible_devices
+from d1lit.app.sweeps import FOLDER, notes_of, num_devices, own_devices, run_job, show_sweep, visible_devices
 
 ROOT = Path(__file__).resolve().parents[2]
 

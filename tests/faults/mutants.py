@@ -101,20 +101,23 @@ MUTANTS = (
     Mutant("recipes.py", "first_decides(partial(look_at, folder, stage, starts_over))", LOOKED_AT, (RECIPES,)),
     Mutant("recipes.py", "broken(folder.weights) if folder.weights.exists() else None", "None", (RECIPES,)),
     Mutant(
-        "running.py",
+        "app/running.py",
         "with held_by_first(folder), removed_if_refused(folder):",
         "with removed_if_refused(folder), held_by_first(folder):",
         (f"{REFUSED}::test_of_two_runs_started_at_once_the_refused_one_leaves_the_other_its_folder",),
     ),
     Mutant(
-        "running.py",
+        "app/running.py",
         "is_new = is_first() and all(",
         "is_new = True or all(",
         (f"{REFUSED}::test_a_changed_configuration_is_refused_and_its_keys_listed",),
     ),
-    Mutant("running.py", "    if not changed:\n        return\n", "    return\n", (f"{GOING_ON}::{LISTED}",)),
+    Mutant("app/running.py", "    if not changed:\n        return\n", "    return\n", (f"{GOING_ON}::{LISTED}",)),
     Mutant(
-        "running.py", "    changed = changed_inputs(folder, now)\n", "    changed = []\n", (f"{GOING_ON}::{EDITED}",)
+        "app/running.py",
+        "    changed = changed_inputs(folder, now)\n",
+        "    changed = []\n",
+        (f"{GOING_ON}::{EDITED}",),
     ),
     # numbers that are not finite, collapse
     Mutant("callbacks/saving.py", " and guard.in_a_row for", " and False for", (GUARDS,)),
@@ -165,11 +168,11 @@ MUTANTS = (
     ),
     Mutant("security.py", "(identity in components() or", "(_inside(identity, ['d1lit']) or", (SECURITY,)),
     Mutant("security.py", "is not found:", "is None:", (SECURITY,)),
-    Mutant("foreign.py", 'and not word.startswith("-")]', "]", (SECURITY,)),
-    Mutant("foreign.py", "resolve=False", "resolve=True", (SECURITY,)),
+    Mutant("app/foreign.py", 'and not word.startswith("-")]', "]", (SECURITY,)),
+    Mutant("app/foreign.py", "resolve=False", "resolve=True", (SECURITY,)),
     Mutant("security.py", "_SECRET_VALUES.sub(REDACTED, text)", "text", (SECURITY,)),
     Mutant(
-        "running.py",
+        "app/running.py",
         "redact(OmegaConf.to_container(config, resolve=True))",
         "OmegaConf.to_container(config, resolve=True)",
         (SECURITY,),

@@ -19,8 +19,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from d1lit.app.config_errors import CONF, nearest, one_line, syntax_error, translated
 from d1lit.errors import ConfigError
-from d1lit.wording import CONF, nearest, one_line, syntax_error, translated
 
 
 @dataclass(frozen=True)

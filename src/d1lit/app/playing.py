@@ -9,14 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from d1lit.components import build
+from d1lit.app.components import build
+from d1lit.app.open_run import open_run
+from d1lit.app.plan import Plan, decode
 from d1lit.data import prompt_batch
 from d1lit.draws import CounterDraws
 from d1lit.errors import ConfigError
 from d1lit.models import Policy
 from d1lit.modules.stage_data import prompt_rows
-from d1lit.opening import open_run
-from d1lit.plan import Plan, decode
 from d1lit.report.animation import write_gif
 from d1lit.report.page import player_page, write_page
 from d1lit.report.recording import record_group

@@ -11,10 +11,10 @@ import psutil
 import torch
 from omegaconf import OmegaConf
 
+from d1lit.app.plan import Plan, StageParts
+from d1lit.app.workloads import stage_work
 from d1lit.data import BatchPlan
 from d1lit.footprint import Workload, memory
-from d1lit.plan import Plan, StageParts
-from d1lit.workloads import stage_work
 
 GIB = 2**30
 FILL = 0.9

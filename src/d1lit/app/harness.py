@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from d1lit.build import plan_run
-from d1lit.composing import compose_jobs
+from d1lit.app.build import plan_run
+from d1lit.app.composing import compose_jobs
+from d1lit.app.open_run import open_run
+from d1lit.app.plan import decode, evaluation_sampler
 from d1lit.data import EncodedRow, prompt_batch
 from d1lit.draws import CounterDraws
 from d1lit.errors import ConfigError
 from d1lit.models import Policy, encode_text
-from d1lit.opening import open_run
-from d1lit.plan import decode, evaluation_sampler
 from d1lit.quiet import quiet_libraries
 from d1lit.sampling import BlockSampler
 

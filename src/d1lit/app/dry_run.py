@@ -14,12 +14,12 @@ from typing import Any
 import psutil
 import torch
 
+from d1lit.app.micro_batches import GIB, cures, device_memory, micro_batch_sizes, with_micro_batches
+from d1lit.app.plan import Plan, StageParts
+from d1lit.app.workloads import evaluation_plan, stage_work
 from d1lit.costs import RolloutPlan, matmul_peak, rollout_flops
 from d1lit.errors import ConfigError
-from d1lit.fitting_memory import GIB, cures, device_memory, micro_batch_sizes, with_micro_batches
 from d1lit.footprint import MemoryNeed, Workload, cycle_flops, memory, network_shape, update_flops
-from d1lit.plan import Plan, StageParts
-from d1lit.workloads import evaluation_plan, stage_work
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from d1lit.components import (
+from d1lit.app.components import (
     build,
     check_advantage,
     check_module,
@@ -17,6 +17,9 @@ from d1lit.components import (
     check_trainer,
     check_watchers,
 )
+from d1lit.app.config_checks import check_values
+from d1lit.app.config_errors import as_config_error, under
+from d1lit.app.plan import Plan, StageParts, evaluation_rows, evaluation_sampler
 from d1lit.data import BatchPlan
 from d1lit.errors import ConfigError
 from d1lit.estimators.one_step import OneStepEstimator
@@ -26,15 +29,12 @@ from d1lit.models import LoraSettings, load_tokenizer
 from d1lit.models.loading import find_folder, load_config
 from d1lit.models.quantizing import check_bitsandbytes
 from d1lit.modules import Prompts
-from d1lit.plan import Plan, StageParts, evaluation_rows, evaluation_sampler
 from d1lit.processes import place
 from d1lit.rewards.parts import RewardParts
 from d1lit.sampling import BlockSampler
 from d1lit.strategies import fsdp
 from d1lit.tasks import AnyTask, MixedTask, Split, Task
 from d1lit.types import LogProbEstimator, MaskRule, PolicyLoss, Sampler, Schedule, TimeSampler
-from d1lit.values import check_values
-from d1lit.wording import as_config_error, under
 
 KINDS: dict[str, type] = {
     "sampler": Sampler,

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d1lit.build import plan_run
-from d1lit.composing import compose_jobs
+from d1lit.app.build import plan_run
+from d1lit.app.composing import compose_jobs
+from d1lit.app.foreign import check_foreign, stored_words
+from d1lit.app.plan import Plan
+from d1lit.app.run_policy import policy_of_run
 from d1lit.errors import ConfigError
-from d1lit.foreign import check_foreign, stored_words
-from d1lit.handover import policy_of_run
 from d1lit.models import Policy
-from d1lit.plan import Plan
 from d1lit.quiet import quiet_libraries
 
 

@@ -15,16 +15,16 @@ from rich.live import Live
 from rich.text import Text
 from torch import Tensor
 
+from d1lit.app.config_errors import as_config_error
+from d1lit.app.open_run import OpenRun, open_run
+from d1lit.app.plan import decode
 from d1lit.data import EncodedRow, prompt_batch
 from d1lit.draws import CounterDraws
 from d1lit.errors import ConfigError
 from d1lit.models import Policy, encode_prompt
-from d1lit.opening import OpenRun, open_run
-from d1lit.plan import decode
 from d1lit.report.markup import visible
 from d1lit.tasks.prompting import render
 from d1lit.types import Draws
-from d1lit.wording import as_config_error
 
 HELP = "Type a question and press Enter. /raw TEXT sends TEXT as it stands, /again asks once more, /quit ends."
 

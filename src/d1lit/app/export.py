@@ -15,12 +15,12 @@ import yaml
 from peft import PeftModel
 from torch import Tensor
 
+from d1lit.app.open_run import OpenRun, open_run
+from d1lit.app.plan import evaluation_rows
 from d1lit.checkpoint import seal
 from d1lit.errors import ConfigError
 from d1lit.models import export_model
 from d1lit.models.lora import merge
-from d1lit.opening import OpenRun, open_run
-from d1lit.plan import evaluation_rows
 from d1lit.report.comparing import final_entry, probes
 from d1lit.report.runs import Run, read_run
 from d1lit.report.sections import baseline_cells

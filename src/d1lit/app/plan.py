@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from d1lit.app.config_errors import as_config_error
 from d1lit.data import BatchPlan, CompletionRows, EncodedRow, PromptCycles
 from d1lit.errors import ConfigError
 from d1lit.models import LoraSettings, Policy, build_policy, build_tiny_tokenizer, decode_completion, load_tokenizer
@@ -22,7 +23,6 @@ from d1lit.recipes import Stage
 from d1lit.sampling import BlockSampler
 from d1lit.tasks import AnyTask, graded_text
 from d1lit.types import PolicyLoss
-from d1lit.wording import as_config_error
 
 
 @dataclass(frozen=True)

@@ -23,19 +23,19 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from d1lit.bases import base_policy, kept_evaluations, make_shared_base
-from d1lit.build import check_hub_model, plan_run
+from d1lit.app.artifacts import present
+from d1lit.app.build import check_hub_model, plan_run
+from d1lit.app.dry_run import estimate_run
+from d1lit.app.micro_batches import micro_batch_sizes, with_micro_batches
+from d1lit.app.pinning import BASE, ROWS, changed_inputs, inputs, keep_inputs
+from d1lit.app.plan import Plan, make_stage
+from d1lit.app.task_evaluator import PACKAGES, TaskEvaluator
+from d1lit.app.tiny_base import base_policy, kept_evaluations, make_shared_base
+from d1lit.app.trainer import make_trainer
 from d1lit.checkpoint import differing_keys, flatten, lock_run, put_whole
 from d1lit.errors import ConfigError
-from d1lit.estimates import estimate_run
-from d1lit.evaluating import PACKAGES, TaskEvaluator
 from d1lit.evaluation import write_whole
-from d1lit.fitting import make_trainer
-from d1lit.fitting_memory import micro_batch_sizes, with_micro_batches
 from d1lit.models import Policy, save_weights
-from d1lit.pinning import BASE, ROWS, changed_inputs, inputs, keep_inputs
-from d1lit.plan import Plan, make_stage
-from d1lit.presenting import present
 from d1lit.processes import first_decides, is_first, join_world, place, slurm_job, wait_for_all, world
 from d1lit.quiet import quiet_libraries
 from d1lit.recipes import StageFolder, read_costs, run_recipe

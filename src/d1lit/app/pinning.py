@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from d1lit.app.plan import Plan
 from d1lit.checkpoint import differing_keys
 from d1lit.data import EncodedRow
 from d1lit.evaluation import write_whole
-from d1lit.plan import Plan
 
 FILE = "inputs.json"
 BASE, ROWS, VALIDATION = "the base's weights", "rows of", "validation rows"

@@ -9,12 +9,12 @@ from typing import Literal
 
 import torch
 
+from d1lit.app.open_run import plan_of_run
+from d1lit.app.run_policy import policy_of_run
 from d1lit.checkpoint import list_checkpoints, verify
 from d1lit.checkpoint.shards import read_part
 from d1lit.errors import ConfigError
-from d1lit.handover import policy_of_run
 from d1lit.models import Policy, export_model, merge_lora
-from d1lit.opening import plan_of_run
 
 
 def consolidate(

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from d1lit.errors import REFUSED, ConfigError, split_code
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+CONF = Path(__file__).resolve().parents[3] / "conf"
 
 KNOWN_ELSEWHERE = {
     # What other projects call it -> where it stands here.

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from d1lit.wording import CONF
+from d1lit.app.config_errors import CONF
 
 Level = Literal["ok", "note", "warning", "error"]
 _MARKS: dict[Level, tuple[str, str]] = {

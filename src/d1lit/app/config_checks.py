@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from d1lit.composing import shown
+from d1lit.app.composing import shown
 from d1lit.errors import ConfigError
 
 Complaint = Callable[[Any], str | None]

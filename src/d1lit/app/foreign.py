@@ -8,9 +8,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from d1lit.app.config_errors import as_config_error
 from d1lit.errors import ConfigError
 from d1lit.security import BLANKED, check_config, check_resolvers
-from d1lit.wording import as_config_error
 
 _OF_ANOTHER_RUN = ("run_dir", "resume", "dry_run")
 _ONE_JOB = "hydra.mode=RUN"

@@ -44,7 +44,7 @@ def refused(error: Exception) -> int:
     Returns:
         Exit status: 2 for what was refused, 1 for what broke off.
     """
-    from d1lit.wording import as_config_error, is_about_configuration
+    from d1lit.app.config_errors import as_config_error, is_about_configuration
 
     rank = 0
     if {"RANK", "SLURM_PROCID"} & os.environ.keys():
@@ -176,7 +176,7 @@ def play(words: Sequence[str]) -> int:
     _see(given.trust)
 
     def act() -> int:
-        from d1lit.playing import play as played
+        from d1lit.app.playing import play as played
 
         if given.group is not None and given.group < 1:
             raise ConfigError("--group", f"{given.group} completions make no group", "--group 4", "E110")
@@ -234,7 +234,7 @@ def chat(words: Sequence[str]) -> int:
     _see(given.trust)
 
     def act() -> int:
-        from d1lit.chatting import chat as talk
+        from d1lit.app.chatting import chat as talk
 
         if given.temperature is not None and given.temperature < 0:
             raise ConfigError("--temperature", f"{given.temperature} is below 0", "--temperature 0", "E110")
@@ -261,8 +261,8 @@ def doctor(words: Sequence[str]) -> int:
 
         from rich.console import Console
 
-        from d1lit.doctor import examine, facts
-        from d1lit.doctor import report as tell
+        from d1lit.app.doctor import examine, facts
+        from d1lit.app.doctor import report as tell
 
         findings = examine(given.model, given.outputs, given.timeout)
         if given.json:
@@ -286,7 +286,7 @@ def push(words: Sequence[str]) -> int:
     given = parser.parse_args(list(words))
 
     def act() -> int:
-        from d1lit.handing_on import push as send
+        from d1lit.app.export import push as send
 
         print(send(given.run, given.repository, yes=given.yes, private=not given.public))
         return 0
@@ -305,7 +305,7 @@ def export(words: Sequence[str]) -> int:
     _see(given.trust)
 
     def act() -> int:
-        from d1lit.handing_on import export as write
+        from d1lit.app.export import export as write
 
         print(write(given.run, given.folder, given.layout, given.trust, _searched(given.config_dir)))
         return 0
@@ -326,7 +326,7 @@ def consolidate(words: Sequence[str]) -> int:
     _see(given.trust)
 
     def act() -> int:
-        from d1lit.consolidating import consolidate as write
+        from d1lit.app.consolidating import consolidate as write
 
         print(
             write(
@@ -356,7 +356,7 @@ def harness(words: Sequence[str]) -> int:
     given = parser.parse_intermixed_args(list(words))
 
     def act() -> int:
-        from d1lit.harness import run_harness
+        from d1lit.app.harness import run_harness
 
         tasks = [word for word in given.tasks if "=" not in word]
         if not tasks:
@@ -390,7 +390,7 @@ def verify(words: Sequence[str]) -> int:
     given = parser.parse_intermixed_args(list(words))
 
     def act() -> int:
-        from d1lit.verify import run_verify
+        from d1lit.app.verify import run_verify
 
         wrong = next((word for word in given.prompt if "=" not in word), None)
         if wrong is not None:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from d1lit.handing_on import write_card
+from d1lit.app.export import write_card
+from d1lit.app.plan import Plan
+from d1lit.app.playing import keep_recordings
 from d1lit.models import Policy
-from d1lit.plan import Plan
-from d1lit.playing import keep_recordings
 from d1lit.report.console import say
 from d1lit.report.hparams import write_hparams
 from d1lit.report.page import run_page, write_page

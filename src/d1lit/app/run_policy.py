@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from d1lit.app.plan import Plan
 from d1lit.errors import ConfigError
 from d1lit.models import Policy, add_lora, load_weights, merge_lora
-from d1lit.plan import Plan
 
 
 def kept_base(run: Path) -> Path:

@@ -10,11 +10,11 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from omegaconf import OmegaConf
 
+from d1lit.app.components import build
+from d1lit.app.plan import Plan, StageParts
+from d1lit.app.task_evaluator import TaskEvaluator
 from d1lit.callbacks import ConsoleProgress, StopOnSignal, Validate
 from d1lit.checkpoint import FolderCheckpointIO
-from d1lit.components import build
-from d1lit.evaluating import TaskEvaluator
-from d1lit.plan import Plan, StageParts
 from d1lit.processes import ALONE, is_first, world
 from d1lit.report.console import console
 from d1lit.report.events import cut_events

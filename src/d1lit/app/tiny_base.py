@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from d1lit.app.pinning import weights_sha256
+from d1lit.app.plan import Plan, make_stage
+from d1lit.app.run_policy import kept_base, trains_adapters
+from d1lit.app.task_evaluator import code_sha256
+from d1lit.app.trainer import make_trainer
 from d1lit.checkpoint import MANIFEST, broken, lock_run, seal
 from d1lit.errors import ConfigError
-from d1lit.evaluating import code_sha256
-from d1lit.fitting import make_trainer
-from d1lit.handover import kept_base, trains_adapters
 from d1lit.models import Policy
 from d1lit.models.loading import find_folder
-from d1lit.pinning import weights_sha256
-from d1lit.plan import Plan, make_stage
 from d1lit.processes import first_decides, is_first
 from d1lit.recipes import StageFolder, run_stage
 from d1lit.report.console import say

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from d1lit.app.plan import Plan, decode, evaluation_rows, evaluation_sampler, shortened
 from d1lit.callbacks.progress import RowsProgress
 from d1lit.data import EncodedRow
 from d1lit.draws import CounterDraws
@@ -35,7 +36,6 @@ from d1lit.evaluation import (
 )
 from d1lit.models import Policy, encode_text
 from d1lit.modules.stage_data import prompt_rows
-from d1lit.plan import Plan, decode, evaluation_rows, evaluation_sampler, shortened
 from d1lit.processes import Place, all_gather_objects, is_first, wait_for_all, world
 from d1lit.report.console import say
 from d1lit.sampling import BlockSampler

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from d1lit.components import build
+from d1lit.app.components import build
+from d1lit.app.plan import Plan, StageParts, evaluation_sampler
 from d1lit.costs import RolloutPlan
 from d1lit.draws import CounterDraws
 from d1lit.errors import ConfigError
@@ -24,7 +25,6 @@ from d1lit.models.policy import bytes_without_gradient
 from d1lit.models.presets import tiny_config
 from d1lit.modules import Prompts
 from d1lit.modules.muon import MuonWithAdamW
-from d1lit.plan import Plan, StageParts, evaluation_sampler
 from d1lit.sampling import BlockSampler
 from d1lit.strategies import FullySharded, Setting
 from d1lit.types import Context, PolicyLoss, Rollout

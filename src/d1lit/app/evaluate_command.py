@@ -14,21 +14,21 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from d1lit.build import check_hub_model, plan_run
-from d1lit.components import build
+from d1lit.app.build import check_hub_model, plan_run
+from d1lit.app.components import build
+from d1lit.app.config_errors import as_config_error
+from d1lit.app.plan import Plan
+from d1lit.app.run_policy import policy_of_run
+from d1lit.app.task_evaluator import TaskEvaluator, weights_of
 from d1lit.errors import ConfigError
-from d1lit.evaluating import TaskEvaluator, weights_of
 from d1lit.evaluation import append_records, pass_at_1, record, summarise, write_whole
-from d1lit.handover import policy_of_run
 from d1lit.models import Policy, load_adapter
-from d1lit.plan import Plan
 from d1lit.processes import first_decides, is_first, join_world
 from d1lit.quiet import quiet_libraries
 from d1lit.report.console import console, show_table
 from d1lit.rewards.stored import published_row
 from d1lit.stopping import StopFlag
 from d1lit.tasks import Task
-from d1lit.wording import as_config_error
 
 
 def run_evaluation(config: DictConfig) -> int:

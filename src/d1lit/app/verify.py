@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d1lit.build import plan_run
-from d1lit.composing import compose_jobs
+from d1lit.app.build import plan_run
+from d1lit.app.composing import compose_jobs
+from d1lit.app.plan import Plan
+from d1lit.app.task_evaluator import described
 from d1lit.data import EncodedRow, prompt_batch
 from d1lit.draws import CounterDraws
 from d1lit.errors import ConfigError
-from d1lit.evaluating import described
 from d1lit.evaluation import append_records, read_records
 from d1lit.models import Policy, encode_prompt
-from d1lit.plan import Plan
 from d1lit.quiet import quiet_libraries
 from d1lit.rewards.extract import END_OF_TEXT
 from d1lit.rewards.stored import published_row

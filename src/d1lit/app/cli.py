@@ -16,14 +16,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d1lit.commands import COMMANDS, no_such_command, refused
+from d1lit.app.commands import COMMANDS, no_such_command, refused
 from d1lit.security import redact, redact_text
 from d1lit.stopping import StopFlag, requeued
 
 if TYPE_CHECKING:
-    from d1lit.composing import Jobs
+    from d1lit.app.composing import Jobs
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 TRAIN_HELP = """\
 Train a masked diffusion language model: SFT, diffu-GRPO, or both.
@@ -58,7 +58,7 @@ Choices of each group (GROUP=CHOICE):
 
 _HYDRA_FLAGS = ("--cfg", "-c", "--info", "-i", "--resolve", "--package", "-p", "--shell-completion", "-sc")
 _MULTIRUN = ("-m", "--multirun")
-_ITSELF = (sys.executable, "-P", "-c", "from d1lit.cli import main; main()")
+_ITSELF = (sys.executable, "-P", "-c", "from d1lit.app.cli import main; main()")
 
 
 def main() -> None:
@@ -83,8 +83,8 @@ def train(words: Sequence[str]) -> int:
     if _asks_help(words):
         print(TRAIN_HELP.format(groups=_groups()))
         return 0
-    from d1lit.composing import compose_jobs
-    from d1lit.values import check_places, check_values
+    from d1lit.app.composing import compose_jobs
+    from d1lit.app.config_checks import check_places, check_values
 
     _see_user_code(words)
     try:
@@ -96,9 +96,9 @@ def train(words: Sequence[str]) -> int:
             for config in jobs.configs:
                 check_values(config)  # before the heavy imports: most mistakes are answered at once
                 check_places(config)
-            from d1lit.build import plan_run, processes_to_start
+            from d1lit.app.build import plan_run, processes_to_start
+            from d1lit.app.running import run_training
             from d1lit.processes import launch
-            from d1lit.running import run_training
 
             plan = None
             for config in jobs.configs:
@@ -120,9 +120,9 @@ def evaluate(words: Sequence[str]) -> int:
     if _asks_help(words):
         print(EVALUATE_HELP.format(groups=_groups()))
         return 0
-    from d1lit.composing import compose_jobs
-    from d1lit.foreign import check_foreign, stored_words
-    from d1lit.values import check_values
+    from d1lit.app.composing import compose_jobs
+    from d1lit.app.config_checks import check_values
+    from d1lit.app.foreign import check_foreign, stored_words
 
     _see_user_code(words)
     try:
@@ -133,8 +133,8 @@ def evaluate(words: Sequence[str]) -> int:
             check_values(config)
             if run is not None:
                 check_foreign(config, words, _own_packages(words))
-        from d1lit.build import processes_to_start
-        from d1lit.evaluate_command import run_evaluation
+        from d1lit.app.build import processes_to_start
+        from d1lit.app.evaluate_command import run_evaluation
         from d1lit.processes import launch
 
         if processes_to_start(jobs.configs[0]) > 1:
@@ -148,7 +148,7 @@ def evaluate(words: Sequence[str]) -> int:
 
 def _sweep(words: Sequence[str], jobs: Jobs) -> int:
     """All jobs, then a table of how each ended; 1 if any failed."""
-    from d1lit.sweeps import FOLDER, notes_of, quoted, show_sweep
+    from d1lit.app.sweeps import FOLDER, notes_of, quoted, show_sweep
 
     run_dir = jobs.configs[0].run_dir
     folder = Path(run_dir or Path("outputs") / f"{time.strftime('%Y%m%d-%H%M%S')}-sweep-{os.getpid()}").resolve()
@@ -172,15 +172,15 @@ def _hydra(words: Sequence[str]) -> int:
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
-    from d1lit.composing import with_choice
+    from d1lit.app.composing import with_choice
 
     sys.argv = [sys.argv[0], *map(with_choice, words)]
 
     @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")
     def job(config) -> float | None:
+        from d1lit.app.running import run_training
+        from d1lit.app.sweeps import FOLDER, blank_secrets, notes_of, reached, run_job
         from d1lit.processes import place
-        from d1lit.running import run_training
-        from d1lit.sweeps import FOLDER, blank_secrets, notes_of, reached, run_job
 
         blank_secrets(notes_of(Path(os.environ[FOLDER])))
         said = list(HydraConfig.get().overrides.task)

@@ -17,9 +17,9 @@ from hydra.utils import get_object, instantiate
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from d1lit.app.config_errors import as_config_error
 from d1lit.errors import ConfigError
 from d1lit.types import RewardBatch
-from d1lit.wording import as_config_error
 
 GIVEN_BY_HYDRA = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 
