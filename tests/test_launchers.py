@@ -101,7 +101,7 @@ def test_every_command_of_the_page_composes(command):
 def test_the_page_walks_through_each_way():
     commands = "\n".join(page_commands())
     for way in (
-        "srun python train.py",
+        "srun --kill-on-bad-exit=1 python train.py",
         "torchrun --nproc-per-node",
         "hydra/launcher=slurm",
         "hydra/launcher=joblib",

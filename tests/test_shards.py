@@ -163,12 +163,12 @@ def test_a_disk_that_is_full_leaves_the_older_checkpoint_and_no_rows(call, tmp_p
 def test_the_first_process_tells_the_others_that_it_has_no_folder(tmp_path, monkeypatch):
     """It must not stay away from where they wait."""
     told = []
-    monkeypatch.setattr(shards_module, "gathered", lambda mine: told.append(mine) or [mine, None])
+    monkeypatch.setattr(shards_module, "all_gather_objects", lambda mine: told.append(mine) or [mine, None])
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="Not a directory"):
         write_pieces(tree_of(0, 2), tmp_path / "file" / "step_4")
     assert len(told) == 1 and "Not a directory" in told[0]
-    monkeypatch.setattr(shards_module, "gathered", lambda mine: [mine, "No space left on device"])
+    monkeypatch.setattr(shards_module, "all_gather_objects", lambda mine: [mine, "No space left on device"])
     with pytest.raises(OSError, match="No space left"):
         write_pieces(tree_of(0, 2), tmp_path / "step_4")
     assert not pieces_folder(tmp_path / "step_4").exists()

@@ -22,7 +22,7 @@ UNNAMED = (
     *(f"d1lit.losses.weighted.{name}_centering" for name in ("no", "negative", "importance")),
     *(f"d1lit.masking.{name}Times" for name in ("LowDiscrepancy", "Antithetic", "LogUniformMask")),
     "d1lit.estimators.spg.hide_all", "d1lit.estimators.spg.hide_block", "d1lit.estimators.spg.hide_random",
-    "d1lit.losses.supervised.batch_mean", "d1lit.losses.supervised.sequence_mean", "d1lit.losses.terms.absolute",
+    "d1lit.losses.supervised.batch_mean", "d1lit.losses.supervised.per_row", "d1lit.losses.terms.absolute",
     "d1lit.losses.terms.k1_with_score", "d1lit.masking.BlockMask", "d1lit.masking.ExactCountMask",
     "d1lit.masking.context_adaptive_weight", "d1lit.rewards.countdown.CountdownSolved",
     "d1lit.rewards.math_process.MathVerify",
