@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from d1lit.app.cli import evaluate
-from d1lit.app.task_evaluator import deal_records
+from d1lit.app.task_evaluator import deal_records, versions
 from d1lit.evaluation import (
     append_records,
     check_coverage,
@@ -234,3 +235,8 @@ def test_an_evaluation_killed_twice_ends_with_the_same_rows_and_repeats_none(tmp
         json.loads((tmp_path / name / "results.json").read_text())["evaluations"] for name in ("broken", "whole")
     ]
     assert results[0] == results[1]
+
+
+def test_a_package_that_is_not_installed_has_no_version():
+    found = versions("torch", "no-such-package")
+    assert found == {"torch": torch.__version__, "no-such-package": "not installed"}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from d1lit.app.build import plan_run
 from d1lit.app.composing import compose_jobs
 from d1lit.app.open_run import open_run
 from d1lit.app.plan import decode, evaluation_sampler
+from d1lit.app.task_evaluator import versions
 from d1lit.data import EncodedRow, prompt_batch
 from d1lit.draws import CounterDraws
 from d1lit.errors import ConfigError
@@ -208,7 +208,7 @@ def _write(output: Path, found: Mapping[str, Any], sampler: BlockSampler, config
         "model": config.model.path or config.model.name,
         "seed": config.evaluation.seed,
         "chat_template": chat,
-        "packages": {name: version(name) for name in ("d1lit", "lm_eval", "torch", "transformers")},
+        "packages": versions("d1lit", "lm_eval", "torch", "transformers"),
     }
     counts = {task: len({row["doc_id"] for row in rows}) for task, rows in found["samples"].items()}
     results = {"harness": found["results"], "n": counts, "versions": found["versions"], "protocol": protocol}

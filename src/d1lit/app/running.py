@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +28,7 @@ from d1lit.app.dry_run import estimate_run
 from d1lit.app.micro_batches import micro_batch_sizes, with_micro_batches
 from d1lit.app.pinning import BASE, ROWS, changed_inputs, inputs, keep_inputs
 from d1lit.app.plan import Plan, make_stage
-from d1lit.app.task_evaluator import PACKAGES, TaskEvaluator
+from d1lit.app.task_evaluator import PACKAGES, TaskEvaluator, versions
 from d1lit.app.tiny_base import base_policy, kept_evaluations, make_shared_base
 from d1lit.app.trainer import make_trainer
 from d1lit.checkpoint import differing_keys, flatten, lock_run, put_whole
@@ -278,7 +277,7 @@ def environment() -> dict[str, Any]:
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
     return {
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": versions(*PACKAGES),
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +242,7 @@ class TaskEvaluator:
             "device": str(self.plan.device.type),
             "device_name": torch.cuda.get_device_name() if self.plan.device.type == "cuda" else platform.machine(),
             "attend_padding": config.model.attend_padding,
-            "packages": {name: version(name) for name in (*PACKAGES, *GRADING_PACKAGES)},
+            "packages": versions(*PACKAGES, *GRADING_PACKAGES),
             **prompt_protocol(self.plan.task.template),
         }
         task = self.plan.task
@@ -266,6 +266,17 @@ def rows_and_code(rows: Sequence[EncodedRow], protocol: EvaluationProtocol) -> s
     for row in rows:
         digest.update(json.dumps([row.prompt_ids, row.example], sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of packages; of a checkout that runs without having been installed there is none."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 def code_sha256(*names: str) -> str:

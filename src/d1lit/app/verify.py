@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor
 from d1lit.app.build import plan_run
 from d1lit.app.composing import compose_jobs
 from d1lit.app.plan import Plan
-from d1lit.app.task_evaluator import described
+from d1lit.app.task_evaluator import described, versions
 from d1lit.data import EncodedRow, prompt_batch
 from d1lit.draws import CounterDraws
 from d1lit.errors import ConfigError
@@ -300,7 +299,7 @@ def _made_by(plan: Plan) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if plan.device.type == "cuda" else "cpu",
         "batch_size": plan.config.evaluation.batch_size,
         "attend_padding": plan.config.model.attend_padding,
-        "packages": {name: version(name) for name in ("d1lit", "torch", "transformers", "tokenizers")},
+        "packages": versions("d1lit", "torch", "transformers", "tokenizers"),
     }
 
 
