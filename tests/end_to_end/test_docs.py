@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from d1lit import commands as d1lit_commands
 from d1lit.app import cli
+from d1lit.app import commands as d1lit_commands
 from d1lit.app.composing import compose_jobs
 from tests.real_runs import copy_of, real_run
 
