@@ -145,8 +145,8 @@ MUTANTS = (
     Mutant("modules/grpo.py", " & (inputs.num_units > 0)", "", (ALARMS,)),
     Mutant(
         "modules/sft.py",
-        "torch.where(num_scored > 0, loss, torch.nan)",
-        "loss",
+        "if not num_scored > 0:",
+        "if False:",
         (f"{GUARDS}::test_an_update_that_hides_no_token_is_no_step",),
     ),
     Mutant("modules/experience.py", "(inputs.logprobs, inputs.old, inputs.ref)", "(inputs.logprobs,)", (ALARMS,)),
