@@ -13,7 +13,7 @@ from world import PROMPTS, Setting, World, expected_reward
 
 from d1lit.draws import CounterDraws
 
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (1e-4, 3e-4, 1e-3)
 GROUP_SIZE = 8
 
 
