@@ -1,4 +1,4 @@
-"""Tables and plots of the ablations: experiments/masking, inner_updates, losses and schedules.
+"""Tables and plots of the studies that vary one choice: masking, inner_updates, losses, schedules and papers.
 
 python experiments/ablations.py masking                    # README table and plot.svg from the committed results.json
 python experiments/ablations.py masking outputs/masking    # ... after making results.json from the runs of the sweep
@@ -89,6 +89,26 @@ STUDIES = {
         },
         (Measure("greedy", "sft", None), Measure("forced-x", "sft", "forced")),
         "sft",
+    ),
+    "papers": Study(
+        "recipe",
+        "grpo",
+        {
+            "grpo": "d1's diffu-GRPO",
+            "wd1": "weighted likelihoods, no ratio",
+            "coupled_grpo": "DiffuCoder: complementary masks",
+            "espo": "one ratio a sequence, from a bound",
+            "spg": "a lower bound where better, an upper mixed in where worse",
+            "gdpo": "the bound by quadrature",
+            "gdsd": "distillation of scores",
+            "step_merge": "d2: the trajectory in segments",
+            "cj_grpo": "the whole trajectory",
+            "tracerl": "the trajectory, shrunk",
+            "mask_aware": "order and tokens, Plackett-Luce decoding",
+            "just_grpo": "left to right",
+        },
+        GRPO,
+        "grpo",
     ),
 }
 

@@ -96,8 +96,12 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_pooled(tmp_path):
 
 
 def test_a_seed_that_a_part_takes_from_the_run_is_no_setting(tmp_path):
-    own = [known_run(tmp_path / f"own{s}", [T], seed=s, settings={"advantage": {"seed": s}}) for s in (0, 1)]
-    other = known_run(tmp_path / "other", [T], seed=2, settings={"advantage": {"seed": 7}})
+    evaluation = {"seed": 0}
+    own = [
+        known_run(tmp_path / f"own{s}", [T], seed=s, settings={"advantage": {"seed": s}, "evaluation": evaluation})
+        for s in (0, 1)
+    ]
+    other = known_run(tmp_path / "other", [T], seed=2, settings={"advantage": {"seed": 7}, "evaluation": evaluation})
     assert [len(group) for _, group in variants(read_runs([*own, other]))] == [2, 1]
 
 

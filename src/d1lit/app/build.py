@@ -176,6 +176,9 @@ def _check_stage(config: DictConfig, key: str, stage: StageParts, world_size: in
     if stage.fits_memory and isinstance(aggregate, partial) and aggregate.func is micro_batch_token_mean:
         cause = "null, but the loss is a mean over each micro-batch, whose size would follow from the device"
         raise ConfigError(f"{key}.micro_batch_size", cause, "1, as d1", "E207")
+    length = aggregate.keywords.get("length") if isinstance(aggregate, partial) else None
+    if length is not None and length < 1:
+        raise ConfigError("loss.aggregate.length", f"{length} is below 1", "null, the length of the canvas", "E207")
     if "advantage" in arguments:
         check_advantage("advantage", arguments["advantage"])
     check_optimizer(key, stage.optimizer, stage.lr_schedule, stage.max_updates)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from d1lit.app.components import build
+from d1lit.app.config_errors import as_config_error
 from d1lit.app.open_run import open_run
 from d1lit.app.plan import Plan, decode
 from d1lit.data import prompt_batch
@@ -47,7 +48,10 @@ def record_rows(
     wrong = [number for number in numbers if not 0 <= number < len(rows)]
     if wrong:
         raise ConfigError("--row", f"{split} has no row {wrong[0]}", f"0 to {len(rows) - 1}", "E110")
-    reward = build(plan.config, "reward", RewardParts).judged_by(plan.task.counted)
+    try:
+        reward = build(plan.config, "reward", RewardParts).judged_by(plan.task.counted)
+    except ValueError as error:
+        raise as_config_error(error, "reward") from None
     sampler = replace(plan.sampler, record_trace=True)
     found = []
     for number in numbers:

@@ -137,6 +137,7 @@ def base_hash(plan: Plan) -> str:
         for row in (*task.rows("test"), *task.rows("val")):
             digest.update(task.source.identity(row).encode())
     names = ("tasks", "models", "modules", "data.py", "draws.py", "masking.py", "schedules.py", "losses")
+    names += ("rewards/sudoku.py",)  # the grids that may occur
     digest.update(code_sha256(*names).encode())
     return digest.hexdigest()[:16]
 

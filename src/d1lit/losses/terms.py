@@ -131,14 +131,9 @@ def constant_length(terms: Units, weight: Units, inputs: LossInputs, length: int
         terms: one term a unit.
         weight: how much each unit counts.
         inputs: the global counts.
-        length: the constant; the length of the canvas where None.
-
-    Raises:
-        ValueError: for a length below 1.
+        length: the constant, at least 1; the length of the canvas where None.
     """
     length = inputs.completion_mask.shape[1] if length is None else length
-    if length < 1:
-        raise ValueError(f"loss.aggregate.length: {length} is below 1. Try: null, the length of the canvas")
     return (terms * weight).sum() / (inputs.num_rollouts * length)
 
 

@@ -51,6 +51,7 @@ class MaskedSFT(L.LightningModule):
         complementary: bool = False,
     ) -> None:
         super().__init__()
+        self.check(schedule, mask, complementary)
         self.policy = policy
         self.schedule = schedule
         self.times = times
@@ -69,6 +70,7 @@ class MaskedSFT(L.LightningModule):
         """Also learn each row under the complement of its mask, so that every token is hidden once a step."""
         self.row_names: Sequence[str] = ()
         """The ids of the rows of the latest micro-batch; the guard names them."""
+        self._names_of_update: list[str] = []
         self._num_scored = torch.zeros(())
         """Tokens that were hidden and scored since the last optimizer step."""
         self.metrics = UpdateMetrics()
@@ -101,6 +103,7 @@ class MaskedSFT(L.LightningModule):
         """Hide, predict, weigh."""
         self.meter.start("update")  # until `optimizer_step` is over: the backward pass is part of it
         self.row_names = batch.names
+        self._names_of_update += batch.names
         loss, metrics = self.masked_loss(batch, self.draws.at(step=batch.step), self.times)
         self._num_scored = self._num_scored.to(loss.device) + metrics.pop("num_scored")
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
@@ -108,7 +111,9 @@ class MaskedSFT(L.LightningModule):
             if self.trainer.world_size > 1:
                 num_scored = self.trainer.strategy.reduce(num_scored, reduce_op="sum")
             # A loss of nan is no step (SkipNonFinite): also where no token of the whole update is hidden.
-            loss = torch.where(num_scored > 0, loss, torch.nan)
+            names, self._names_of_update = self._names_of_update, []
+            if not num_scored > 0:
+                loss, self.row_names = loss * torch.nan, names
         self.metrics.add_update(loss, metrics)
         # The loss is this micro-batch's share of the global one; Lightning averages over micro-batches and ranks.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size

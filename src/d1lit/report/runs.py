@@ -116,7 +116,8 @@ class Run:
             key: value
             for key, value in flat(redact(dict(self.config))).items()
             if key.split(".")[0] not in NOT_THE_EXPERIMENT
-            and not (key.endswith(".seed") and value == seed)  # the run's own, handed to a part
+            # the run's own seed, handed to a part; that of the evaluation is one by itself
+            and not (key.endswith(".seed") and not key.startswith("evaluation.") and value == seed)
         }
 
 

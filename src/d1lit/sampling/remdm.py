@@ -83,7 +83,7 @@ class ReMDM:
     """Commit rule and remask rule in one (arXiv 2503.00307), with alpha = 1 - t on a grid of times from 1 to eps.
 
     A masked position is fixed with `reveal_probability`, a standing token remasked with probability sigma; the last
-    step fixes all and gives nothing back.
+    step commits all and remasks nothing.
     Differs from the authors' code: sigma never exceeds `largest_sigma`; the time runs over each block.
     """
 

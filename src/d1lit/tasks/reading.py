@@ -309,7 +309,7 @@ def _hub_rows(location: str, key: str, default_split: str) -> tuple[str | None, 
         builder = load_dataset_builder(match["path"], match["subset"], revision=match["revision"])
         asked, found = match["revision"] or "", str(builder.hash)
         if _COMMIT.fullmatch(asked) and not found.startswith(asked):  # out of the cache, without a connection
-            raise ValueError(f"the cache holds commit {found} of it")
+            raise _Refused(f"the cache holds commit {found} of it", f"with a connection, or {match['path']}@{found}")
         _check_size(builder.info)
         builder.download_and_prepare()
         _check_size(builder.info)
@@ -325,6 +325,8 @@ def _hub_rows(location: str, key: str, default_split: str) -> tuple[str | None, 
         raise ValueError(
             f"{key}: cannot reach the hub for {match['path']!r}. Try: a local file, {key}=PATH [E306]"
         ) from None
+    except _Refused as refused:
+        raise ValueError(f"{key}: {location}: {refused.cause}. Try: {refused.cure} [E306]") from None
     except Exception as failure:  # a wrong subset or split, a script-only data set, a broken file on the hub, ...
         raise ValueError(
             f"{key}: {location} cannot be loaded ({_first_line(failure)}). "
@@ -333,10 +335,18 @@ def _hub_rows(location: str, key: str, default_split: str) -> tuple[str | None, 
     return commit, _table_rows(table, f"{key}: {location}")
 
 
+@dataclass
+class _Refused(Exception):
+    """A data set of the hub that could be loaded, and is not the one wanted or is too large."""
+
+    cause: str
+    cure: str
+
+
 def _check_size(info: Any) -> None:
     size = max(info.download_size or 0, info.dataset_size or 0)
     if size > MAX_FILE_BYTES:
-        raise ValueError(f"{size} bytes, more than {MAX_FILE_BYTES}")
+        raise _Refused(f"{size} bytes, more than {MAX_FILE_BYTES}", "a smaller subset, or a file of its rows")
 
 
 def _first_line(failure: Exception) -> str:
