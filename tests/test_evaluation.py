@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -43,6 +44,21 @@ def test_any_text_survives_the_file_and_a_torn_line_is_dropped(tmp_path: Path) -
     append_records(file, [{"index": 3, "completion": "again"}])
     with pytest.raises(ValueError, match=r"rows \[3\] stand twice"):
         check_coverage(read_records(file), 7)
+
+
+def test_half_a_line_that_a_full_disk_took_is_taken_back(tmp_path: Path) -> None:
+    """Else the next line would be glued to it, and no resumed run could read the file."""
+    file = tmp_path / "samples.jsonl"
+    append_records(file, [{"index": 0}])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 30, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"samples\.jsonl"):
+            append_records(file, [{"index": 1}, {"index": 2, "completion": "x" * 100}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    append_records(file, [{"index": 3}])
+    assert [record["index"] for record in read_records(file)] == [0, 3]
 
 
 def test_rows_that_stand_twice_or_were_made_otherwise_are_refused(tmp_path: Path) -> None:

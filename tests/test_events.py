@@ -68,6 +68,13 @@ def test_rows_of_a_csv_log_stay_and_no_step_is_there_twice(tmp_path: Path) -> No
     assert len((folder / "metrics.csv").read_text().splitlines()) == 8
 
 
+def test_rows_that_a_full_disk_cut_short_are_dropped(tmp_path: Path) -> None:
+    """The half of a row that there was room for, glued to the next one; and one at the end."""
+    (tmp_path / "metrics.csv").write_text("loss,step,x\n1.0,0,2\n1.0,1,1.0,2,2\n1.0,3,2\n1.0,4")
+    assert cut_csv(tmp_path, 9) == 2
+    assert (tmp_path / "metrics.csv").read_text().split() == ["loss,step,x", "1.0,0,2", "1.0,3,2"]
+
+
 def test_a_stage_is_a_run_of_its_own_in_weights_and_biases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made: list[dict[str, Any]] = []
 

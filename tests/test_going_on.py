@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,7 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from d1lit.app import running, tiny_base
 from d1lit.app.build import plan_run
 from d1lit.app.composing import compose_jobs
-from d1lit.app.pinning import inputs
+from d1lit.app.pinning import inputs, weights_sha256
+from d1lit.app.run_policy import kept_base
 from d1lit.checkpoint import broken, seal
 from d1lit.errors import ConfigError
 from d1lit.models import build_tiny_tokenizer
@@ -133,6 +137,9 @@ def test_another_environment_is_told_in_one_line(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------- the base
 
 
+TOKENIZER = SimpleNamespace(save_pretrained=lambda folder: (folder / "tokenizer_config.json").write_text("{}"))
+
+
 class Made:
     """Stands for the pretraining: what is kept is one file."""
 
@@ -146,7 +153,8 @@ class Made:
         weights = self.home.parent / "weights"
         weights.mkdir(parents=True, exist_ok=True)
         (weights / "model.safetensors").write_bytes(bytes(64))
-        tiny_base.keep_base(weights, SimpleNamespace(save_pretrained=lambda folder: None), self.home)
+        (weights / "made").write_text(str(self.times))
+        tiny_base.keep_base(weights, TOKENIZER, self.home)
 
 
 def test_a_kept_base_that_is_damaged_is_made_again(tmp_path, monkeypatch):
@@ -178,3 +186,86 @@ def test_a_base_that_another_run_is_making_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny_base, "say", said.append)
     tiny_base.make_shared_base(SimpleNamespace(), StopFlag())  # type: ignore[arg-type]
     assert made.times == 0 and len(said) == 1 and f"process {holder.pid}" in said[0]
+
+
+def start(
+    run: Path, settings: str, monkeypatch: pytest.MonkeyPatch, check: Any = lambda place, tokenizer: None
+) -> Path:
+    """A start of a run; where it has its base from."""
+    monkeypatch.setattr(tiny_base, "settings_hash", lambda plan: settings)
+    plan = SimpleNamespace(base="pretraining", make_policy=lambda place: (place, TOKENIZER))
+    return tiny_base.base_policy(plan, run, StopFlag(), check)[0]  # type: ignore[arg-type,return-value]
+
+
+def test_a_run_keeps_its_base_where_the_cache_is_emptied_or_other_code_makes_another(tmp_path, monkeypatch):
+    home, own = tmp_path / "cache" / "abc", kept_base(tmp_path / "run")
+    made = Made(home, monkeypatch)
+    assert start(tmp_path / "run", "a", monkeypatch) == home
+    kept = weights_sha256(home)
+    shutil.rmtree(home)
+    assert start(tmp_path / "run", "a", monkeypatch) == own and made.times == 1 and weights_sha256(own) == kept
+    flip_bit(own / "model.safetensors", 9)
+    assert start(tmp_path / "run", "a", monkeypatch) == home and made.times == 2 and broken(own) is None
+    (own / "tokenizer_config.json").unlink()  # as the pretraining leaves it before it is kept
+    assert start(tmp_path / "run", "a", monkeypatch) == home and made.times == 2 and broken(own) is None
+
+
+def test_a_base_of_other_settings_is_not_taken_for_the_one_that_is_asked_for(tmp_path, monkeypatch):
+    """As `resume=force` may ask; nor is what its pretraining has left gone on from."""
+    home, own = tmp_path / "cache" / "abc", kept_base(tmp_path / "run")
+    made = Made(home, monkeypatch)
+    start(tmp_path / "run", "a", monkeypatch)
+    shutil.rmtree(home)
+    with monkeypatch.context() as patch:
+        shared: list[Any] = []
+        patch.setattr(tiny_base, "make_shared_base", lambda *words: (shared.append(words), made()))
+        assert start(tmp_path / "run", "b", monkeypatch) == home and len(shared) == 1
+    assert made.times == 2 and (own / "made").read_text() == "2"
+    shutil.rmtree(home)
+    assert start(tmp_path / "run", "b", monkeypatch) == own
+
+
+def test_a_base_that_one_machine_does_not_see_is_refused_by_all(tmp_path, monkeypatch):
+    """The first process has made it and sees it; it alone may speak."""
+    Made(tmp_path / "cache" / "abc", monkeypatch)
+    monkeypatch.setattr(tiny_base, "all_gather_objects", lambda mine: [mine, ("node7", False), ("node7", False)])
+    with pytest.raises(ConfigError, match=r"is not seen on node7\..*\[E601\]"):
+        start(tmp_path / "run", "a", monkeypatch)
+
+
+def test_a_base_that_cannot_be_kept_ends_the_run_and_leaves_nothing(tmp_path, monkeypatch):
+    home, weights = tmp_path / "cache" / "abc", tmp_path / "weights"
+    weights.mkdir()
+
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        tiny_base.keep_base(weights, SimpleNamespace(save_pretrained=full), home)
+    assert list(home.parent.iterdir()) == []
+    tiny_base.keep_base(weights, TOKENIZER, home)
+    tiny_base.keep_base(weights, TOKENIZER, home)  # another process was faster
+    assert list(home.parent.iterdir()) == [home] and broken(home) is None
+
+
+def test_a_refused_run_leaves_no_base_behind(tmp_path, monkeypatch):
+    Made(tmp_path / "cache" / "abc", monkeypatch)
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(ConfigError), running.removed_if_refused(run):
+        start(run, "a", monkeypatch)
+        raise ConfigError("key", "cause", "cure", "E503")
+    assert not run.exists() and (tmp_path / "cache" / "abc").exists()
+
+
+def test_only_what_the_hub_has_put_there_goes_by_its_commit(tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    found = {}
+    for name in (f"models--a--b/snapshots/{commit}", f"mine/snapshots/{commit}", "models--a--b/snapshots/mine"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(64))
+        found[name] = weights_sha256(tmp_path / name)
+    assert [value.startswith("commit ") for value in found.values()] == [True, False, False]
+    flip_bit(tmp_path / name / "model.safetensors", 9)
+    os.utime(tmp_path / name / "model.safetensors", ns=(1, 1))  # clocks of file systems are coarse
+    assert weights_sha256(tmp_path / name) != found[name]

@@ -125,6 +125,20 @@ def test_a_crash_at_every_call_of_a_hand_over_leaves_the_old_weights_or_the_new(
     assert k > 6 and set(found) == {"old", "new"} and found == sorted(found, reverse=True)
 
 
+def test_what_a_tokenizer_writes_into_folders_is_handed_over_too(tmp_path):
+    """It keeps several chat templates in a folder of their own."""
+
+    def write(place: Path) -> None:
+        (place / "templates" / "more").mkdir(parents=True)
+        (place / "templates" / "more" / "tool.jinja").write_text("{{ x }}")
+        (place / "model.safetensors").write_text("weights")
+
+    for with_manifest in (True, False):
+        put_whole(tmp_path / "model", write, with_manifest)
+        assert (tmp_path / "model" / "templates" / "more" / "tool.jinja").read_text() == "{{ x }}"
+        assert (broken(tmp_path / "model") is None) == with_manifest
+
+
 def test_all_processes_begin_where_the_first_has_found_the_checkpoint(tmp_path):
     """A disk may show another process an older state: each would train on from a step of its own."""
     folder, children = with_checkpoints(StageFolder(tmp_path / "sft"), 5, 10), []

@@ -224,6 +224,10 @@ def test_an_impostor_is_not_taken_for_what_it_calls_itself(monkeypatch: pytest.M
         "${oc.env:D1LIT_${oc.env:HF_TOKEN}}",
         "${ oc.env:D1LIT_X}",
         "${x.${oc.env:HF_TOKEN}}",
+        "${${x}:HF_TOKEN}",
+        "${oc.${x}:HF_TOKEN}",
+        "${oc.${x.${y}}:HF_TOKEN}",
+        "${oc.select:'}',${oc.${x}:HF_TOKEN}}",
     ],
 )
 def test_resolvers_of_a_strange_configuration_are_refused(value: str) -> None:
@@ -231,7 +235,13 @@ def test_resolvers_of_a_strange_configuration_are_refused(value: str) -> None:
         check_resolvers({"logger": {"project": value}})
     check_resolvers({"logger": {"project": value}}, [f"logger.project={value}"])
     check_resolvers(
-        {"logger": {"project": "${run.name}"}, "a": "${oc.select:x,3} ${oc.env:D1LIT_X}", "n": 3, "x": None}
+        {
+            "logger": {"project": "${run.name}"},
+            "b": "${.scales.${scale.name}.x}",
+            "a": "${oc.select:x,3} ${oc.env:D1LIT_X}",
+            "n": 3,
+            "x": None,
+        }
     )
     with pytest.raises(ValueError, match="not a string"):
         check_config({"_target_": ["os.system"]})
@@ -287,6 +297,16 @@ def test_a_strange_run_reads_no_environment(
 ) -> None:
     monkeypatch.setenv("EXAMPLE_TOKEN", FAKE)
     check_refused(foreign_run(tmp_path / "run", word), "asks for a resolver", capsys)
+
+
+@pytest.mark.parametrize(("name", "asks"), [("oc.env", "${${evaluation.x}:"), ("env", "${oc.${evaluation.x}:")])
+def test_nor_by_a_resolver_whose_name_is_put_together(
+    name: str, asks: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXAMPLE_TOKEN", FAKE)
+    assert OmegaConf.create({"evaluation": {"x": name}, "y": f"{asks}EXAMPLE_TOKEN}}"}).y == FAKE
+    words = (f"++evaluation.x={name}", f"model.name='{asks}EXAMPLE_TOKEN}}'")
+    check_refused(foreign_run(tmp_path / "run", *words), "asks for a resolver", capsys)
 
 
 def test_nor_does_a_yaml_that_it_brings_along(

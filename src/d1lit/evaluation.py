@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -177,12 +177,19 @@ def json_lines(records: Iterable[Mapping[str, Any]]) -> str:
 
 
 def append_records(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Append JSON lines and push them to the disk."""
+    """Append JSON lines and push them to the disk; all of them or, where it has no room, none."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with _named(file), file.open("a", encoding="utf-8") as handle:
-        handle.write(json_lines(records))
-        handle.flush()
-        os.fsync(handle.fileno())
+    with _named(file), file.open("ab", buffering=0) as handle:
+        size = os.fstat(handle.fileno()).st_size
+        left = json_lines(records).encode()
+        try:
+            while left:  # a disk that is filling up takes a part, and refuses the rest
+                left = left[handle.write(left) :]
+            os.fsync(handle.fileno())
+        except OSError:
+            with suppress(OSError):
+                os.truncate(handle.fileno(), size)  # the next line would be glued to half of this one
+            raise
 
 
 @contextmanager

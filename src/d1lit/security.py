@@ -38,7 +38,9 @@ CLASSES_FROM = (
 _DOTTED = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z][A-Za-z0-9_]*)+")
 _CALLABLE = (type, FunctionType)
 _COMPONENT = re.compile(r"_target_: *(d1lit\.[\w.]+)")
-_RESOLVER = re.compile(r"\$\{(?!oc\.(?:select:|env:D1LIT_))[^}]*:")
+_INNER_KEY = re.compile(r"\$\{[\w.\[\]-]*\}")
+"""An interpolation that asks for another key, with none inside."""
+_RESOLVER = re.compile(r"\$\{(?:(?!oc\.(?:select:|env:D1LIT_))[^}]*:|[^}]*\$\{)")
 """What asks for more than another key, or for one of our own variables, as YAMLs of `conf/` do."""
 
 
@@ -118,11 +120,19 @@ def check_resolvers(config: Any, typed: Sequence[str] = ()) -> None:
         ValueError: naming key, value and cure.
     """
     for key, value in _leaves(config, ""):
-        if isinstance(value, str) and _RESOLVER.search(value) and not any(value in word for word in typed):
+        if isinstance(value, str) and _asks_resolver(value) and not any(value in word for word in typed):
             raise ValueError(
                 f"{key}: {value!r} asks for a resolver, which could read your environment; this configuration comes "
                 "from elsewhere. Try: write the value itself [E211]"
             )
+
+
+def _asks_resolver(value: str) -> bool:
+    """Whether a resolver is asked, its name put together from other keys or not: `${oc.${x}:HOME}` is one too."""
+    found = 1
+    while found:
+        value, found = _INNER_KEY.subn("KEY", value)
+    return _RESOLVER.search(value) is not None
 
 
 def _inside(dotted: str, packages: Sequence[str]) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +37,17 @@ def inputs(plan: Plan, base: Path, tokenizer: Any) -> dict[str, str]:
 
 def weights_sha256(folder: Path) -> str:
     """Of the settings and weights in a model's folder; of a snapshot from the hub, its commit."""
-    if folder.parent.name == "snapshots":
+    if re.fullmatch(r"models--[^/]+/snapshots/[0-9a-f]{40}", "/".join(folder.parts[-3:])):
         return f"commit {folder.name}"
+    files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
+    return _files_sha256(tuple((file.resolve(), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@lru_cache  # a start asks twice, and weights are gigabytes
+def _files_sha256(files: tuple[tuple[Path, int, int], ...]) -> str:
     digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
-        with file.open("rb") as handle:
+    for path, *_ in files:
+        with path.open("rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()[:16]
 

@@ -11,7 +11,7 @@ from d1lit.models import Policy, add_lora, load_weights, merge_lora
 
 
 def kept_base(run: Path) -> Path:
-    """Where a run that trains adapters keeps the built-in base they stand on."""
+    """Where a run keeps the built-in base that it began with."""
     return run / "stages" / "base" / "model"
 
 

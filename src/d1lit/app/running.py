@@ -29,7 +29,7 @@ from d1lit.app.micro_batches import micro_batch_sizes, with_micro_batches
 from d1lit.app.pinning import BASE, ROWS, changed_inputs, inputs, keep_inputs
 from d1lit.app.plan import Plan, make_stage
 from d1lit.app.task_evaluator import PACKAGES, TaskEvaluator, versions
-from d1lit.app.tiny_base import base_policy, kept_evaluations, make_shared_base
+from d1lit.app.tiny_base import base_policy, find_base, kept_evaluations, make_shared_base
 from d1lit.app.trainer import make_trainer
 from d1lit.checkpoint import differing_keys, flatten, lock_run, put_whole
 from d1lit.errors import ConfigError
@@ -66,7 +66,8 @@ def run_training(config: DictConfig, overrides: Sequence[str], plan: Plan | None
                 print("\n".join(lines))
                 return 0
             check_hub_model(plan)
-            if plan.base is not None and place().world_size > 1 and is_first():
+            is_waited_for = plan.base is not None and place().world_size > 1 and is_first()
+            if is_waited_for and (config.run_dir is None or find_base(plan, Path(config.run_dir)) is None):
                 make_shared_base(plan, flag)
             flag.raise_if_stopped()
         join_world(config.trainer.accelerator)  # a signal ends it at once: whoever waits in there cannot look at a flag
@@ -95,7 +96,7 @@ def _run(config: DictConfig, overrides: Sequence[str], plan: Plan, flag: StopFla
 
         policy, tokenizer = base_policy(plan, folder, flag, check)
         tell_dropped(plan, tokenizer)
-        evaluator = TaskEvaluator(plan, tokenizer, folder, flag, kept=kept_evaluations(plan))
+        evaluator = TaskEvaluator(plan, tokenizer, folder, flag, kept=kept_evaluations(plan, folder))
         stages = [
             make_stage(plan, parts, tokenizer, partial(make_trainer, plan, flag, tokenizer)) for parts in plan.stages
         ]
@@ -115,7 +116,7 @@ def held_by_first(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def removed_if_refused(folder: Path) -> Iterator[None]:
-    """A new run that is refused before its first stage has begun leaves nothing behind.
+    """A new run that is refused before its first stage has begun leaves nothing behind; the base is in the cache.
 
     Entered under the lock: until it is held, the folder may become another run's.
     """
@@ -123,7 +124,7 @@ def removed_if_refused(folder: Path) -> Iterator[None]:
     try:
         yield
     except ValueError:
-        if is_new and not any(folder.glob("stages/*/*")):
+        if is_new and all(file.parent.name == "base" for file in folder.glob("stages/*/*")):
             shutil.rmtree(folder, ignore_errors=True)
             if folder.parent == OUTPUTS and not any(OUTPUTS.iterdir()):
                 OUTPUTS.rmdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from d1lit.callbacks.saving import SaveCheckpoints
-from d1lit.checkpoint import FolderCheckpointIO, list_checkpoints, read_facts, verify
+from d1lit.checkpoint import FolderCheckpointIO, list_checkpoints, verify
 from d1lit.errors import RunError
 
 _KEY = "callbacks.alarms.alarms"
@@ -265,5 +266,5 @@ def _checkpoints(trainer: L.Trainer) -> Path | None:
 
 def last_before(folder: Path, step: int) -> Path | None:
     """The newest checkpoint that verifies and is not after a step."""
-    whole = (path for path in list_checkpoints(folder) if verify(path) is None)
-    return next((path for path in whole if read_facts(path)["step"] <= step), None)
+    old = (path for path in list_checkpoints(folder) if int(re.sub(r"\D", "", path.name)) <= step)
+    return next((path for path in old if verify(path) is None), None)

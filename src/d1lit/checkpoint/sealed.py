@@ -45,10 +45,18 @@ def put_whole(folder: Path, write: Callable[[Path], Any], with_manifest: bool = 
 
 
 def seal(folder: Path, with_manifest: bool = True) -> None:
-    """Bring the files of a folder to the disk, and write down their sums beside them."""
-    files = {file.name: _synced(file) for file in sorted(folder.iterdir())}
+    """Bring what is in a folder to the disk, and write down the sums of its files beside them.
+
+    A manifest names files of its own folder only: those in folders within (a tokenizer's chat templates) have no sum.
+    """
+    inside = sorted(folder.rglob("*"))
+    for path in inside:
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            _sync(path)
     if with_manifest:
-        write_manifest(folder, {}, files)
+        write_manifest(folder, {}, {path.name: _sums(path) for path in folder.iterdir() if path.is_file()})
     sync_folder(folder)
 
 
@@ -79,8 +87,12 @@ def _beside(folder: Path, role: str) -> Path:
     return folder.with_name(f".{folder.name}.{role}")
 
 
-def _synced(file: Path) -> dict[str, Any]:
+def _sync(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _sums(file: Path) -> dict[str, Any]:
     with file.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        os.fsync(handle.fileno())
         return {"sha256": digest, "size": os.fstat(handle.fileno()).st_size}

@@ -64,14 +64,15 @@ def with_kept_rows(logger: CSVLogger) -> CSVLogger:
 
 
 def cut_csv(folder: Path, step: int) -> int:
-    """Drop the rows of `step` or later from a folder's metrics.csv; returns how many."""
+    """Drop from metrics.csv the rows of `step` or later, and those a full disk cut short; returns how many."""
     file = folder / METRICS
     if not file.exists():
         return 0
     with file.open(newline="") as handle:
         reader = csv.DictReader(handle)
         rows, names = list(reader), reader.fieldnames or []
-    kept = [row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) < step]
+    whole = [row for row in rows if None not in row and None not in row.values()]  # too long, too short
+    kept = [row for row in whole if (row.get("step") or "").isdigit() and int(row["step"]) < step]
     if len(kept) == len(rows):
         return 0
     staging = file.with_name(f".cut.{METRICS}")
