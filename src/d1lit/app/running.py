@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -57,7 +57,7 @@ def run_training(config: DictConfig, overrides: Sequence[str], plan: Plan | None
     console.quiet = not is_first()
     flag = StopFlag()
     with requeued():
-        with flag.installed():
+        with flag.preparing():
             plan = plan_run(config) if plan is None else plan
             tell_rows(plan)
             if config.dry_run:
@@ -65,6 +65,8 @@ def run_training(config: DictConfig, overrides: Sequence[str], plan: Plan | None
                 print("\n".join(lines))
                 return 0
             check_hub_model(plan)
+            flag.raise_if_stopped()
+        with flag.installed():
             if plan.base is not None and place().world_size > 1 and is_first():
                 make_shared_base(plan, flag)
             flag.raise_if_stopped()
@@ -97,7 +99,8 @@ def _run(config: DictConfig, overrides: Sequence[str], plan: Plan, flag: StopFla
             if has_other_values and is_first():  # only now: before, the folder would say what nothing was trained with
                 replace_values(folder, values)
 
-        policy, tokenizer = base_policy(plan, folder, flag, check)
+        with flag.preparing() if plan.base is None else nullcontext():  # it is fetched and read, not trained
+            policy, tokenizer = base_policy(plan, folder, flag, check)
         tell_dropped(plan, tokenizer)
         evaluator = TaskEvaluator(plan, tokenizer, folder, flag, kept=kept_evaluations(plan))
         stages = [
