@@ -162,7 +162,7 @@ def test_values_of_a_start_that_is_refused_for_its_inputs_stand_nowhere(tmp_path
 
     monkeypatch.setattr(running, "base_policy", base_policy)
     words = ["loss.beta=0.1", "resume=force", f"run_dir={folder}"]
-    with pytest.raises(ConfigError, match="stage sft of .* is finished.*the base's weights"):
+    with pytest.raises(ConfigError, match=r"stage sft of .* is finished.*the base's weights"):
         running.run_training(composed(*words), words)
     assert {name: (folder / name).read_text() for name in before} == before
     assert not list(folder.glob("*.until-*"))
