@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from d1lit.callbacks import Alarm, CollapseAlarms, SaveCheckpoints, SkipNonFinite
+from d1lit.callbacks import Alarm, CollapseAlarms, SaveCheckpoints, SkipNonFinite, Validate
 from d1lit.callbacks.alarms import last_before
 from d1lit.checkpoint import FolderCheckpointIO, list_checkpoints, read_tree
 from d1lit.estimators.one_step import OneStepEstimator
@@ -69,11 +70,17 @@ class Watch(L.Callback):
 
 
 def run(
-    folder: Path, series: list[float], alarms: CollapseAlarms, save_every: int | None = 1, inner: int = 2, keep: int = 0
+    folder: Path,
+    series: list[float],
+    alarms: CollapseAlarms,
+    save_every: int | None = 1,
+    inner: int = 2,
+    keep: int = 0,
+    others: Sequence[L.Callback] = (),
 ) -> Watch:
     """Train over the series, with checkpoints."""
     watch = Watch()
-    callbacks: list[L.Callback] = [alarms, watch]
+    callbacks: list[L.Callback] = [alarms, watch, *others]
     if save_every is not None:
         callbacks.append(SaveCheckpoints(folder, save_every, None))
     trainer = L.Trainer(
@@ -170,6 +177,37 @@ def test_what_an_alarm_knows_goes_with_it_and_not_with_its_place() -> None:
     second = CollapseAlarms([Alarm("train/loss", above=1.0), other, one])
     second.load_state_dict(first.state_dict())
     assert [second._state[str(alarm)]["mean"] for alarm in second.alarms] == [0.0, 0.0, 3.0]
+
+
+def test_an_alarm_on_validation_rows_counts_looks_and_goes_back_to_the_last_good_one(tmp_path: Path) -> None:
+    """A look before steps 2, 4, ... of one update each; the numbers stand until the next look."""
+    found = iter([1.0, 1.0, 0.0, 0.0, 1.0, 1.0])
+    alarms = CollapseAlarms([replace(ALARM, metric="val/accuracy"), replace(ALARM, metric="val/acuracy")])
+    seen = Watch()
+    measure = Validate(lambda policy: {"accuracy": next(found)}, None, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        lines: list[str] = []
+        patch.setattr("d1lit.callbacks.alarms.rank_zero_warn", lines.append)
+        patch.setattr(Falling, "policy", nn.Linear(1, 1), raising=False)
+        run(tmp_path, [1.0] * 12, alarms, inner=1, keep=2, others=[measure, seen])
+    assert [line.split(" (")[0] for line in lines if "step 9" in line] == [
+        "alarm at step 9: val/accuracy = 0 is below 0.5",
+        "step 9: weights and optimizer are those of step_4 again",
+    ]
+    assert any("nothing is logged as val/acuracy" in line for line in lines)
+    assert alarms.rollbacks == 1 and torch.equal(seen.weights[9], seen.weights[4])
+    assert alarms.state_dict()["state"][str(alarms.alarms[0])]["count"] == 2, "those of step_4, and one since"
+
+
+def test_each_rollback_alarm_has_its_checkpoint_and_one_without_numbers_lets_go(tmp_path: Path) -> None:
+    late, early = replace(ALARM, patience=9), Alarm("rollout/reward", "rollback", below=0.9, patience=50)
+    gone = Alarm("rollout/gone", "rollback", below=0.0)
+    for series, kept in (([1.0] * 6 + [0.6] * 4 + [0.0] * 4, [14, 13, 9, 5, 3]), ([1.0] * 40, [40, 39, 38])):
+        alarms = CollapseAlarms([late, early, gone])
+        alarms._state[str(gone)]["good"] = 3  # as it came out of a checkpoint
+        folder = tmp_path / str(len(series))
+        run(folder, series, alarms, inner=1, keep=2)
+        assert [path.name for path in list_checkpoints(folder)] == [f"step_{step}" for step in kept]
 
 
 def test_an_alarm_on_a_number_that_is_not_there_says_so(monkeypatch: Any) -> None:

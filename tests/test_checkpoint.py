@@ -228,6 +228,14 @@ def test_pruning_counts_only_checkpoints_that_verify(tmp_path: Path) -> None:
         prune(tmp_path, keep=1)
 
 
+def test_pruning_keeps_one_checkpoint_for_each_step_that_is_held(tmp_path: Path) -> None:
+    for step in range(2, 20, 2):
+        write_tree(tmp_path / f"step_{step}", {"step": torch.tensor(step)})
+    flip_bit(tmp_path / "step_10" / "tensors-00000.safetensors", 100)
+    prune(tmp_path, keep=2, hold={1, 5, 11, 17, 18})
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_18", "step_16", "step_8", "step_4"]
+
+
 def test_differing_keys_are_listed() -> None:
     old = flatten({"loss": {"beta": 0.04, "parts": [1, 2]}, "seed": 1, "run_dir": "a", "logger": {"x": 1}})
     new = flatten({"loss": {"beta": 0.01, "parts": [1, 3]}, "run_dir": "b", "logger": {"y": 1}, "model": {}})

@@ -69,8 +69,12 @@ def test_force_does_not_say_of_a_finished_stage_what_it_was_not_made_with(tmp_pa
     with pytest.raises(ConfigError, match=f"stage sft of .* is finished.*{word.split('=')[0]}"):
         running.refuse_changes(composed(word, "resume=force"), folder)
     assert (folder / "config.yaml").exists()
-    running.refuse_changes(composed("stages.grpo.max_updates=3", "loss.beta=0.1", "resume=force"), folder)
-    assert not (folder / "config.yaml").exists(), "put aside, the run writes the new one"
+    before = (folder / "config.yaml").read_text()
+    assert running.refuse_changes(composed("stages.grpo.max_updates=3", "loss.beta=0.1", "resume=force"), folder)
+    assert (folder / "config.yaml").read_text() == before, "the inputs may yet be refused"
+    running.replace_values(folder, {"overrides.json": "[]", "config.yaml": "seed: 7"})
+    assert [file.read_text() for file in folder.glob("config.until-*.yaml")] == [before]
+    assert (folder / "config.yaml").read_text() == "seed: 7" and len(list(folder.iterdir())) == 5
 
 
 def test_stages_without_a_configuration_are_refused(tmp_path):
@@ -132,6 +136,40 @@ def test_another_environment_is_told_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "environment.json").write_text(json.dumps({**record, "threads": 99, "python": "3.9"}))
     running.tell_other_environment(tmp_path)
     assert len(said) == 1 and "threads: 99 -> " in said[0] and "python: '3.9' -> " in said[0]
+
+
+@pytest.mark.parametrize("text", ["", '{"threads": ', "[1]"])
+def test_a_damaged_note_of_an_earlier_start_is_unknown_and_no_obstacle(tmp_path, monkeypatch, text):
+    said: list[str] = []
+    monkeypatch.setattr(running, "say", said.append)
+    for name in ("environment.json", "inputs.json"):
+        (tmp_path / name).write_text(text)
+    running.tell_other_environment(tmp_path)
+    running.refuse_other_inputs(tmp_path, composed(), {"the base's weights": "abc"})
+    assert ["is damaged" in line for line in said] == [True, True]
+    assert json.loads((tmp_path / "inputs.json").read_text()) == {"the base's weights": "abc"}
+
+
+def test_a_machine_without_git_has_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert running.environment()["commit"] is None
+
+
+def test_values_of_a_start_that_is_refused_for_its_inputs_stand_nowhere(tmp_path, monkeypatch):
+    """`resume=force` with a value that no finished stage had, and a base that one was made from."""
+    folder = begun(tmp_path / "run", finished=["sft"])
+    before = {file.name: file.read_text() for file in folder.glob("*.*") if file.is_file()}
+    (folder / "inputs.json").write_text(json.dumps({"the base's weights": "another"}))
+
+    def base_policy(plan: Any, folder: Path, flag: StopFlag, check: Any) -> Any:
+        check(tmp_path, build_tiny_tokenizer())
+
+    monkeypatch.setattr(running, "base_policy", base_policy)
+    words = ["loss.beta=0.1", "resume=force", f"run_dir={folder}"]
+    with pytest.raises(ConfigError, match=r"stage sft of .* is finished.*the base's weights"):
+        running.run_training(composed(*words), words)
+    assert {name: (folder / name).read_text() for name in before} == before
+    assert not list(folder.glob("*.until-*"))
 
 
 # ----------------------------------------------------------------------------------------------------------- the base

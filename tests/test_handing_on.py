@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from d1lit.app import commands, export
+from d1lit.app import commands, consolidating, export
 from d1lit.app.chatting import answer, chat
 from d1lit.app.cli import main
 from d1lit.app.export import model_card, push, write_card
@@ -157,6 +157,23 @@ def test_an_export_that_was_cut_short_is_no_model_and_can_be_asked_for_again(tmp
     export.export(real_run(), tmp_path / "whole")
     names = {file.name for file in (tmp_path / "whole").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names and ".staging" not in names
+
+
+def test_a_consolidation_that_was_cut_short_is_no_model_either(tmp_path, monkeypatch):
+    class CutShort:
+        def save_pretrained(self, folder: Path) -> None:
+            assert (folder / "config.json").exists()
+            raise KeyboardInterrupt
+
+    real = consolidating.policy_of_run
+    monkeypatch.setattr(consolidating, "policy_of_run", lambda *args, **words: (real(*args, **words)[0], CutShort()))
+    with pytest.raises(KeyboardInterrupt):
+        consolidating.consolidate(real_run(), tmp_path / "whole")
+    assert not (tmp_path / "whole" / "config.json").exists()
+    monkeypatch.undo()
+    consolidating.consolidate(real_run(), tmp_path / "whole")
+    names = {file.name for file in (tmp_path / "whole").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names and ".staging" not in names
 
 
 def test_the_card_is_replaced_whole(tmp_path):

@@ -97,6 +97,22 @@ def test_damaged_weights_of_a_finished_stage_are_made_again_from_its_last_checkp
     assert "is not used" in said[0] and "model.safetensors" in said[0] and "sha256" in said[0]
 
 
+def test_a_stage_that_an_earlier_version_has_finished_is_not_trained_again(tmp_path):
+    """It wrote weights without sums; a folder without weights is none."""
+    folder, policy = with_checkpoints(StageFolder(tmp_path / "sft"), 12), small_policy(seed=9)
+    save_weights(policy, folder.weights)
+    said: list[str] = []
+    found = run(folder, said, policy=small_policy(seed=1))
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), policy.parameters(), strict=True))
+    assert "no sums" in said[0] and "finished earlier" in said[1]
+    (folder.weights / "model.safetensors").rename(folder.best.parent / "model.safetensors")
+    with pytest.raises(Begins, match="12"):
+        run(folder)
+    save_weights(policy, folder.best)
+    with pytest.raises(Begins, match="12"):
+        run(folder, selects_best=True)
+
+
 def test_damaged_best_weights_are_named_before_anything_is_trained(tmp_path):
     folder = with_checkpoints(StageFolder(tmp_path / "sft"), 4)
     put_whole(folder.best, lambda place: save_weights(small_policy(), place))

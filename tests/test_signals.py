@@ -297,6 +297,23 @@ def test_what_ends_outside_a_trainer_is_queued_again_too(
     assert asked is not None or not (tmp_path / "asked").exists()
 
 
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_is_only_being_prepared_ends_at_once(signum: int, code: int, capfd: pytest.CaptureFixture[str]) -> None:
+    flag, before = StopFlag(), signal.getsignal(signum)
+    with flag.preparing():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert flag.received == signal.SIGUSR1, "goes by the flag, so that the queue can be asked"
+        with pytest.raises(Interrupted) as end:
+            os.kill(os.getpid(), signum)
+            time.sleep(60)
+    assert end.value.code == code
+    assert signal.getsignal(signum) is before
+    with StopFlag().preparing(), contextlib.suppress(Interrupted):
+        os.kill(os.getpid(), signum)
+    said = capfd.readouterr().err
+    assert said == f"SIGUSR1: stopping once the run is prepared\n{signal.Signals(signum).name}: stopping at once\n"
+
+
 def test_the_flag_serves_loops_outside_a_trainer() -> None:
     flag = StopFlag()
     before = [signal.getsignal(signum) for signum, _ in SIGNALS]

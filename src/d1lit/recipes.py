@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 from peft import PeftModel
 
-from d1lit.checkpoint import broken, newest, put_whole, read_facts, settle
+from d1lit.checkpoint import MANIFEST, broken, newest, put_whole, read_facts, settle
 from d1lit.errors import ConfigError
 from d1lit.evaluation import write_whole
 from d1lit.models import LoraSettings, Policy, add_lora, load_weights, merge_lora, save_weights
@@ -182,9 +182,10 @@ def look_at(folder: StageFolder, stage: Stage, starts_over: bool) -> Left:
     try:
         for place in (folder.weights, folder.best):
             settle(place)
-        reason = broken(folder.weights) if folder.weights.exists() else None
+        is_old = is_unsealed(folder.weights)
+        reason = broken(folder.weights) if folder.weights.exists() and not is_old else None
         if reason is None and folder.weights.exists():
-            return Left(True, None, ())
+            return Left(True, None, [f"{folder.weights} has no sums to be held against"] if is_old else ())
         remarks = [] if reason is None else [f"{folder.weights} is not used: {reason}"]
         checkpoint, refused = newest(folder.checkpoints)
         if checkpoint is not None and stage.selects_best and folder.best.exists():
@@ -199,8 +200,13 @@ def look_at(folder: StageFolder, stage: Stage, starts_over: bool) -> Left:
     return Left(False, checkpoint, remarks)
 
 
+def is_unsealed(folder: Path) -> bool:
+    """Whether a folder of weights is of a version of d1lit that wrote no sums."""
+    return not (folder / MANIFEST).exists() and any(folder.glob("*.safetensors"))
+
+
 def _check_best(folder: StageFolder, stage: Stage) -> None:
-    reason = broken(folder.best)
+    reason = None if is_unsealed(folder.best) else broken(folder.best)
     if reason is not None:
         cause = f"the weights that were best in stage {stage.name} cannot be used: {reason}"
         raise ConfigError("resume", cause, f"without {folder.path}, which begins the stage again", "E508")

@@ -29,7 +29,7 @@ class Interrupted(SystemExit):
 
 
 class StopFlag:
-    """Remembers the first signal that asked this process to stop. The handler does nothing else."""
+    """Remembers the first signal that asked this process to stop; the handler of training does nothing else."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -56,20 +56,47 @@ class StopFlag:
     @contextmanager
     def installed(self) -> Iterator[StopFlag]:
         """Handle the signals within the context, and leave the handlers as they were."""
-        before = {signum: signal.getsignal(signum) for signum in SIGNALS}
-        self.install()
-        try:
+        with _handlers_as_before():
+            self.install()
             yield self
-        finally:
-            for signum, handler in before.items():
-                if threading.current_thread() is threading.main_thread():
-                    signal.signal(signum, handler)
+
+    @contextmanager
+    def preparing(self) -> Iterator[StopFlag]:
+        """Handle the signals while nothing can be lost: SIGINT and SIGTERM end the process at once.
+
+        SIGUSR1 waits for who asks the flag, as the place in the queue has to be asked for.
+        """
+        with _handlers_as_before():
+            if threading.current_thread() is threading.main_thread():
+                for signum in SIGNALS:
+                    signal.signal(signum, self._receive_early)
+            yield self
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received = signum
             # print() may not be called from a handler: the signal may have come within a print().
             os.write(2, f"{signal.Signals(signum).name}: stopping after a checkpoint\n".encode())
+
+    def _receive_early(self, signum: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received = signum
+            when = "once the run is prepared" if signum == signal.SIGUSR1 else "at once"
+            os.write(2, f"{signal.Signals(signum).name}: stopping {when}\n".encode())
+        if signum != signal.SIGUSR1:
+            raise Interrupted(signum)
+
+
+@contextmanager
+def _handlers_as_before() -> Iterator[None]:
+    """The handlers that a context sets go with it."""
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signum, handler)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """One of two processes of a diffu-GRPO stage with a fault.
 
 `python -m tests.end_to_end.faulty_worker FOLDER FAULT`: `not_finite` (one place on one process at a time, and a process
-that is slow once), `raise` (the second process's judge), `die` (the second process), `none`.
+that is slow once), `raise` (the second process's judge), `die` (the second process), `signal` (SIGUSR1 for the second
+process alone while it looks at its validation rows), `none`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from d1lit.app import task_evaluator
 from d1lit.app.build import plan_run
 from d1lit.app.composing import compose_jobs
 from d1lit.app.plan import make_stage
@@ -159,6 +161,13 @@ class Watch(L.Callback):
             moved.append(not alike)
 
 
+def signalled(evaluate: Any, *args: Any, **settings: Any) -> Any:
+    """The second process is asked to stop before its first row."""
+    if world().rank == 1:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return evaluate(*args, **settings)
+
+
 def main(folder: Path, fault: str) -> None:
     """Train, and write down what happened."""
     quiet_libraries()
@@ -168,6 +177,9 @@ def main(folder: Path, fault: str) -> None:
     words = [*GRPO, "scale.grpo.micro_batch_size=2", f"scale.grpo.max_updates={updates}"]
     words += [f"stages.grpo.module.num_inner_updates={INNER}", "callbacks.alarms=null"]
     words.append("callbacks.save=null" if fault == "not_finite" else "callbacks.save.every_n_steps=1")
+    if fault == "signal":
+        words += ["task.val_rows=4", "scale.grpo.validate_every=3", "scale.evaluation.batch_size=1"]
+        task_evaluator.evaluate = partial(signalled, task_evaluator.evaluate)
     Ending.fault = fault
     (config,) = compose_jobs("train", words).configs
     plan = plan_run(config)
@@ -179,10 +191,10 @@ def main(folder: Path, fault: str) -> None:
         module=partial(Faulty if fault == "not_finite" else Ending, **{**parts.module.keywords, "reward": reward}),
     )
     policy, tokenizer = plan.make_policy()
-    watch, guards = Watch(), []
+    watch, guards, flag = Watch(), [], StopFlag()
 
     def trainer(*arguments: Any) -> L.Trainer:
-        made = make_trainer(plan, StopFlag(), tokenizer, *arguments)
+        made = make_trainer(plan, flag, tokenizer, *arguments)
         made.callbacks.append(watch)  # pyright: ignore[reportAttributeAccessIssue]
         guards.extend(c for c in made.callbacks if isinstance(c, SkipNonFinite))  # pyright: ignore
         return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from d1lit.checkpoint import list_checkpoints, verify
 from tests.end_to_end.faulty_worker import NUM_UPDATES, PLACES, bad_steps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +25,9 @@ def together(folder: Path, fault: str) -> subprocess.CompletedProcess[str]:
     worker = [sys.executable, "-m", "tests.end_to_end.faulty_worker", str(folder), fault]
     code = f"import sys; from d1lit.processes import launch; sys.exit(launch({worker!r}, 2))"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
 
 
 @pytest.mark.parametrize(("fault", "status", "how"), [("die", 137, "SIGKILL"), ("raise", 1, "status 1")])
@@ -42,6 +46,15 @@ def test_a_process_that_fails_ends_the_run_by_name_and_it_goes_on_later(tmp_path
     assert records[0]["weights"] == records[1]["weights"]
     assert 3 <= len(records[0]["moved"]) <= 5, "steps before the fault are not run again"
     print(f"{fault}: ended {seconds:.1f} s after it")
+
+
+def test_a_signal_to_one_process_within_a_validation_stops_all_with_a_checkpoint(tmp_path):
+    """The first process has done its rows by then, and waits for those of the second."""
+    stopped = together(tmp_path, "signal")
+    assert stopped.returncode == 128 + signal.SIGUSR1, stopped.stderr
+    assert "ended first" not in stopped.stderr and "Connection closed" not in stopped.stderr
+    (checkpoint, *_) = list_checkpoints(tmp_path / "stage" / "checkpoints")
+    assert checkpoint.name == "step_3" and verify(checkpoint) is None
 
 
 def test_what_is_not_finite_on_one_process_is_no_step_on_both(tmp_path):

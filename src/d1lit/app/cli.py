@@ -91,7 +91,7 @@ def train(words: Sequence[str]) -> int:
         if any(word.split("=")[0] in _HYDRA_FLAGS for word in words):
             compose_jobs("train", [word for word in words if "=" in word and not word.startswith("-")])
             return _hydra(words)
-        with requeued(), StopFlag().installed() as flag:  # SLURM may ask a job to stop that has hardly begun
+        with requeued(), StopFlag().preparing() as flag:  # SLURM may ask a job to stop that has hardly begun
             jobs = compose_jobs("train", words)
             for config in jobs.configs:
                 check_values(config)  # before the heavy imports: most mistakes are answered at once

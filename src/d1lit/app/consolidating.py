@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from d1lit.app.export import refuse_taken, staged
 from d1lit.app.open_run import plan_of_run
 from d1lit.app.run_policy import policy_of_run
 from d1lit.checkpoint import list_checkpoints, verify
@@ -42,8 +43,7 @@ def consolidate(
     Raises:
         ConfigError: if there is no such checkpoint, if it does not verify, or if the target is taken.
     """
-    if (target / "config.json").exists():
-        raise ConfigError("consolidate", f"{target} holds a model already", "another folder", "E505")
+    refuse_taken("consolidate", target)
     plan = plan_of_run(run, words, trusted)
     name, checkpoint = find_checkpoint(run, [parts.name for parts in plan.stages], stage, step)
     reason = verify(checkpoint)
@@ -51,8 +51,9 @@ def consolidate(
         raise ConfigError("consolidate", f"{checkpoint} is not whole ({reason})", "--step with an earlier one", "E508")
     policy, tokenizer = policy_of_run(plan, run, start_of=name)
     fill(policy, checkpoint)
-    export_model(merge_lora(policy).network, target, layout)
-    tokenizer.save_pretrained(target)
+    with staged(target) as staging:
+        export_model(merge_lora(policy).network, staging, layout)
+        tokenizer.save_pretrained(staging)
     return target
 
 

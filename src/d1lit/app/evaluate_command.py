@@ -42,8 +42,9 @@ def run_evaluation(config: DictConfig) -> int:
     check_hub_model(plan, trains=False)
     join_world(config.trainer.accelerator)
     flag = StopFlag()
-    with flag.installed():
+    with flag.preparing():
         policy, tokenizer, stage = _policy(plan)
+    with flag.installed():
         folder = first_decides(partial(_output_folder, config))  # only now: what cannot be read leaves no folder
         evaluator = TaskEvaluator(plan, tokenizer, folder, flag, _weights_seen(config))
         entries = [entry for seed in config.seeds for entry in evaluator.at_seed(policy, stage, seed)]

@@ -6,7 +6,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -153,7 +154,7 @@ def _metrics(run: Run) -> str:
     task = ("task",) if len(run.tasks) > 1 else ()
     rows = [(*baseline_cells(run, name), *_measured(e)) for name, e in run.baselines.items()]
     rows += [(e["stage"], *([e["task"]] if task else []), *_measured(e)) for e in run.evaluations]
-    columns = ("stage", *task, "rows", "accuracy %", "95 % interval", "d1's grader %", "completion tokens")
+    columns = ("stage", *task, "rows", "accuracy %", "95 % interval", "d1's grader %", "tokens asked")
     note = (
         f"{run.results['task']}, split {run.evaluations[-1].get('split', 'test')}, greedy unless the protocol says "
         "otherwise; Wilson's interval over rows, one training seed. The last stage is this model."
@@ -249,24 +250,40 @@ def export(
     Raises:
         ConfigError: without a finished run, or where the target is taken.
     """
-    if (target / "config.json").exists():
-        raise ConfigError("export", f"{target} holds a model already", "another folder", "E505")
+    refuse_taken("export", target)
     run = open_run(folder, words, trusted)
     network = run.policy.network
     if isinstance(run.policy.model, PeftModel):
         network, shift = merge(run.policy.model, _some_prompts(run))
         print(f"{shift}, over prompts of {run.plan.task.display_name}")
+    with staged(target) as staging:
+        export_model(network, staging, layout)
+        run.tokenizer.save_pretrained(staging)
+        (staging / "README.md").write_text(model_card(read_run(folder), merged=True), encoding="utf-8")
+    return target
+
+
+def refuse_taken(command: str, target: Path) -> None:
+    """Nothing is written over a model.
+
+    Raises:
+        ConfigError: if there is one.
+    """
+    if (target / "config.json").exists():
+        raise ConfigError(command, f"{target} holds a model already", "another folder", "E505")
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A folder within the target, to be filled with a model; once it is, its files are moved to their place."""
     staging = target / ".staging"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    export_model(network, staging, layout)
-    run.tokenizer.save_pretrained(staging)
-    (staging / "README.md").write_text(model_card(read_run(folder), merged=True), encoding="utf-8")
+    yield staging
     seal(staging, with_manifest=False)
     for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):  # last what says that it is all
         os.replace(file, target / file.name)
     staging.rmdir()
-    return target
 
 
 def _some_prompts(run: OpenRun, count: int = 8) -> Tensor:

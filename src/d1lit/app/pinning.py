@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from d1lit.app.plan import Plan
-from d1lit.checkpoint import differing_keys
 from d1lit.data import EncodedRow
 from d1lit.evaluation import write_whole
 
-FILE = "inputs.json"
+INPUTS = "inputs.json"
 BASE, ROWS, VALIDATION = "the base's weights", "rows of", "validation rows"
 
 
@@ -52,15 +51,27 @@ def _files_sha256(files: tuple[tuple[Path, int, int], ...]) -> str:
     return digest.hexdigest()[:16]
 
 
-def changed_inputs(run: Path, now: dict[str, str]) -> list[str]:
-    """`name: old -> new` of what is no longer what the run was started with."""
-    file = run / FILE
-    return differing_keys(json.loads(file.read_text(encoding="utf-8")), now) if file.exists() else []
+def stored_facts(file: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """What a run has written down earlier; None where it is not known, and a line where that is a damaged file's fault.
+
+    Raises:
+        OSError: if the disk does not say.
+    """
+    if not file.exists():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if isinstance(found, dict):
+        return found
+    say(f"{file} is damaged, so whether anything differs from what it said is not known")
+    return None
 
 
 def keep_inputs(run: Path, now: dict[str, str]) -> None:
     """From now on the run is one with these."""
-    write_whole(run / FILE, json.dumps(now, indent=2))
+    write_whole(run / INPUTS, json.dumps(now, indent=2))
 
 
 def _facts(row: EncodedRow) -> Any:

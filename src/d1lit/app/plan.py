@@ -39,7 +39,7 @@ class StageParts:
     batch_size: int
     micro_batch_size: int
     fits_memory: bool
-    """The size of a micro-batch follows from the memory of a device (fitting_memory.py); until then it is 1."""
+    """The size of a micro-batch follows from the memory of a device (micro_batches.py); until then it is 1."""
     gradient_clip: float | None
     validate_every: int | None
     """Optimizer steps between two looks at the validation rows; None for none."""

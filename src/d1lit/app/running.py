@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -26,9 +25,9 @@ from d1lit.app.artifacts import present
 from d1lit.app.build import check_hub_model, plan_run
 from d1lit.app.dry_run import estimate_run
 from d1lit.app.micro_batches import micro_batch_sizes, with_micro_batches
-from d1lit.app.pinning import BASE, ROWS, changed_inputs, inputs, keep_inputs
+from d1lit.app.pinning import BASE, INPUTS, ROWS, inputs, keep_inputs, stored_facts
 from d1lit.app.plan import Plan, make_stage
-from d1lit.app.task_evaluator import PACKAGES, TaskEvaluator, versions
+from d1lit.app.task_evaluator import PACKAGES, TaskEvaluator, copy_whole, versions
 from d1lit.app.tiny_base import base_policy, find_base, kept_evaluations, make_shared_base
 from d1lit.app.trainer import make_trainer
 from d1lit.checkpoint import differing_keys, flatten, lock_run, put_whole
@@ -58,7 +57,7 @@ def run_training(config: DictConfig, overrides: Sequence[str], plan: Plan | None
     console.quiet = not is_first()
     flag = StopFlag()
     with requeued():
-        with flag.installed():
+        with flag.preparing():
             plan = plan_run(config) if plan is None else plan
             tell_rows(plan)
             if config.dry_run:
@@ -66,6 +65,8 @@ def run_training(config: DictConfig, overrides: Sequence[str], plan: Plan | None
                 print("\n".join(lines))
                 return 0
             check_hub_model(plan)
+            flag.raise_if_stopped()
+        with flag.installed():
             is_waited_for = plan.base is not None and place().world_size > 1 and is_first()
             if is_waited_for and (config.run_dir is None or find_base(plan, Path(config.run_dir)) is None):
                 make_shared_base(plan, flag)
@@ -84,17 +85,23 @@ def _run(config: DictConfig, overrides: Sequence[str], plan: Plan, flag: StopFla
     for name, size in sizes.items():
         say(f"{name}: micro-batches of {size}, by the memory of a device")
     with held_by_first(folder), removed_if_refused(folder):
-        first_decides(partial(refuse_changes, config, folder))
-        write_once(folder / "config.yaml", without_secrets(config))
-        write_once(folder / "overrides.json", json.dumps(redact(list(overrides))))
+        has_other_values = first_decides(partial(refuse_changes, config, folder))
+        values = {"overrides.json": json.dumps(redact(list(overrides))), "config.yaml": without_secrets(config)}
+        if not has_other_values:
+            for name, text in values.items():
+                write_once(folder / name, text)
         tell_other_environment(folder)
-        write_once(folder / "environment.json", json.dumps(redact(environment()), indent=2))
+        if not (folder / "environment.json").exists():
+            write_once(folder / "environment.json", json.dumps(redact(environment()), indent=2))
         started = time.time()
 
         def check(base: Path, tokenizer: Any) -> None:
             first_decides(lambda: refuse_other_inputs(folder, config, inputs(plan, base, tokenizer)))
+            if has_other_values and is_first():  # only now: before, the folder would say what nothing was trained with
+                replace_values(folder, values)
 
-        policy, tokenizer = base_policy(plan, folder, flag, check)
+        with flag.preparing() if plan.base is None else nullcontext():  # it is fetched and read, not trained
+            policy, tokenizer = base_policy(plan, folder, flag, check)
         tell_dropped(plan, tokenizer)
         evaluator = TaskEvaluator(plan, tokenizer, folder, flag, kept=kept_evaluations(plan, folder))
         stages = [
@@ -141,8 +148,11 @@ OF_ALL_STAGES = ("seed:", "model.", "task.", "quirks.", "trainer.")
 """How the keys begin that every stage has been made with; what else makes one stands, resolved, under `stages.NAME`."""
 
 
-def refuse_changes(config: DictConfig, folder: Path) -> None:
+def refuse_changes(config: DictConfig, folder: Path) -> bool:
     """An existing run goes on only with the values it was started with, unless `resume=force` says otherwise.
+
+    Returns:
+        Whether it goes on with others. What the folder says of them is not touched.
 
     Raises:
         ConfigError: listing the keys that differ.
@@ -154,21 +164,33 @@ def refuse_changes(config: DictConfig, folder: Path) -> None:
             raise ConfigError(
                 "run_dir", cause, "another run_dir, or resume=force to go on with them all the same", "E503"
             )
-        return
+        return False
     now = without_secrets(config)
     old, new = (flatten(_as_tree(text)) for text in (file.read_text(encoding="utf-8"), now))
     changed = differing_keys(old, new, MAY_CHANGE)
     if not changed:
-        return
+        return False
     _refuse_unless_forced(config, folder, f"was started with other values: {'; '.join(changed)}")
     for name in finished_stages(config, folder):
         made_it = [line for line in changed if line.startswith((*OF_ALL_STAGES, f"stages.{name}."))]
         _refuse_for_finished(folder, name, made_it)
     say(f"going on with other values, as resume=force says: {'; '.join(changed)}")
-    for name in ("config.yaml", "overrides.json"):
-        before = folder / name
-        if before.exists():  # the new ones are written in their place
-            os.replace(before, before.with_name(f"{before.stem}.until-{time.strftime('%Y%m%d-%H%M%S')}{before.suffix}"))
+    return True
+
+
+def replace_values(folder: Path, values: Mapping[str, str]) -> None:
+    """Files that say what a run is made with, in the place of those that said it so far, which are kept beside them.
+
+    Args:
+        folder: of the run.
+        values: texts by name. `config.yaml` is the last: until it says them, the next start finds them changed again.
+    """
+    now = time.strftime("%Y%m%d-%H%M%S")
+    for name, text in values.items():
+        file = folder / name
+        if file.exists():
+            copy_whole(file, file.with_name(f"{file.stem}.until-{now}{file.suffix}"))
+        write_whole(file, text)
 
 
 def without_secrets(config: DictConfig) -> str:
@@ -182,7 +204,8 @@ def refuse_other_inputs(folder: Path, config: DictConfig, now: dict[str, str]) -
     Raises:
         ConfigError: listing what differs.
     """
-    changed = changed_inputs(folder, now)
+    before = stored_facts(folder / INPUTS, say)
+    changed = [] if before is None else differing_keys(before, now)
     if changed:
         _refuse_unless_forced(config, folder, f"was started from something else: {'; '.join(changed)}")
         for name in finished_stages(config, folder):
@@ -210,9 +233,9 @@ def finished_stages(config: DictConfig, folder: Path) -> list[str]:
 
 def tell_other_environment(folder: Path) -> None:
     """One line where a run goes on under other versions, another commit or on another machine."""
-    file = folder / "environment.json"
-    if is_first() and file.exists():
-        before, now = (flatten(redact(record)) for record in (json.loads(file.read_text("utf-8")), environment()))
+    before = stored_facts(folder / "environment.json", say) if is_first() else None
+    if before is not None:
+        before, now = (flatten(redact(record)) for record in (before, environment()))
         changed = differing_keys(before, now, ("command", "command."))
         if changed:
             say(f"goes on under another environment, so not bit for bit as it would have: {'; '.join(changed)}")
@@ -274,9 +297,13 @@ def write_once(file: Path, text: str) -> None:
 
 def environment() -> dict[str, Any]:
     """What a difference between two machines could be explained by."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
+    try:
+        asked = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+        commit = asked.stdout.strip() or None
+    except OSError:  # no git on this machine
+        commit = None
     return {
         "packages": versions(*PACKAGES),
         "python": sys.version.split()[0],
@@ -284,7 +311,7 @@ def environment() -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "commit": commit.stdout.strip() or None,
+        "commit": commit,
         "command": sys.argv,
     }
 

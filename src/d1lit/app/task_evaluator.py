@@ -11,6 +11,7 @@ import platform
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -40,7 +41,7 @@ from d1lit.processes import Place, all_gather_objects, is_first, wait_for_all, w
 from d1lit.report.console import say
 from d1lit.sampling import BlockSampler
 from d1lit.statistics import pass_at_k, wilson_interval
-from d1lit.stopping import StopFlag
+from d1lit.stopping import Interrupted, StopFlag
 from d1lit.tasks import MixedTask, graded_text, prompt_protocol
 
 PACKAGES = ("d1lit", "torch", "lightning", "transformers", "tokenizers", "peft", "datasets", "torchmetrics")
@@ -181,24 +182,30 @@ class TaskEvaluator:
         if file is not None and is_first():
             deal_records(file, here.world_size)
         wait_for_all()
-        mine = evaluate(
-            policy,
-            sampler,
-            rows,
-            partial(decode, self.tokenizer, policy.eos_token_id),
-            self.plan.task.judges,
-            CounterDraws(seed),
-            batch_size=self.plan.config.evaluation.batch_size,
-            device=self.plan.device,
-            file=None if file is None else rank_file(file, here),
-            place=(here.rank, here.world_size),
-            progress=self._progress(None if file is None else file.stem.rpartition("-")[0]),
-            graded_prefix=prefix,
-            protocol_sha256=protocol_sha256,
-        )
-        records = sorted(
-            (record for part in all_gather_objects(mine) for record in part), key=lambda record: record["index"]
-        )
+        mine: list[dict[str, Any]] = []
+        # Who stops here still meets the others, which wait for its rows below; then all stop.
+        with suppress(Interrupted):
+            mine = evaluate(
+                policy,
+                sampler,
+                rows,
+                partial(decode, self.tokenizer, policy.eos_token_id),
+                self.plan.task.judges,
+                CounterDraws(seed),
+                batch_size=self.plan.config.evaluation.batch_size,
+                device=self.plan.device,
+                file=None if file is None else rank_file(file, here),
+                place=(here.rank, here.world_size),
+                progress=self._progress(None if file is None else file.stem.rpartition("-")[0]),
+                graded_prefix=prefix,
+                protocol_sha256=protocol_sha256,
+            )
+        everyone = all_gather_objects((mine, self.flag.received))
+        signum = next((signum for _, signum in everyone if signum is not None), None)
+        if signum is not None:
+            self.flag.received = signum
+            raise Interrupted(signum)
+        records = sorted((record for part, _ in everyone for record in part), key=lambda record: record["index"])
         if file is not None and is_first():
             collect_records(file, here.world_size)
         wait_for_all()

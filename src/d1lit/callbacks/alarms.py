@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from d1lit.callbacks.saving import SaveCheckpoints
+from d1lit.callbacks.validation import Validate
 from d1lit.checkpoint import FolderCheckpointIO, list_checkpoints, verify
 from d1lit.errors import RunError
 
@@ -23,6 +24,11 @@ Action = Literal["warn", "stop", "rollback"]
 ACTIONS = ("warn", "stop", "rollback")
 OF_ROLLOUTS = ("rollout/", "reward/")
 """Numbers of a rollout, which are logged again at each of its inner updates."""
+OF_LOOKS = "val/"
+"""Numbers of a look at the validation rows, which stand until the next look."""
+_ABSENT = 30
+"""Values that would have come meanwhile (the rarest numbers come with every tenth rollout) until an alarm whose number
+is not logged keeps no checkpoint any more."""
 _NOT_IN_EVERY_STAGE = ("rollout", "reward", "val")
 
 
@@ -39,8 +45,8 @@ class Alarm:
         below: alarm when it is less.
         drop: alarm when it lies this much below its running mean.
         ratio: alarm when it is more than this many times its running mean.
-        patience: values in a row that break the bound before the alarm sounds: steps, or rollouts where the number is
-            one of a rollout ("rollout/...", "reward/...").
+        patience: values in a row that break the bound before the alarm sounds: steps; rollouts where the number is one
+            of a rollout ("rollout/...", "reward/..."); looks where it is one of validation rows ("val/...").
         memory: weight of the past in the running mean, per value.
         warmup: values before drop and ratio are looked at.
         optional: say nothing where the stage logs no such number.
@@ -89,9 +95,9 @@ class Alarm:
 class CollapseAlarms(L.Callback):
     """Watches logged numbers for the ways a policy collapses: groups agree, reward falls, length or KL runs away.
 
-    Each alarm sees the metric once an optimizer step, and a number of rollouts once a rollout, where the module has
-    logged it. The first process decides for all. An alarm speaks when it begins, again when it has lasted twice, four
-    times, eight times as long, and when it is over; it acts every `patience` values.
+    Each alarm sees the metric once an optimizer step, a number of rollouts once a rollout and one of validation rows
+    once a look, where it was logged. The first process decides for all. An alarm speaks when it begins, again when it
+    has lasted twice, four times, eight times as long, and when it is over; it acts every `patience` values.
 
     Rolling back does not turn the clock back: data, draws and learning rate are functions of the step, so the same
     steps would end the same way. Weights and optimizer state return to what they were, and the run goes on past the
@@ -107,15 +113,19 @@ class CollapseAlarms(L.Callback):
         self.alarms = tuple(dict.fromkeys(alarms))
         self.max_rollbacks = max_rollbacks
         self.rollbacks = 0
-        # By what the alarm is, not by its place: a run may go on with others beside it.
+        # By what the alarm is, not by its place: under resume=force a run may go on with others beside it.
         self._state = {str(alarm): {"mean": 0.0, "count": 0, "in_a_row": 0, "good": None} for alarm in self.alarms}
         """Running mean, values in it, values in a row that broke the bound, and the step of the weights that kept it
         last."""
         self._step = -1
         self._inner = 0
         """Which inner update of its rollout the step under way is."""
+        self._look_seen: int | None = 0
+        """The step of the last look at the validation rows whose numbers were seen."""
         self._known: set[str] = set()
         """Metrics whose absence has been looked into."""
+        self._absent = {alarm.metric: 0 for alarm in self.alarms}
+        """Values of each metric that have not come, in a row."""
         self._due: tuple[int | None, str] | None = None
         """A rollback that waits for the next rollout: the step of the last good weights, and why."""
 
@@ -172,14 +182,23 @@ class CollapseAlarms(L.Callback):
 
     def _look_at_all(self, trainer: L.Trainer) -> None:
         sounded: list[tuple[int, int | None, str]] = []
+        callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        look = next((callback.looked_at for callback in callbacks if isinstance(callback, Validate)), None)
         for i, alarm in enumerate(self.alarms):
             self._tell_of_absence(alarm, trainer.callback_metrics)
+            is_old = (self._inner > 0 and alarm.metric.startswith(OF_ROLLOUTS)) or (
+                look is not None and look == self._look_seen and alarm.metric.startswith(OF_LOOKS)
+            )
+            if is_old:
+                continue
             value = trainer.callback_metrics.get(alarm.metric)
-            if value is None or (self._inner > 0 and alarm.metric.startswith(OF_ROLLOUTS)):
+            self._absent[alarm.metric] = 0 if value is not None else self._absent[alarm.metric] + 1
+            if value is None:
                 continue
             state = self._state[str(alarm)]
             message = self._look(alarm, state, float(value), trainer.global_step)
             sounded += [(i, state["good"], message)] if message else []
+        self._look_seen = look
         if any(alarm.action != "warn" for alarm in self.alarms):
             sounded = trainer.strategy.broadcast(sounded)  # metrics are logged in the first process alone
         for i, good, message in sounded:
@@ -222,12 +241,13 @@ class CollapseAlarms(L.Callback):
             rank_zero_warn(f"{_KEY}: nothing is logged as {alarm.metric}, so its alarm cannot sound. Try: {near}")
 
     def _hold_checkpoints(self, trainer: L.Trainer) -> None:
-        """Keep what a rollback would need, however many checkpoints come after it."""
+        """Keep what each rollback would need, however many checkpoints come after it."""
         store = trainer.strategy.checkpoint_io
         if isinstance(store, FolderCheckpointIO):
-            goods = [self._state[str(alarm)]["good"] for alarm in self.alarms if alarm.action == "rollback"]
+            acting = [alarm for alarm in self.alarms if alarm.action == "rollback"]
+            goods = [self._state[str(alarm)]["good"] for alarm in acting if self._absent[alarm.metric] < _ABSENT]
             due = self._due[0] if self._due is not None else None
-            store.hold = min((step for step in (*goods, due) if step is not None), default=None)
+            store.hold = {step for step in (*goods, due) if step is not None}
 
     def _roll_back(self, trainer: L.Trainer, last_good: int | None, message: str) -> None:
         """Weights, optimizer state and running means of the newest checkpoint up to step `last_good`."""

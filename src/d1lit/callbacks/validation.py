@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from typing_extensions import override
 
 from d1lit.checkpoint import put_whole
@@ -45,7 +46,8 @@ class Validate(L.Callback):
         self.every_n_steps = every_n_steps
         self.batch_size = batch_size
         self.best: float | None = None
-        self._looked_at = 0
+        self.looked_at = 0
+        """Optimizer steps done at the last look; 0 before the first one of this process."""
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -73,7 +75,7 @@ class Validate(L.Callback):
 
     def _look(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step = trainer.global_step
-        if step == self._looked_at:
+        if step == self.looked_at:
             return
         policy = pl_module.policy
         with gathered_parameters(policy):  # pyright: ignore[reportArgumentType] (every stage's module has a Policy)
@@ -84,7 +86,10 @@ class Validate(L.Callback):
         if self.folder is not None and (self.best is None or numbers["accuracy"] > self.best):
             self.best = numbers["accuracy"]
             put_whole(self.folder, partial(save_weights, policy))  # pyright: ignore[reportArgumentType]
+        named = {f"val/{name}": value for name, value in numbers.items()}
         for logger in trainer.loggers:
-            logger.log_metrics({f"val/{name}": value for name, value in numbers.items()}, step)
+            logger.log_metrics(named, step)
             logger.save()
-        self._looked_at = step
+        # Where alarms and the console look; Lightning's own way there logs at another step.
+        trainer.callback_metrics.update({name: torch.tensor(float(value)) for name, value in named.items()})
+        self.looked_at = step

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -278,10 +278,10 @@ def _step(path: Path) -> int:
     return int(match[1])
 
 
-def prune(folder: Path | str, keep: int, hold: int | None = None) -> list[Path]:
+def prune(folder: Path | str, keep: int, hold: Collection[int] = ()) -> list[Path]:
     """Remove the checkpoints below the `keep` newest that verify, and what crashed saves left; returns what went.
 
-    The newest that verifies and is not after step `hold` stays too.
+    Of each step in `hold` the newest that verifies and is not after it stays too.
 
     Damaged checkpoints above them stay for whoever wants to look. Each goes by a rename first, so that a crash in the
     middle of a removal leaves nothing that looks like a checkpoint.
@@ -292,10 +292,10 @@ def prune(folder: Path | str, keep: int, hold: int | None = None) -> list[Path]:
     removed = []
     good = 0
     for path in list_checkpoints(folder):
-        is_held = hold is not None and _step(path) <= hold
+        is_held = any(_step(path) <= step for step in hold)
         if (good < keep or is_held) and verify(path) is None:
             good += 1
-            hold = None if is_held else hold
+            hold = [step for step in hold if step < _step(path)]
             continue
         if good < keep:
             continue

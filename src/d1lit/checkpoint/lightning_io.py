@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ class FolderCheckpointIO(CheckpointIO):
         if keep < 2 and keep != 0:
             raise ValueError(f"checkpoint keep must be at least 2 (0 keeps all), got {keep}; say keep=2")
         self.keep = keep
-        self.hold: int | None = None
-        """A step: the newest checkpoint that is not after it is kept too."""
+        self.hold: Collection[int] = ()
+        """Steps: of each, the newest checkpoint that is not after it is kept too."""
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
