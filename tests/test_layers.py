@@ -30,10 +30,10 @@ LAYERS: list[set[str]] = [
     {"app.pinning"},
     {"app.tiny_base"},
     {"app.open_run"},
+    {"app.export"},
     {
         "app.playing",
         "app.chatting",
-        "app.export",
         "app.consolidating",
         "app.doctor",
         "app.harness",

@@ -78,7 +78,6 @@ class StopFlag:
             # print() may not be called from a handler: the signal may have come within a print().
             os.write(2, f"{signal.Signals(signum).name}: stopping after a checkpoint\n".encode())
 
-
     def _receive_early(self, signum: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received = signum

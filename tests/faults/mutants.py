@@ -112,7 +112,12 @@ MUTANTS = (
         "is_new = True or all(",
         (f"{REFUSED}::test_a_changed_configuration_is_refused_and_its_keys_listed",),
     ),
-    Mutant("app/running.py", "    if not changed:\n        return False\n", "    return False\n", (f"{GOING_ON}::{LISTED}",)),
+    Mutant(
+        "app/running.py",
+        "    if not changed:\n        return False\n",
+        "    return False\n",
+        (f"{GOING_ON}::{LISTED}",),
+    ),
     Mutant(
         "app/running.py",
         "    changed = [] if before is None else differing_keys(before, now)\n",
