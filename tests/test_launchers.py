@@ -91,7 +91,7 @@ def test_every_command_of_the_page_composes(command):
     start = next(n for n, word in enumerate(words) if word.endswith("train.py"))
     before = " ".join(words[:start])
     assert re.fullmatch(
-        r"(\w+=\S+ )*(srun |torchrun( --[\w-]+=\S+)* |)(python)?",
+        r"(\w+=\S+ )*(srun( --[\w-]+=\S+)* |torchrun( --[\w-]+=\S+)* |)(python)?",
         before + (" " if before.startswith("torchrun") else ""),
     ), before
     jobs = compose_jobs("train", words[start + 1 :])

@@ -13,7 +13,7 @@ from d1lit.checkpoint import list_checkpoints, lock_run
 from tests.end_to_end.served import Server
 from tests.faults.jobs import JOBS, check_same, ending
 from tests.faults.killing import STOPPED, Undisturbed, many, undisturbed
-from tests.faults.losses import RECIPES, UPDATES, machine, measured, stored
+from tests.faults.losses import RECIPES, UPDATES, apart, machine, measured, stored
 from tests.test_security import VALUES
 
 pytestmark = pytest.mark.slow
@@ -225,9 +225,11 @@ def test_secrets_of_a_configuration_stand_nowhere_in_what_a_run_writes(server, t
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_losses_are_those_that_were_written_down(server, recipe):
-    """F17: bit for bit, where library and processor are those they were written down with."""
-    expected = stored(recipe)
-    if expected.splitlines()[0] != machine():
-        pytest.skip(f"written down with {expected.splitlines()[0]}, this is {machine()}")
+    """F17: bit for bit, where library and processor are those they were written down with; elsewhere up to rounding."""
+    expected, meant = stored(recipe), "if that is meant: python -m tests.faults losses, and CHANGELOG.md"
     assert len([line for line in expected.splitlines() if line.startswith("train/loss ")]) == UPDATES
-    assert measured(server, recipe) == expected, "if that is meant: python -m tests.faults losses, and CHANGELOG.md"
+    found = measured(server, recipe)
+    if expected.splitlines()[0] == machine():
+        assert found == expected, meant
+    # Two processors that were tried differ by 1.3e-5 after twenty updates.
+    assert apart(found, expected) < 1e-3, meant

@@ -31,9 +31,26 @@ TAGS = ("train/loss", "train/kl", "rollout/reward", "rollout/entropy")
 
 
 def machine() -> str:
-    """What bits depend on: library, processor, its vector instructions."""
+    """What bits depend on: library, vector instructions, and the processor, by whose model products are arranged."""
     version = torch.__version__.split("+")[0]
-    return f"torch {version} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return f"torch {version} {platform.machine()} {torch.backends.cpu.get_cpu_capability()} {processor()}"
+
+
+def processor() -> str:
+    """Maker, family and model, where Linux tells them."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return "/".join(facts.get(key, "?") for key in ("vendor_id", "cpu family", "model"))
+
+
+def apart(one: str, other: str) -> float:
+    """The largest difference of two records' values, in units of 1 + |value|; infinite where they name other scalars."""
+    rows = [[line.rsplit(" ", 1) for line in text.splitlines()[1:]] for text in (one, other)]
+    if [name for name, _ in rows[0]] != [name for name, _ in rows[1]]:
+        return float("inf")
+    pairs = [(float(a), float(b)) for (_, a), (_, b) in zip(*rows, strict=True)]
+    return max(abs(a - b) / (1 + abs(a)) for a, b in pairs)
 
 
 def measured(server: Server, recipe: str) -> str:

@@ -25,6 +25,7 @@ def test_every_mutant_still_has_its_place_in_the_code() -> None:
     assert len(MUTANTS) >= 20
     for mutant in MUTANTS:
         compile(mutant.source(), mutant.file, "exec")
+    assert f" {len(MUTANTS)} mutants" in (ROOT / "docs" / "reliability.md").read_text()
 
 
 def test_growth_is_a_slope_over_the_settled_part() -> None:
