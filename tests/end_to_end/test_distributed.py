@@ -216,7 +216,9 @@ def test_sharded_processes_may_score_and_validate_for_different_times(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["grpo-lora-ddp-float32-8-back", "grpo-full-fsdp-float32-8-back"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("grpo-lora-ddp-float32-8-back", marks=pytest.mark.nightly), "grpo-full-fsdp-float32-8-back"]
+)
 def test_two_processes_roll_back_as_one_does(name, tmp_path):
     """Update 6 begins with weights and optimizer of step 3 on every process."""
     together(2, tmp_path, name)
@@ -229,7 +231,7 @@ def test_two_processes_roll_back_as_one_does(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.nightly)])
 def test_muon_goes_on_in_shards(dtype, tmp_path):
     """Stopped and taken up: its momentum and AdamW's are cut as their weights, and float32 copies too."""
     name = f"sft-full-fsdp-{dtype}-4-muon"

@@ -48,7 +48,9 @@ def commands(page: Path) -> list[str]:
     return found + [code for code in whole if not any(word in code for word in ("...", "NAME", "COMMAND"))]
 
 
-ALL = [(page.relative_to(ROOT).as_posix(), command) for page in PAGES for command in commands(page)]
+FIRST = {command: page.relative_to(ROOT).as_posix() for page in reversed(PAGES) for command in commands(page)}
+ALL = [(page, command) for command, page in reversed(FIRST.items())]
+"""Every command once, with the first page that has it."""
 TRAINING = [(page, c) for page, c in ALL if c.startswith("python train.py")]
 TRAINING += [(page, "python " + c[c.index("train.py") :]) for page, c in ALL if c.startswith("torchrun ")]
 EVALUATING = [(page, c) for page, c in ALL if c.startswith("python evaluate.py")]
