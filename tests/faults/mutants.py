@@ -88,7 +88,7 @@ MUTANTS = (
     ),
     Mutant(
         "callbacks/validation.py",
-        "        self._looked_at = step",
+        "        self.looked_at = step",
         "        pass",
         (f"{SIGNALS}::test_the_undisturbed_run_has_every_scalar_once",),
     ),
@@ -106,7 +106,7 @@ MUTANTS = (
     Mutant("stopping.py", "if end.signum == signal.SIGUSR1 and is_first():", "if False:", (f"{SIGNALS}::{QUEUED}",)),
     Mutant("recipes.py", "if refused and checkpoint is None and not starts_over:", "if False:", (RECIPES,)),
     Mutant("recipes.py", "first_decides(partial(look_at, folder, stage, starts_over))", LOOKED_AT, (RECIPES,)),
-    Mutant("recipes.py", "broken(folder.weights) if folder.weights.exists() else None", "None", (RECIPES,)),
+    Mutant("recipes.py", "broken(folder.weights) if folder.weights.exists() and not is_old else None", "None", (RECIPES,)),
     Mutant(
         "app/running.py",
         "with held_by_first(folder), removed_if_refused(folder):",
@@ -150,7 +150,7 @@ MUTANTS = (
     ),
     Mutant("callbacks/alarms.py", "        if rest:", "        if False:", (GUARDS,)),
     Mutant("callbacks/alarms.py", "self._inner > 0 and", "False and", (ALARMS,)),
-    Mutant("callbacks/alarms.py", 'read_facts(path)["step"] <= step', "True", (ALARMS,)),
+    Mutant("callbacks/alarms.py", r'int(re.sub(r"\D", "", path.name)) <= step', "True", (ALARMS,)),
     Mutant("callbacks/alarms.py", "store.hold = {", "_ = {", (ALARMS,)),
     Mutant("callbacks/alarms.py", "trainer.strategy.load_optimizer_state_dict(checkpoint)", "pass", (ALARMS,)),
     Mutant("callbacks/alarms.py", 'group["lr"] = rate', "pass", (ALARMS,)),
