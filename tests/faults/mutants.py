@@ -106,7 +106,9 @@ MUTANTS = (
     Mutant("stopping.py", "if end.signum == signal.SIGUSR1 and is_first():", "if False:", (f"{SIGNALS}::{QUEUED}",)),
     Mutant("recipes.py", "if refused and checkpoint is None and not starts_over:", "if False:", (RECIPES,)),
     Mutant("recipes.py", "first_decides(partial(look_at, folder, stage, starts_over))", LOOKED_AT, (RECIPES,)),
-    Mutant("recipes.py", "broken(folder.weights) if folder.weights.exists() and not is_old else None", "None", (RECIPES,)),
+    Mutant(
+        "recipes.py", "broken(folder.weights) if folder.weights.exists() and not is_old else None", "None", (RECIPES,)
+    ),
     Mutant(
         "app/running.py",
         "with held_by_first(folder), removed_if_refused(folder):",
