@@ -109,10 +109,12 @@ def test_one_process_goes_on_where_two_sharded_ones_stopped(quick, tmp_path):
 
 
 def test_launcher_gives_every_process_its_place_and_returns_the_first_failure(tmp_path):
+    # The one that fails waits for the others' files: a busy machine may start them later than it.
     script = (
-        "import os, sys, time; from pathlib import Path; rank = os.environ['RANK'];"
-        "Path(sys.argv[1], rank).write_text(os.environ['WORLD_SIZE'] + os.environ['LOCAL_RANK']);"
-        "sys.exit(7) if rank == '1' else time.sleep(60)"
+        "import os, sys, time\nfrom pathlib import Path\nrank, place = os.environ['RANK'], Path(sys.argv[1])\n"
+        "(place / rank).write_text(os.environ['WORLD_SIZE'] + os.environ['LOCAL_RANK'])\n"
+        "while rank != '1' or sum(bool(file.read_text()) for file in place.iterdir()) < 3: time.sleep(0.01)\n"
+        "sys.exit(7)"
     )
     started = time.monotonic()
     assert launch([sys.executable, "-c", script, str(tmp_path)], 3) == 7
