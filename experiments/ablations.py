@@ -1,4 +1,4 @@
-"""Tables and plots of the ablations: experiments/masking, inner_updates, losses and schedules.
+"""Tables and plots of the studies that share a shape: experiments/masking, inner_updates, losses, schedules and papers.
 
 python experiments/ablations.py masking                    # README table and plot.svg from the committed results.json
 python experiments/ablations.py masking outputs/masking    # ... after making results.json from the runs of the sweep
@@ -42,6 +42,8 @@ class Study:
     measures: tuple[Measure, ...]
     stage: str
     """Whose cost is stated."""
+    samples_otherwise: frozenset[str] = frozenset()
+    """Arms with a sampler of their own: the same weights start elsewhere."""
 
 
 GRPO = (Measure("greedy", "grpo", None),)
@@ -90,6 +92,36 @@ STUDIES = {
         (Measure("greedy", "sft", None), Measure("forced-x", "sft", "forced")),
         "sft",
     ),
+    "papers": Study(
+        "recipe",
+        "grpo",
+        {
+            "grpo": "d1's diffu-GRPO: one-step likelihood, mean advantage",
+            "wd1": "the same likelihood, weighted instead of clipped",
+            "dapo": "the same likelihood, z-scored, groups without spread replaced",
+            "sft_rl": "the same, the better rollouts' likelihood beside it",
+            "coupled_grpo": "a mask and its complement, leave-one-out",
+            "unigrpo": "one mask of the answer, z-scored",
+            "espo": "bound over complementary masks, one ratio a sequence",
+            "spg": "lower bound for the good, upper mixed in for the bad",
+            "stable_drl": "SPG's bound, self-normalised weights",
+            "gdpo": "bound by three quadrature nodes",
+            "bgpo": "four masks, a bound of the ratio for each",
+            "dmpo": "weighted denoising towards exp(reward)",
+            "gdsd": "the change of a score regressed on the advantage",
+            "ebpo": "bound over all blocks in one view",
+            "tracerl": "trajectory, 8 steps merged, z-scored",
+            "agrpo": "4 steps of the trajectory drawn at random",
+            "egspo": "the steps of highest entropy",
+            "drift": "4 steps drawn by surprisal, all hidden tokens scored",
+            "step_merge": "trajectory in 8 segments",
+            "cj_grpo": "every step of the trajectory, z-scored",
+            "mask_aware": "trajectory and its order, drawn by Plackett-Luce",
+        },
+        (Measure("sampled", "grpo", None),),
+        "grpo",
+        frozenset({"mask_aware"}),
+    ),
 }
 
 
@@ -102,8 +134,8 @@ def gather(name: str, folder: Path) -> dict[str, Any]:
     for file in sorted(folder.glob("*/results.json")):
         words = dict(word.split("=", 1) for word in file.parent.name.split(","))
         results = json.loads(file.read_text())
-        found = {measure.name: _cells(results, file.parent, measure) for measure in study.measures}
-        start = {m.name: _cells(results, file.parent, Measure(m.name, "base", m.probe)) for m in study.measures}
+        found = {measure.name: right_cells(results, file.parent, measure) for measure in study.measures}
+        start = {m.name: right_cells(results, file.parent, Measure(m.name, "base", m.probe)) for m in study.measures}
         cost = results["cost"]["stages"][study.stage]
         runs.append(
             {
@@ -120,7 +152,7 @@ def gather(name: str, folder: Path) -> dict[str, Any]:
     return {"study": name, "empties": EMPTIES, "environment": kept, "runs": runs}
 
 
-def _cells(results: dict[str, Any], folder: Path, measure: Measure) -> str:
+def right_cells(results: dict[str, Any], folder: Path, measure: Measure) -> str:
     """Right cells of every row, one digit a row."""
     entries = results["evaluations"] if measure.probe is None else results["probes"]
     (entry,) = [e for e in entries if e["stage"] == measure.stage and e.get("probe") == measure.probe]
@@ -233,13 +265,12 @@ def write_plot(results: dict[str, Any]) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------- page
 
-TABLE = re.compile(r"(?<=<!-- table -->\n).*?(?=<!-- end of table -->)", re.DOTALL)
 
-
-def write_page(page: str, table: str) -> str:
-    """The README with the table between its marks."""
-    assert len(TABLE.findall(page)) == 1, "README.md: one <!-- table --> and one <!-- end of table -->"
-    return TABLE.sub(lambda _: f"\n{table}\n", page)
+def write_page(page: str, table: str, name: str = "table") -> str:
+    """The README with a table between the marks of its name."""
+    between = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end of {name} -->)", re.DOTALL)
+    assert len(between.findall(page)) == 1, f"README.md: one <!-- {name} --> and one <!-- end of {name} -->"
+    return between.sub(lambda _: f"\n{table}\n", page)
 
 
 def main() -> None:

@@ -74,9 +74,22 @@ def plot_of(results: dict[str, Any], main: str) -> str:
     """Cosine against the reward reached, one point a pair, as SVG."""
     found, measured = results["outcome"]["pairs"], results["gradients"][main]["pairs"]
     points = [(measured[name]["cosine"], found[name]["mean"], found[name]["error"], name) for name in found]
+    titles = ("cosine of the expected update with the exact gradient", "expected reward reached")
+    return scatter(points, titles, margin=0.03, digits=2)
+
+
+def scatter(points: list[tuple[float, float, float, str]], titles: tuple[str, str], margin: float, digits: int) -> str:
+    """Named points with a bar of plus and minus their error, as SVG.
+
+    Args:
+        points: x, y, error of y, name.
+        titles: of the axes.
+        margin: room above and below, in the unit of y.
+        digits: of the numbers on the y axis.
+    """
     xs, ys = [p[0] for p in points], [p[1] for p in points]
     x0, x1 = min(xs) - 0.05, max(xs) + 0.05
-    y0, y1 = min(ys) - 0.03, max(ys) + 0.03
+    y0, y1 = min(ys) - margin, max(ys) + margin
     width, height, edge = 820, 520, 60
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -90,15 +103,14 @@ def plot_of(results: dict[str, Any], main: str) -> str:
         ' font-size="11">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
         f'<path d="M{edge} {edge}V{height - edge}H{width - edge}" fill="none" stroke="#444"/>',
-        f'<text x="{width / 2}" y="{height - 15}" text-anchor="middle">cosine of the expected update with the exact'
-        " gradient</text>",
-        f'<text x="18" y="{height / 2}" text-anchor="middle" transform="rotate(-90 18 {height / 2})">expected reward'
-        " reached</text>",
+        f'<text x="{width / 2}" y="{height - 15}" text-anchor="middle">{titles[0]}</text>',
+        f'<text x="18" y="{height / 2}" text-anchor="middle" transform="rotate(-90 18 {height / 2})">'
+        f"{titles[1]}</text>",
     ]
     for tick in range(6):
         x, y = x0 + (x1 - x0) * tick / 5, y0 + (y1 - y0) * tick / 5
         lines.append(f'<text x="{at(x, y0)[0]:.1f}" y="{height - edge + 16}" text-anchor="middle">{x:.2f}</text>')
-        lines.append(f'<text x="{edge - 6}" y="{at(x0, y)[1] + 4:.1f}" text-anchor="end">{y:.2f}</text>')
+        lines.append(f'<text x="{edge - 6}" y="{at(x0, y)[1] + 4:.1f}" text-anchor="end">{y:.{digits}f}</text>')
     for x, y, error, name in points:
         (px, py), (_, low), (_, high) = at(x, y), at(x, y - error), at(x, y + error)
         lines.append(f'<path d="M{px:.1f} {low:.1f}V{high:.1f}" stroke="#2563eb" opacity="0.5"/>')

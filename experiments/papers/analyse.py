@@ -1,0 +1,152 @@
+"""The learning rates of this study, and whether the policy-gradient bench predicts its outcome.
+
+python experiments/papers/analyse.py outputs/papers-tuning    # tuning.json from the runs that tried the rates
+python experiments/papers/analyse.py                          # tables of rates and of cosines, and cosines.svg
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "estimators"))
+
+from ablations import Measure, reached, right_cells, share, write_page
+from outcome import rank_correlation
+from tables import scatter
+
+HERE = Path(__file__).resolve().parent
+BENCH = {
+    "grpo": "d1 (one step, row)",
+    "wd1": "wd1",
+    "coupled_grpo": "coupled",
+    "unigrpo": "unigrpo",
+    "espo": "espo",
+    "spg": "spg",
+    "gdpo": "gdpo",
+    "bgpo": "bgpo 4",
+    "dmpo": "dmpo",
+    "gdsd": "gdsd",
+    "agrpo": "agrpo, 2 steps",
+    "egspo": "egspo, 2 steps",
+    "drift": "drift, 2 steps",
+    "cj_grpo": "trajectory",
+}
+"""Recipes whose estimator, loss and advantage the bench has measured, by their names there.
+
+`stable_drl` is `spg` where each rollout is used once; `tracerl` and `step_merge` merge another share of their steps
+here than there; the others are not in it.
+"""
+CELL = "trained, low confidence, T 1.0"
+
+Row = tuple[str, float, float, dict[int, float]]
+"""A recipe, its pair's cosine and alignment in the bench, and the points it gained here by seed."""
+
+Tuning = dict[str, dict[str, list[float]]]
+"""Cell accuracy on the validation rows in per cent, by recipe, rate and tuning seed."""
+
+
+def tried(folder: Path) -> Tuning:
+    """What the tuning runs reached."""
+    found: dict[str, dict[float, dict[int, float]]] = {}
+    for file in sorted(folder.glob("*/results.json")):
+        words = dict(word.split("=", 1) for word in file.parent.name.split(","))
+        cells = right_cells(json.loads(file.read_text()), file.parent, Measure("sampled", "grpo", None))
+        found.setdefault(words["recipe"], {}).setdefault(float(words["rate"]), {})[int(words["seed"])] = share(cells)
+    return {
+        recipe: {
+            f"{rate:g}": [round(by_seed[seed], 3) for seed in sorted(by_seed)]
+            for rate, by_seed in sorted(rates.items())
+        }
+        for recipe, rates in found.items()
+    }
+
+
+def chosen(tuning: Tuning) -> dict[str, float]:
+    """The rate of each recipe: the best mean over the tuning seeds."""
+    return {recipe: float(max(rates, key=lambda rate: fmean(rates[rate]))) for recipe, rates in tuning.items()}
+
+
+def rates_table(tuning: Tuning) -> str:
+    """What every rate reached, the chosen one bold."""
+    every = sorted({rate for rates in tuning.values() for rate in rates}, key=float)
+    best = chosen(tuning)
+    lines = ["| recipe | " + " | ".join(every) + " |", "|---" * (len(every) + 1) + "|"]
+    for recipe, rates in tuning.items():
+        cells = []
+        for rate in every:
+            text = f"{fmean(rates[rate]):.1f}" if rate in rates else ""
+            cells.append(f"**{text}**" if float(rate) == best[recipe] else text)
+        lines.append(f"| {recipe} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def cosines(results: dict[str, Any], bench: dict[str, Any]) -> list[Row]:
+    """The recipes that the bench knows; the largest mean gain first."""
+    measured = bench["gradients"][CELL]["pairs"]
+    (name,) = results["runs"][0]["measures"]
+    ends, starts = reached(results, name), reached(results, name, "start")
+    rows = []
+    for recipe, pair in BENCH.items():
+        gains = {seed: ends[recipe][seed] - starts[recipe][seed] for seed in sorted(ends[recipe])}
+        rows.append((recipe, measured[pair]["cosine"], measured[pair]["alignment"], gains))
+    return sorted(rows, key=lambda row: -fmean(row[3].values()))
+
+
+def correlation(rows: list[Row], place: int, left_out: int | None = None) -> dict[str, float]:
+    """Of a predictor with the mean gain over the seeds, all but one where asked."""
+    gains = [fmean(gain for seed, gain in row[3].items() if seed != left_out) for row in rows]
+    return rank_correlation([row[place] for row in rows], gains)  # type: ignore[misc]
+
+
+def cosines_table(rows: list[Row]) -> str:
+    """The recipes that the bench knows, and the rank correlations."""
+    lines = ["| recipe | pair of the bench | cosine | alignment | points gained |", "|---|---|---|---|---|"]
+    for recipe, cosine, alignment, gains in rows:
+        lines.append(f"| {recipe} | {BENCH[recipe]} | {cosine:.2f} | {alignment:.2f} | {fmean(gains.values()):+.1f} |")
+    head = ["predictor", "Spearman", "95 %", "permutation p", "pairs", "without one seed"]
+    lines += ["", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, place in (("cosine", 1), ("alignment", 2)):
+        c = correlation(rows, place)
+        others = [correlation(rows, place, seed)["spearman"] for seed in rows[0][3]]
+        shown = (
+            f"| {name} | {c['spearman']:.2f} | {c['low']:.2f} to {c['high']:.2f} | {c['p']:.3f} | {c['pairs']:.0f} |"
+        )
+        lines.append(f"{shown} {min(others):.2f} to {max(others):.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[Row]) -> str:
+    """Cosine against points gained as SVG, a point a recipe with its standard error over the seeds."""
+    points = [
+        (cosine, fmean(gains.values()), stdev(gains.values()) / len(gains) ** 0.5, recipe)
+        for recipe, cosine, _, gains in rows
+    ]
+    titles = ("cosine of the expected update with the exact gradient, in the bench", "points of cell accuracy gained")
+    return scatter(points, titles, margin=2.0, digits=1)
+
+
+def main() -> None:
+    """The tuning runs, where given, into tuning.json; then tables and plot into the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("tuning", nargs="?", type=Path, help="the folder of the runs that tried the rates")
+    given = parser.parse_args()
+    if given.tuning is not None:
+        (HERE / "tuning.json").write_text(json.dumps(tried(given.tuning), indent=1) + "\n")
+    tuning = json.loads((HERE / "tuning.json").read_text())
+    print("rates:", json.dumps(chosen(tuning)))
+    page = write_page((HERE / "README.md").read_text(), rates_table(tuning), "rates")
+    rows = cosines(
+        *(json.loads((HERE.parent / name / "results.json").read_text()) for name in ("papers", "estimators"))
+    )
+    (HERE / "cosines.svg").write_text(plot(rows))
+    (HERE / "README.md").write_text(write_page(page, cosines_table(rows), "cosines"))
+
+
+if __name__ == "__main__":
+    main()
