@@ -221,6 +221,8 @@ class EstimatorTraits:
     """What one column of the likelihood stands for."""
     needs_trace: bool = False
     """It replays the steps at which the sampler committed the tokens."""
+    needs_own_place: bool = False
+    """It scores places that see each a context of their own: no network that predicts a token at the one before."""
     needs_advantages: bool = False
     """Its likelihood depends on the advantages."""
     is_mean_field: bool = False

@@ -42,6 +42,21 @@ def check_trajectory(estimator: LogProbEstimator, sampler: Sampler) -> None:
         )
 
 
+def check_place(estimator: LogProbEstimator, is_shifted: bool) -> None:
+    """Refuse an estimator whose scored places see each a context of their own on a network that predicts one place on.
+
+    There a token is predicted from the place before it, which sees the context of another token.
+
+    Raises:
+        ValueError: naming the estimator.
+    """
+    if estimator.traits.needs_own_place and is_shifted:
+        raise ValueError(
+            f"estimator: {type(estimator).__name__} needs a network that predicts a token at its own place, not at the "
+            "one before. Try: model=llada_8b, or estimator=step_merge [E207]"
+        )
+
+
 def check_pair(estimator: LogProbEstimator, loss: PolicyLoss, allow: bool = False) -> None:
     """Refuse a loss that treats the estimator's likelihood as something it is not, and pairs known not to learn.
 

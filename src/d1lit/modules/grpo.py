@@ -17,7 +17,7 @@ from d1lit.data import InnerUpdate
 from d1lit.draws import CounterDraws
 from d1lit.errors import RunError
 from d1lit.joint_scoring import likelihoods
-from d1lit.losses import check_pair, check_trajectory
+from d1lit.losses import check_pair, check_place, check_trajectory
 from d1lit.losses.terms import KLEstimator, k1
 from d1lit.models import Policy
 from d1lit.models.sharding import gathered_parameters
@@ -108,6 +108,7 @@ class DiffuGRPO(L.LightningModule):
         kl_in_reward_estimator: KLEstimator = k1,
     ) -> None:
         super().__init__()
+        check_place(estimator, policy.network.config.shift)
         self.policy = policy
         self.decode = decode
         self.sampler = sampler

@@ -14,7 +14,7 @@ from d1lit.sampling.commit import CommitAll, CumulativeEntropyBounded, EntropyBo
 from d1lit.sampling.confidence import NegativeEntropy
 from d1lit.sampling.memory import PredictionChange, StableThreshold
 from d1lit.sampling.parts import Cells, CommitRule, Confidence, Memory, Proposal, RemaskRule, Standing, StepMemory
-from d1lit.sampling.prediction import Canvas, View, block_causal, choose, entropies, evaluation_mode, predict
+from d1lit.sampling.prediction import Canvas, View, any_order, block_causal, choose, entropies, evaluation_mode, predict
 from d1lit.sampling.remask import with_shadow
 from d1lit.sampling.replay import approximation_nats
 from d1lit.sampling.rows import CanvasBatch, lay_out
@@ -83,6 +83,9 @@ class BlockSampler:
     block_causal: bool = False
     """Block diffusion decoding (BD3LM, arXiv 2503.09573): a block sees the prompt, the blocks before it and itself, and
     no masks behind it. For networks trained so; then a cache is exact."""
+    any_order: bool = False
+    """Attention in the order of commitment (d2-AnyOrder, arXiv 2509.21474), see `prediction.any_order`. For networks
+    trained so."""
     record_trace: bool = False
     rows_per_forward: int | None = None
     """Most rows in one network call (a guided row counts twice); None: all of them."""
@@ -132,6 +135,11 @@ class BlockSampler:
             raise ValueError(
                 "sampler.block_causal: a hidden copy of the block would see all of it. Try: no such remask."
             )
+        if self.any_order and (self.block_causal or self.cache is not None or self.remask is not None):
+            raise ValueError(
+                "sampler.any_order: what a token sees is settled when it is committed, which remask rules undo, and"
+                " neither caches nor block_causal know of it. Try: any_order=false, or none of these."
+            )
         if self.cache is not None and self.memory is not None and self.memory.looks_ahead:
             raise ValueError("sampler.cache: a memory that looks beyond the block needs all of it. Try: no cache.")
 
@@ -165,10 +173,11 @@ class BlockSampler:
             raise ValueError(
                 f"sampler: {len(prompts.row_ids)} prompts in groups of {group_size} make no rollout. Try: at least one."
             )
-        if self.verifies and isinstance(policy, Policy) and policy.network.config.shift:
+        if (self.verifies or self.any_order) and isinstance(policy, Policy) and policy.network.config.shift:
+            part = f"remask: {type(self.remask).__name__}" if self.verifies else "any_order: it"
             raise ValueError(
-                f"sampler.remask: {type(self.remask).__name__} needs a network that predicts a token at its own place,"
-                " not at the one before. Try: model=llada_8b, or another sampler."
+                f"sampler.{part} needs a network that predicts a token at its own place, not at the one before."
+                " Try: model=llada_8b, or another sampler."
             )
         most_steps = self.num_blocks * max(self.steps_per_block, self.block_length) if self.record_trace else 0
         with evaluation_mode(policy), torch.inference_mode():
@@ -351,6 +360,8 @@ class BlockSampler:
         canvas = Canvas(rows.ids[wave.index], attention, rows.prompt_length)
         if self.block_causal:
             canvas = block_causal(canvas, self.block_length)
+        if self.any_order:
+            canvas = any_order(canvas, rows.commit_step[wave.index])
         keep, length = rows.prompt_length + cells.positions, rows.ids.shape[1]
         if self.verifies:
             canvas = with_shadow(canvas, rows.prompt_length + wave.first, self.block_length, policy.mask_token_id)

@@ -62,6 +62,23 @@ def block_causal(canvas: Canvas, block_length: int) -> Canvas:
     return replace(canvas, attention=seen.expand(len(ids), -1, -1))
 
 
+def any_order(canvas: Canvas, commit_step: Int[Tensor, "n C"]) -> Canvas:
+    """The canvas attended in the order of commitment (d2-AnyOrder, arXiv 2509.21474); nobody sees another's mask.
+
+    A mask sees the prompt and every committed token; a committed one the prompt, those committed before it and, of its
+    own step, those to its left; the prompt itself.
+    """
+    ids, start = canvas.ids, canvas.prompt_length
+    committed, place = commit_step >= 0, torch.arange(commit_step.shape[1], device=ids.device)
+    before = (commit_step[:, None] < commit_step[:, :, None]) | (
+        (commit_step[:, None] == commit_step[:, :, None]) & (place < place[:, None])
+    )
+    attention = torch.zeros(*ids.shape, ids.shape[1], dtype=torch.bool, device=ids.device)
+    attention[:, :, :start] = True if canvas.attention is None else canvas.attention[:, None, :start]
+    attention[:, start:, start:] = committed[:, None] & (before | ~committed[:, :, None])
+    return replace(canvas, attention=attention | torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device))
+
+
 def guided(
     conditional: Float[Tensor, "n M V"], unconditional: Float[Tensor, "n M V"], guidance: float
 ) -> Float[Tensor, "n M V"]:
