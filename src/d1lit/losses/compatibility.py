@@ -11,34 +11,29 @@ from d1lit.types import LogProbEstimator, PolicyLoss, Sampler
 
 
 @runtime_checkable
-class Remasking(Protocol):
-    """A sampler that may hide a token again."""
+class Revising(Protocol):
+    """A sampler that may hide a token again, or replace it."""
 
     @property
-    def remasks(self) -> bool:
-        """Whether it does."""
-        ...
-
-    @property
-    def remask(self) -> Any:
-        """The part that decides."""
+    def reviser(self) -> Any:
+        """The part that does so; None where there is none."""
         ...
 
 
 def check_trajectory(estimator: LogProbEstimator, sampler: Sampler) -> None:
-    """Refuse an estimator that replays commit steps on a sampler that remasks.
+    """Refuse an estimator that replays commit steps on a sampler that remasks or edits.
 
-    The steps recorded are those of the last time each token was fixed; the canvases they imply never stood before the
+    The steps recorded are those of the last time each token was written; the canvases they imply never stood before the
     network, so the replayed likelihood is that of no trajectory.
 
     Raises:
         ValueError: naming both.
     """
-    if estimator.traits.needs_trace and isinstance(sampler, Remasking) and sampler.remasks:
+    if estimator.traits.needs_trace and isinstance(sampler, Revising) and sampler.reviser is not None:
         raise ValueError(
-            f"estimator: {type(estimator).__name__} with {type(sampler.remask).__name__} is refused: it replays the "
-            "rollout's commit steps, and a sampler that remasks passes through other canvases. "
-            "Try: estimator=one_step or estimator=elbo, or a sampler without a remask rule [E207]"
+            f"estimator: {type(estimator).__name__} with {type(sampler.reviser).__name__} is refused: it replays the "
+            "rollout's commit steps, and a sampler that remasks or edits passes through other canvases. "
+            "Try: estimator=one_step or estimator=elbo, or a sampler without a remask or edit rule [E207]"
         )
 
 

@@ -13,7 +13,18 @@ from d1lit.sampling.cache import RolloutCache, SpanStorage
 from d1lit.sampling.commit import CommitAll, CumulativeEntropyBounded, EntropyBounded
 from d1lit.sampling.confidence import NegativeEntropy
 from d1lit.sampling.memory import PredictionChange, StableThreshold
-from d1lit.sampling.parts import Cells, CommitRule, Confidence, Memory, Proposal, RemaskRule, Standing, StepMemory
+from d1lit.sampling.parts import (
+    Cells,
+    Choice,
+    CommitRule,
+    Confidence,
+    EditRule,
+    Memory,
+    Proposal,
+    RemaskRule,
+    Standing,
+    StepMemory,
+)
 from d1lit.sampling.prediction import Canvas, View, any_order, block_causal, choose, entropies, evaluation_mode, predict
 from d1lit.sampling.remask import with_shadow
 from d1lit.sampling.replay import approximation_nats
@@ -78,6 +89,8 @@ class BlockSampler:
     """None: exact. A prefix or dual cache is faster and approximate."""
     remask: RemaskRule | None = None
     """None: a token that is fixed stays."""
+    edit: EditRule | None = None
+    """None: a token that stands is never replaced by another. Every forward with one predicts the whole block."""
     memory: StepMemory | None = None
     """None: a step knows nothing of the predictions before it."""
     block_causal: bool = False
@@ -124,6 +137,8 @@ class BlockSampler:
                 f"sampler.remask: {type(self.commit).__name__} fixes so many tokens whatever is remasked. "
                 "Try: the commit rule of the same paper, or a threshold."
             )
+        if self.edit is not None:
+            self._check_edit()
         if isinstance(self.commit, CommitAll) and self.remask is None:
             raise ValueError("sampler.remask: CommitAll fixes all at once without one. Try: LowestConfidence.")
         if self.verifies and (self.guidance or self.cache is not None):
@@ -143,6 +158,24 @@ class BlockSampler:
         if self.cache is not None and self.memory is not None and self.memory.looks_ahead:
             raise ValueError("sampler.cache: a memory that looks beyond the block needs all of it. Try: no cache.")
 
+    def _check_edit(self) -> None:
+        """Refuse parts that an edit rule does not go with."""
+        if self.commit.quotas(self.block_length, self.steps_per_block) is not None:
+            raise ValueError(
+                f"sampler.edit: {type(self.commit).__name__} plans the steps of a block, and edits take more. "
+                "Try: sampler.commit._target_=d1lit.sampling.Threshold, or another rule that decides from predictions."
+            )
+        if self.remask is not None or self.memory is not None or self.any_order:
+            raise ValueError(
+                "sampler.edit: remask rules and memories reckon with tokens that stay as they were fixed, and so does"
+                " any_order. Try: none of these."
+            )
+        if self.is_approximate:
+            raise ValueError(
+                "sampler.edit: how far an approximate cache strays is told by replaying the commit steps, which edits"
+                " undo. Try: no cache, or block_causal=true for a network trained so."
+            )
+
     @property
     def num_blocks(self) -> int:
         """Blocks of a completion."""
@@ -159,9 +192,9 @@ class BlockSampler:
         return self.remask is not None and self.remask.verifies
 
     @property
-    def remasks(self) -> bool:
-        """True where a token may be hidden again: then no commit step tells what the network saw."""
-        return self.remask is not None
+    def reviser(self) -> RemaskRule | EditRule | None:
+        """The part that hides or replaces tokens that stood: with one no commit step tells what the network saw."""
+        return self.edit if self.remask is None else self.remask
 
     def __call__(self, policy: MaskPredictor, prompts: PromptBatch, group_size: int, draws: Draws) -> Rollout:
         """`group_size` completions of each prompt, adjacent.
@@ -179,9 +212,16 @@ class BlockSampler:
                 f"sampler.{part} needs a network that predicts a token at its own place, not at the one before."
                 " Try: model=llada_8b, or another sampler."
             )
-        most_steps = self.num_blocks * max(self.steps_per_block, self.block_length) if self.record_trace else 0
+        checks = 0 if self.edit is None else self.edit.num_checks
+        most_steps = self.num_blocks * (max(self.steps_per_block, self.block_length) + checks)
         with evaluation_mode(policy), torch.inference_mode():
-            rows = lay_out(prompts, group_size, self.completion_length, policy.mask_token_id, most_steps)
+            rows = lay_out(
+                prompts,
+                group_size,
+                self.completion_length,
+                policy.mask_token_id,
+                most_steps if self.record_trace else 0,
+            )
             self._fill(policy, rows, draws)
         return rows.rollout(policy.eos_token_id)
 
@@ -238,16 +278,21 @@ class BlockSampler:
                 rows.close_step(wave.index)
                 left -= quota
             return
+        if self.edit is not None:
+            rows.checks[wave.index] = self.edit.num_checks
         while True:
-            counts = self._masked(policy, rows, wave).sum(1).tolist()
+            masked = self._masked(policy, rows, wave).sum(1)
+            counts, checks = torch.stack([masked, rows.checks[wave.index]]).tolist()
+            busy = [place for place, left in enumerate(zip(counts, checks, strict=True)) if any(left)]
             goes_on = self.remask is not None and self.remask.runs_all_steps and computed < self.steps_per_block
-            if not any(counts) and not goes_on:
+            if not busy and not goes_on:
                 return
-            if not all(counts) and not goes_on:
-                wave = wave.select([place for place, count in enumerate(counts) if count], self.guidance > 0)
+            if len(busy) < len(counts) and not goes_on:
+                wave = wave.select(busy, self.guidance > 0)
             moment, verified = _Moment(computed, None, computed == 0), None
-            if any(counts):
-                verified = self._step(policy, rows, wave, max(counts), moment, draws)
+            if busy:
+                width = max(counts) if self.edit is None else self.block_length
+                verified = self._step(policy, rows, wave, width, moment, draws)
             if self.remask is not None:
                 self._remask(self.remask, policy.mask_token_id, rows, wave, moment, verified, draws)
             rows.close_step(wave.index)
@@ -295,8 +340,10 @@ class BlockSampler:
             cells = replace(cells, memory=self._remembered(rows, logits))
             logits = self.memory(logits, cells)
         choice, scores = choose(logits, cells, policy.mask_token_id, self.temperature, self.proposal, self.confidence)
-        scores = scores.masked_fill(~cells.candidates, -torch.inf)
-        selected = self.commit.select(scores, cells)
+        selected = self.commit.select(scores.masked_fill(~cells.candidates, -torch.inf), cells)
+        if self.edit is not None:
+            choice, scores, edited = self._edit(self.edit, policy, rows, cells, logits, choice, scores)
+            selected = selected | edited
         # The flat places of the fixed cells: known in number with a quota, so no read from the device.
         if moment.quota is None:
             places = selected.flatten().nonzero()[:, 0]
@@ -311,6 +358,33 @@ class BlockSampler:
         rows.confidence[who, where] = scores.flatten()[places].float()
         rows.entropy[who, where] = entropies(logits.flatten(0, 1), places).float()
         return verified
+
+    def _edit(
+        self,
+        rule: EditRule,
+        policy: MaskPredictor,
+        rows: CanvasBatch,
+        cells: Cells,
+        logits: Float[Tensor, "n M V"],
+        choice: Choice,
+        scores: Float[Tensor, "n M"],
+    ) -> tuple[Choice, Float[Tensor, "n M"], Bool[Tensor, "n M"]]:
+        """Choice and scores with the most probable token at the positions to replace, and which those are."""
+        assert cells.index is not None
+        best, sure = choice, scores
+        if self.temperature > 0:
+            best, sure = choose(logits, cells, policy.mask_token_id, 0.0, self.proposal, self.confidence)
+        standing = rows.ids[cells.index[:, None], rows.prompt_length + cells.positions]
+        differs = (best.tokens.view_as(standing) != standing) & ~cells.candidates
+        edited = rule.select(best.logprobs.view_as(scores).exp(), differs)
+        flat = edited.flatten()
+        choice = Choice(
+            torch.where(flat, best.tokens, choice.tokens), torch.where(flat, best.logprobs, choice.logprobs)
+        )
+        # A step with nothing masked uses up one of the block's checks; one that changes nothing, the rest.
+        left, was_open = rows.checks[cells.index], cells.candidates.any(1)
+        rows.checks[cells.index] = torch.where(was_open, left, (left - 1) * edited.any(1))
+        return choice, torch.where(edited, sure, scores), edited
 
     def _remembered(self, rows: CanvasBatch, logits: Float[Tensor, "n M V"]) -> Memory:
         """The memory of this call, empty at first."""

@@ -1,8 +1,9 @@
 """What the parts of a block sampler see, and the protocols they meet.
 
 A sampler is put together from orthogonal parts: a proposal (which token), a confidence (how sure), a commit rule (which
-positions are fixed now), a remask rule (which are hidden again) and a cache. Letters as in d1lit.types; here n counts
-the rows of one network call, M the positions of the active block that may still be masked, c = n * M rows of logits.
+positions are fixed now), a remask rule (which are hidden again), an edit rule (which are replaced) and a cache. Letters
+as in d1lit.types; here n counts the rows of one network call, M the positions of the active block that may still be
+masked, c = n * M rows of logits.
 """
 
 from __future__ import annotations
@@ -185,6 +186,23 @@ class RemaskRule(Protocol):
 
     def remask(self, standing: Standing) -> Bool[Tensor, "n M"]:
         """The tokens to hide again; none in the last planned step, or the block would not end."""
+        ...
+
+
+@runtime_checkable
+class EditRule(Protocol):
+    """Which standing tokens of the block are replaced by the one that the network now finds most probable."""
+
+    @property
+    def num_checks(self) -> int:
+        """Most steps of a block with nothing masked, so that it ends; one that changes nothing is the last."""
+        ...
+
+    def select(self, probability: Float[Tensor, "n M"], differs: Bool[Tensor, "n M"]) -> Bool[Tensor, "n M"]:
+        """The positions to replace, from the probability of the most probable token (the mask left out).
+
+        `differs` is True where a token stands and is another one.
+        """
         ...
 
 

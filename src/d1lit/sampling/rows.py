@@ -28,6 +28,8 @@ class CanvasBatch:
     entropy: Float[Tensor, "N C"]
     steps_taken: Int[Tensor, " N"]
     """Denoising steps of each row so far: the index its next step carries in the record."""
+    checks: Int[Tensor, " N"]
+    """Steps that each row may still take with nothing masked in its block, where tokens are edited."""
     trace: Int[Tensor, "S N C"] | None
     memory: Memory | None = None
     """What the sampler's memory keeps from step to step."""
@@ -128,6 +130,7 @@ def lay_out(
         confidence=torch.zeros(shape, device=device),
         entropy=torch.zeros(shape, device=device),
         steps_taken=torch.zeros(len(prompt_ids), dtype=torch.int64, device=device),
+        checks=torch.zeros(len(prompt_ids), dtype=torch.int64, device=device),
         trace=canvas.expand(trace_steps, *shape).clone() if trace_steps else None,
     )
 
