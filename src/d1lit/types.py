@@ -102,7 +102,7 @@ class Rollout:
     """Global id of each rollout: prompt row id * group_size + place in the group."""
     group_size: int
     commit_step: Int[Tensor, "N C"]
-    """Index of the denoising step that fixed each token; positions never reached carry -1."""
+    """Index of the denoising step that last wrote each token; positions never reached carry -1."""
     sampled_logprobs: Float[Tensor, "N C"]
     """Log-probability of the chosen token under the distribution it was drawn from (temperature included)."""
     confidence: Float[Tensor, "N C"]
@@ -111,7 +111,7 @@ class Rollout:
     entropy: Float[Tensor, "N C"]
     """Entropy of the prediction (temperature 1) when the token was committed, in nats."""
     trace: Int[Tensor, "S N C"] | None = None
-    """The canvas after every denoising step, on request (remasking samplers, order methods, the player)."""
+    """The canvas after every denoising step, on request (samplers that remask or edit, order methods, the player)."""
     completions: tuple[str, ...] = ()
     """Text of each completion up to the first end-of-sequence token."""
     examples: tuple[Example, ...] = ()

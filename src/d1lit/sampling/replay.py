@@ -32,7 +32,7 @@ def replayed_logprobs(
 ) -> Float[Tensor, "n C"]:
     """Log-probability of each token on the canvas it was chosen on, by a full forward; 0 where none was chosen.
 
-    The canvases follow from the commit steps, so this is meant for samplers that never remask. One forward a
+    The canvases follow from the commit steps, so this is meant for samplers that neither remask nor edit. One forward a
     step for the rows that fixed something in it; for diagnosis, not for training.
 
     Args:
