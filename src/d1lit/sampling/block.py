@@ -313,15 +313,14 @@ class BlockSampler:
         Returns:
             The probabilities that a remask rule verifies the block by, where it asks for them.
         """
-        shared = self._sharing(wave, moment)
         cells = self._cells(policy, rows, wave, width, moment, draws)
+        shared = self._sharing(wave, moment)
         if shared is None:
-            logits, verified = self._predict(policy, rows, wave, cells, moment.fresh)
+            logits, verified = self._predict(policy, rows, wave, cells.positions, moment.fresh)
         else:
             cells = replace(cells, row_ids=rows.row_ids[shared.drawn_by])
             apart = replace(wave, index=wave.index[shared.first], first=wave.first[shared.first])
-            once = replace(cells, positions=cells.positions[shared.first])
-            logits, verified = self._predict(policy, rows, apart, once, moment.fresh)
+            logits, verified = self._predict(policy, rows, apart, cells.positions[shared.first], moment.fresh)
             logits = logits[shared.canvas]
         if self.memory is not None:
             cells = replace(cells, memory=self._remembered(rows, logits))
@@ -385,14 +384,14 @@ class BlockSampler:
         rows.remask(wave.index, places, chosen & cells.candidates, mask_token_id)
 
     def _predict(
-        self, policy: MaskPredictor, rows: CanvasBatch, wave: _Wave, cells: Cells, fresh: bool
+        self, policy: MaskPredictor, rows: CanvasBatch, wave: _Wave, positions: Int[Tensor, "n M"], fresh: bool
     ) -> tuple[Float[Tensor, "n M V"], Float[Tensor, "n block"] | None]:
-        """Logits at the cells, counted; the first forward of a block fills the cache where there is one."""
+        """Logits at some positions, counted; the first forward of a block fills the cache where there is one."""
         attention = None if rows.attention is None else rows.attention[wave.index]
         canvas = Canvas(rows.ids[wave.index], attention, rows.prompt_length)
         if self.block_causal:
             canvas = block_causal(canvas, self.block_length)
-        keep, length = rows.prompt_length + cells.positions, rows.ids.shape[1]
+        keep, length = rows.prompt_length + positions, rows.ids.shape[1]
         if self.verifies:
             canvas = with_shadow(canvas, rows.prompt_length + wave.first, self.block_length, policy.mask_token_id)
             shadow = torch.arange(length, length + self.block_length, device=keep.device)
@@ -405,6 +404,6 @@ class BlockSampler:
         logits = predict(policy, canvas, keep, self.guidance, View(span, cache))
         if not self.verifies:
             return logits, None
-        logits, hidden = logits.split([cells.positions.shape[1], self.block_length], dim=1)
+        logits, hidden = logits.split([positions.shape[1], self.block_length], dim=1)
         tokens = rows.block_ids(wave.index, wave.first, self.block_length)
         return logits, (hidden.gather(2, tokens[..., None])[..., 0] - hidden.logsumexp(-1)).exp()
