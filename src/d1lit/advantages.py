@@ -178,8 +178,8 @@ def sibling_advantages(values: Float[Tensor, "*nodes width"]) -> Float[Tensor, "
 class TreeAdvantage:
     """d-TreeRPO (arXiv 2512.09675): of each edge, the value of its child minus the mean of the child's OTHER siblings.
 
-    A leaf's value is its reward, a node's the mean of its children's. Children no leaf of which could be judged are left
-    out, and their edges have advantage 0.
+    A leaf's value is its reward, a node's the mean of its children's. Children no leaf of which could be judged are
+    left out, and their edges have advantage 0.
     """
 
     tree: Tree

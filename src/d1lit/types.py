@@ -93,8 +93,8 @@ class PromptBatch:
 class Tree:
     """How the rollouts of a group share their first denoising steps (d-TreeRPO, arXiv 2512.09675).
 
-    The fully masked canvas is the root at level 0; every node has `branching` children down to level `height`, where the
-    leaves are the rollouts, those below a node adjacent. Edge k leads from level k to level k + 1; edges take equal
+    The fully masked canvas is the root at level 0; every node has `branching` children down to level `height`, where
+    the leaves are the rollouts, those below a node adjacent. Edge k leads from level k to level k + 1; edges take equal
     shares of the steps.
     """
 
@@ -334,7 +334,7 @@ class RewardBatch:
 
 @runtime_checkable
 class Advantage(Protocol):
-    """From the rewards of whole groups to one number a rollout (or a unit)."""
+    """From the rewards of whole groups to one number a rollout, or one for each edge of its tree."""
 
     def __call__(self, rewards: RewardBatch, group_size: int) -> Float[Tensor, "N ..."]:
         """Advantages of all N rollouts; rows of one group are adjacent."""

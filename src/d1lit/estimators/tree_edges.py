@@ -19,9 +19,9 @@ class TreeEdgesEstimator:
 
     One view a PARENT, shared by all edges that leave it and all leaves below: 1 + b + ... + b^(height - 1) a group.
     In the sum over leaves an edge counts once, however many leaves lie below, and so do its tokens together: a token
-    weighs 1 / (leaves below the edge x tokens of the edge x edges a leaf). With `sequence_sum` the loss is the mean over
-    edges of the mean over an edge's tokens, as in the authors' code, an edge after the end of the sequence being a 0 in
-    it; with `token_mean` the mean over edges that fixed something.
+    weighs 1 / (leaves below the edge x tokens of the edge x edges a leaf). With `sequence_sum` the loss is the mean
+    over edges of the mean over an edge's tokens, as in the authors' code, an edge after the end of the sequence being a
+    0 in it; with `token_mean` the mean over edges that fixed something.
     """
 
     tree: Tree

@@ -4,4 +4,11 @@ from d1lit.losses.clipped import ClippedPolicyLoss, SequenceClippedLoss
 from d1lit.losses.compatibility import check_pair, check_trajectory, check_tree
 from d1lit.losses.supervised import MaskedCrossEntropy
 
-__all__ = ["ClippedPolicyLoss", "MaskedCrossEntropy", "SequenceClippedLoss", "check_pair", "check_trajectory", "check_tree"]
+__all__ = [
+    "ClippedPolicyLoss",
+    "MaskedCrossEntropy",
+    "SequenceClippedLoss",
+    "check_pair",
+    "check_trajectory",
+    "check_tree",
+]

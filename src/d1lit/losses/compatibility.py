@@ -52,15 +52,16 @@ def check_tree(
     """
     there: Tree | None = getattr(sampler, "tree", None)
     if there is not None and there.leaves != group_size:
-        cause = f"{group_size}, but a tree of {there.branching} branches and {there.height} levels has {there.leaves} leaves"
+        kind = f"a tree of {there.branching} branches and {there.height} levels"
+        cause = f"{group_size}, but {kind} has {there.leaves} leaves"
         raise ValueError(f"module.group_size: {cause}. Try: {there.leaves}, or another tree [E207]")
     for key, part in (("estimator", estimator), ("advantage", advantage), ("loss", loss)):
         asked: Tree | None = getattr(part, "tree", None)
         if asked is not None and asked != there:
             found = "do not branch" if there is None else f"branch by {there.branching} over {there.height} levels"
             raise ValueError(
-                f"{key}.tree: {asked.branching} branches over {asked.height} levels, but the sampler's rollouts {found}. "
-                "Try: sampler=tree, with scale.tree for all parts [E207]"
+                f"{key}.tree: {asked.branching} branches over {asked.height} levels, but the sampler's rollouts "
+                f"{found}. Try: sampler=tree, with scale.tree for all parts [E207]"
             )
     if getattr(advantage, "tree", None) is None:
         return

@@ -181,9 +181,8 @@ class BlockSampler:
                 f"sampler: {len(prompts.row_ids)} prompts in groups of {group_size} make no rollout. Try: at least one."
             )
         if self.tree is not None and group_size != self.tree.leaves:
-            raise ValueError(
-                f"sampler.tree: {self.tree.leaves} leaves are no group of {group_size}. Try: group_size={self.tree.leaves}."
-            )
+            leaves = self.tree.leaves
+            raise ValueError(f"sampler.tree: {leaves} leaves are no group of {group_size}. Try: group_size={leaves}.")
         if self.verifies and isinstance(policy, Policy) and policy.network.config.shift:
             raise ValueError(
                 f"sampler.remask: {type(self.remask).__name__} needs a network that predicts a token at its own place,"

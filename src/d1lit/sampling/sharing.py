@@ -1,4 +1,4 @@
-"""Rollouts that branch: which rows stand at one canvas, so that one forward serves them, and whose numbers they draw."""
+"""Rollouts that branch: which rows stand at one canvas, so that one forward serves all, and whose draws each has."""
 
 from __future__ import annotations
 
