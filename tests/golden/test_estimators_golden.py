@@ -418,7 +418,8 @@ def tree_edge(case: Case, t: Tensors) -> None:
     scores = longhand_scores(network, corruption).sum(1)
     assert_near(case["name"], scores, t["out.edge_logp"])
     _tree_loss(case, t, network, scores, corruption.weight.sum(1))
-    _tree_parts(case, t, replace(rollout, group_size=2, edge=segment - 1))
+    up_to_end = ends - (child == eos).long() == 0
+    _tree_parts(case, t, replace(rollout, group_size=2, edge=segment - 1, completion_mask=up_to_end))
 
 
 def _tree_parts(case: Case, t: Tensors, rollout: Rollout) -> None:

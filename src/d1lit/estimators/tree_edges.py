@@ -6,18 +6,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from d1lit.estimators.views import attend_real_tokens
-from d1lit.types import Context, Corruption, EstimatorTraits, LogProbs, Tree
+from d1lit.types import Context, Corruption, EstimatorTraits, LogProbs, Rollout, Tree
 
 
 @dataclass(frozen=True)
 class TreeEdgesEstimator:
     """d-TreeRPO (arXiv 2512.09675): log-probs of the tokens fixed on an edge, all read off its parent's canvas.
 
-    One view a PARENT, shared by all edges that leave it and all leaves below: 1 + b + ... + b^(height - 1) a group.
+    One view a PARENT, shared by all edges that leave it and all leaves below: 1 + b + ... + b^(height - 1) a group. A
+    token counts up to the end of sequence on the child's canvas.
     In the sum over leaves an edge counts once, however many leaves lie below, and so do its tokens together: a token
     weighs 1 / (leaves below the edge x tokens of the edge x edges a leaf). With `sequence_sum` the loss is the mean
     over edges of the mean over an edge's tokens, as in the authors' code, an edge after the end of the sequence being a
@@ -48,8 +49,7 @@ class TreeEdgesEstimator:
             masks.append(rollout.prompt_mask[first])
             view_of.append(count + row // tree.width(level))
             count += len(noised[-1])
-        level = torch.arange(tree.height, device=edge.device)
-        scored = (edge[:, None] == level[:, None]) & rollout.completion_mask[:, None]
+        scored = _tokens_of_edges(rollout, edge, tree.height)
         return Corruption(
             noised_ids=torch.cat([torch.cat(prompts), torch.cat(noised)], dim=1),
             view_of=torch.stack(view_of, dim=1),
@@ -77,3 +77,17 @@ class TreeEdgesEstimator:
                 f"{rollout.group_size}{'' if rollout.edge is not None else ' that did not branch'}. Try: sampler=tree"
             )
         return rollout.edge
+
+
+def _tokens_of_edges(rollout: Rollout, edge: Int[Tensor, "N C"], height: int) -> Bool[Tensor, "N K C"]:
+    """The tokens that count of each edge: those it fixed, up to the first end of sequence on the CHILD's canvas.
+
+    A later edge may end the sequence before tokens that stand already. Were they left out where it does, leaves below
+    an edge would not agree on what it fixed.
+    """
+    ids, length = rollout.completion_ids, rollout.completion_mask.sum(1, keepdim=True)
+    # The last valid token ends the sequence, except where the canvas does.
+    ends = (ids == ids.gather(1, (length - 1).clamp(min=0))) & (length < ids.shape[1])
+    level = torch.arange(height, device=edge.device)[:, None]
+    seen = (ends[:, None] & (edge[:, None] <= level)).to(torch.int64)
+    return (edge[:, None] == level) & (seen.cumsum(2) - seen == 0)
