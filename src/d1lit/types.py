@@ -90,6 +90,41 @@ class PromptBatch:
 
 
 @dataclass(frozen=True)
+class Tree:
+    """How the rollouts of a group share their first denoising steps (d-TreeRPO, arXiv 2512.09675).
+
+    The fully masked canvas is the root at level 0; every node has `branching` children down to level `height`, where
+    the leaves are the rollouts, those below a node adjacent. Edge k leads from level k to level k + 1; edges take equal
+    shares of the steps.
+    """
+
+    branching: int
+    height: int
+
+    def __post_init__(self) -> None:
+        for key, least in (("branching", 2), ("height", 1)):
+            if getattr(self, key) < least:
+                raise ValueError(f"tree.{key}: {getattr(self, key)} is below {least}. Try: {least} or more")
+
+    @property
+    def leaves(self) -> int:
+        """Rollouts of a group."""
+        return self.width(0)
+
+    def width(self, level: int) -> int:
+        """Leaves below a node of a level."""
+        return self.branching ** (self.height - level)
+
+    def starts(self, num_steps: int) -> list[int]:
+        """The step with which each edge begins."""
+        return [edge * num_steps // self.height for edge in range(self.height)]
+
+    def edge_of(self, step: int, num_steps: int) -> int:
+        """The edge that a step of `num_steps` belongs to."""
+        return sum(step >= start for start in self.starts(num_steps)) - 1
+
+
+@dataclass(frozen=True)
 class Rollout:
     """Completions of a batch of prompts, group by group, with what the sampler saw when it committed each token."""
 
@@ -112,6 +147,8 @@ class Rollout:
     """Entropy of the prediction (temperature 1) when the token was committed, in nats."""
     trace: Int[Tensor, "S N C"] | None = None
     """The canvas after every denoising step, on request (samplers that remask or edit, order methods, the player)."""
+    edge: Int[Tensor, "N C"] | None = None
+    """The edge of the group's tree on which each token was fixed, its height where none was; None without a tree."""
     completions: tuple[str, ...] = ()
     """Text of each completion up to the first end-of-sequence token."""
     examples: tuple[Example, ...] = ()
@@ -132,6 +169,7 @@ class Rollout:
             self,
             **{name: getattr(self, name)[cut] for name in _ROW_TENSORS},
             trace=None if self.trace is None else self.trace[:, cut],
+            edge=None if self.edge is None else self.edge[cut],
             completions=self.completions[cut],
             examples=self.examples[cut],
             num_forwards=0,
@@ -298,7 +336,7 @@ class RewardBatch:
 
 @runtime_checkable
 class Advantage(Protocol):
-    """From the rewards of whole groups to one number a rollout (or a unit)."""
+    """From the rewards of whole groups to one number a rollout, or one for each edge of its tree."""
 
     def __call__(self, rewards: RewardBatch, group_size: int) -> Float[Tensor, "N ..."]:
         """Advantages of all N rollouts; rows of one group are adjacent."""
@@ -324,6 +362,8 @@ class LossInputs:
     """Total unit weight in the GLOBAL batch of this update, over accumulation and ranks; tokens for token losses."""
     num_rollouts: float
     """Rollouts in the GLOBAL batch of this update."""
+    progress: float = 0.0
+    """Share of the stage's updates that lie behind this one, in [0, 1)."""
 
 
 @dataclass(frozen=True)
@@ -342,6 +382,8 @@ class LossTraits:
     """Parts of the estimator's likelihood that it reads."""
     group_size: int | None = None
     """The one group size it makes sense of; None: any."""
+    takes_unit_advantages: bool = False
+    """It makes sense of one advantage a unit, [N U]; else of one a rollout, [N]."""
 
 
 @runtime_checkable

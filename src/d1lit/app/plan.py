@@ -208,7 +208,7 @@ def _dataset(
 
 def evaluation_sampler(plan: Plan, completion_length: int | None) -> BlockSampler:
     """The training sampler at the evaluation's temperature, scaled to another length at equal tokens a step."""
-    sampler = replace(plan.sampler, temperature=plan.config.evaluation.temperature, record_trace=False)
+    sampler = replace(plan.sampler, temperature=plan.config.evaluation.temperature, record_trace=False, tree=None)
     if completion_length is None or completion_length == sampler.completion_length:
         return sampler
     block = min(sampler.block_length, completion_length)

@@ -1,7 +1,7 @@
 """Losses: supervised (masked cross-entropy) and policy losses. Pure tensors in, tensors out."""
 
 from d1lit.losses.clipped import ClippedPolicyLoss, SequenceClippedLoss
-from d1lit.losses.compatibility import check_pair, check_place, check_trajectory
+from d1lit.losses.compatibility import check_pair, check_place, check_trajectory, check_tree
 from d1lit.losses.supervised import MaskedCrossEntropy
 
 __all__ = [
@@ -11,4 +11,5 @@ __all__ = [
     "check_pair",
     "check_place",
     "check_trajectory",
+    "check_tree",
 ]

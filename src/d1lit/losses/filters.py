@@ -56,7 +56,7 @@ class OffPolicyFilter:
     @property
     def traits(self) -> LossTraits:
         """The wrapped loss's; the drift is measured against the old policy."""
-        return replace(self.loss.traits, needs_old=True)
+        return replace(self.loss.traits, needs_old=True, takes_unit_advantages=False)
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """The wrapped loss, the dropped rollouts weighing 0."""

@@ -12,12 +12,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from d1lit.advantages import LengthPenalty, with_part
+from d1lit.advantages import LengthPenalty, on_tokens, with_part
 from d1lit.data import InnerUpdate
 from d1lit.draws import CounterDraws
 from d1lit.errors import RunError
 from d1lit.joint_scoring import likelihoods
-from d1lit.losses import check_pair, check_place, check_trajectory
+from d1lit.losses import check_pair, check_place, check_trajectory, check_tree
 from d1lit.losses.terms import KLEstimator, k1
 from d1lit.models import Policy
 from d1lit.models.sharding import gathered_parameters
@@ -156,6 +156,7 @@ class DiffuGRPO(L.LightningModule):
         allow_unsound_pair: bool = False,
         num_refills: int = 0,
         kl_in_reward: float = 0.0,
+        advantage: Advantage | None = None,
         **others: Any,
     ) -> None:
         """Refuse what cannot learn, before there is a network.
@@ -165,6 +166,7 @@ class DiffuGRPO(L.LightningModule):
         """
         check_pair(estimator, loss, allow=allow_unsound_pair)
         check_trajectory(estimator, sampler)
+        check_tree(sampler, estimator, advantage, loss, group_size)
         if num_refills < 0:
             raise ValueError(f"module.num_refills: {num_refills} is below 0. Try: 0 (no dynamic sampling), or 2")
         if kl_in_reward < 0 or (kl_in_reward and estimator.traits.needs_advantages):
@@ -223,7 +225,7 @@ class DiffuGRPO(L.LightningModule):
             self._measure_approximation(rollout)
         with self.meter("scoring"), nullcontext() if self.dropout_everywhere else evaluation_mode(self.policy):
             totals = neutral_totals(rewards, self.group_size)
-            return self._freeze(rollout, totals[here], advantages[here], step, num_micro)
+            return self._freeze(rollout, totals[here], on_tokens(advantages[here], rollout), step, num_micro)
 
     def update(self, experience: Experience, inner: int, num_micro: int) -> Tensor:
         """The policy loss of one micro-batch under the corruption of this inner update."""
@@ -243,6 +245,7 @@ class DiffuGRPO(L.LightningModule):
             entropy=scores.entropy,
             num_units=experience.num_units[inner],
             num_rollouts=experience.num_rollouts,
+            progress=(experience.step * self.num_inner_updates + inner) / self.num_updates,
         )
         loss, metrics = self.loss(inputs)
         # A loss of nan is no step (SkipNonFinite): also where no token of the whole update is valid.

@@ -29,7 +29,8 @@ from d1lit.sampling.prediction import Canvas, View, any_order, block_causal, cho
 from d1lit.sampling.remask import with_shadow
 from d1lit.sampling.replay import approximation_nats
 from d1lit.sampling.rows import CanvasBatch, lay_out
-from d1lit.types import Draws, MaskPredictor, PromptBatch, Rollout
+from d1lit.sampling.sharing import Sharing, check_tree, edges, sharing
+from d1lit.types import Draws, MaskPredictor, PromptBatch, Rollout, Tree
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class _Wave:
     cache: SpanStorage | None = None
     span: tuple[int, int] = (0, 0)
     """What the steps after the first compute, where there is a cache."""
+    rows: tuple[tuple[int, int], ...] = ()
+    """Row and block of each on the host, where a tree asks for them."""
 
     def select(self, places: list[int], guided: bool) -> _Wave:
         """Some of the rows."""
@@ -102,6 +105,9 @@ class BlockSampler:
     record_trace: bool = False
     rows_per_forward: int | None = None
     """Most rows in one network call (a guided row counts twice); None: all of them."""
+    tree: Tree | None = None
+    """The rollouts of a group branch off each other (d-TreeRPO, arXiv 2512.09675), each of them still a draw of this
+    sampler's law; rows at one canvas share a forward. None: they are independent."""
 
     def __post_init__(self) -> None:
         for key in ("completion_length", "num_steps", "block_length"):
@@ -121,6 +127,10 @@ class BlockSampler:
                 " (a guided one counts twice). Try: 2 or more."
             )
         self._check_parts()
+        if self.tree is not None:
+            quotas = self.commit.quotas(self.block_length, self.steps_per_block)
+            room = None if self.rows_per_forward is None else self._room(self.rows_per_forward)
+            check_tree(self.tree, self.total_steps, room, quotas is not None, self.cache is not None)
 
     def _check_parts(self) -> None:
         """Refuse parts that do not fit each other."""
@@ -187,6 +197,11 @@ class BlockSampler:
         return max(1, self.num_steps // self.num_blocks)
 
     @property
+    def total_steps(self) -> int:
+        """Denoising steps planned for a completion."""
+        return self.num_blocks * self.steps_per_block
+
+    @property
     def verifies(self) -> bool:
         """True where every forward carries a hidden copy of the block."""
         return self.remask is not None and self.remask.verifies
@@ -206,6 +221,9 @@ class BlockSampler:
             raise ValueError(
                 f"sampler: {len(prompts.row_ids)} prompts in groups of {group_size} make no rollout. Try: at least one."
             )
+        if self.tree is not None and group_size != self.tree.leaves:
+            leaves = self.tree.leaves
+            raise ValueError(f"sampler.tree: {leaves} leaves are no group of {group_size}. Try: group_size={leaves}.")
         if (self.verifies or self.any_order) and isinstance(policy, Policy) and policy.network.config.shift:
             part = f"remask: {type(self.remask).__name__}" if self.verifies else "any_order: it"
             raise ValueError(
@@ -223,7 +241,10 @@ class BlockSampler:
                 most_steps if self.record_trace else 0,
             )
             self._fill(policy, rows, draws)
-        return rows.rollout(policy.eos_token_id)
+        rollout = rows.rollout(policy.eos_token_id)
+        if self.tree is None:
+            return rollout
+        return replace(rollout, edge=edges(self.tree, rollout.commit_step, self.total_steps))
 
     @property
     def is_approximate(self) -> bool:
@@ -237,18 +258,22 @@ class BlockSampler:
     def _fill(self, policy: MaskPredictor, rows: CanvasBatch, draws: Draws) -> None:
         """Block after block for the rows on board; a finished row makes room for one that waits."""
         waiting = list(range(len(rows.row_ids)))[::-1]
-        room = self.rows_per_forward or 2 * len(waiting)
-        room = room // 2 if self.guidance else room
+        room = self._room(self.rows_per_forward or 2 * len(waiting))
+        together = 1 if self.tree is None else self.tree.leaves
         aboard: dict[int, int] = {}  # row -> its next block
         while waiting or aboard:
             # Rows under a cache share the span that a forward computes, so they board and travel together.
-            while waiting and len(aboard) < room and (self.cache is None or not any(aboard.values())):
-                aboard[waiting.pop()] = 0
+            while waiting and len(aboard) + together <= room and (self.cache is None or not any(aboard.values())):
+                aboard |= {waiting.pop(): 0 for _ in range(together)}
             self._fill_block(policy, rows, self._wave(rows, aboard), draws)
             aboard = {row: block + 1 for row, block in aboard.items() if block + 1 < self.num_blocks}
             if self.stop_at_eos and aboard:
                 ended = rows.end_at_eos(torch.tensor(list(aboard), device=rows.ids.device), policy.eos_token_id)
                 aboard = {row: aboard[row] for row, end in zip(list(aboard), ended, strict=True) if not end}
+
+    def _room(self, rows: int) -> int:
+        """How many rows of the call make at most so many rows of a forward."""
+        return rows // 2 if self.guidance else rows
 
     def _wave(self, rows: CanvasBatch, aboard: dict[int, int]) -> _Wave:
         """The rows on board at their blocks."""
@@ -256,7 +281,7 @@ class BlockSampler:
         index = torch.tensor(list(aboard), device=device)
         first = torch.tensor(list(aboard.values()), device=device) * self.block_length
         if self.cache is None:
-            return _Wave(index, first)
+            return _Wave(index, first, rows=() if self.tree is None else tuple(aboard.items()))
         (block,) = set(aboard.values())
         start = rows.prompt_length + block * self.block_length
         span = self.cache.span(start, start + self.block_length, rows.ids.shape[1])
@@ -302,6 +327,13 @@ class BlockSampler:
         """Which positions of the block are masked."""
         return rows.block_ids(wave.index, wave.first, self.block_length) == policy.mask_token_id
 
+    def _sharing(self, wave: _Wave, moment: _Moment) -> Sharing | None:
+        """Which rows stand at one canvas."""
+        if self.tree is None:
+            return None
+        steps = [block * self.steps_per_block + moment.step for _, block in wave.rows]
+        return sharing(self.tree, [row for row, _ in wave.rows], steps, self.total_steps, wave.index.device)
+
     def _cells(
         self, policy: MaskPredictor, rows: CanvasBatch, wave: _Wave, width: int, moment: _Moment, draws: Draws
     ) -> Cells:
@@ -335,7 +367,14 @@ class BlockSampler:
             The probabilities that a remask rule verifies the block by, where it asks for them.
         """
         cells = self._cells(policy, rows, wave, width, moment, draws)
-        logits, verified = self._predict(policy, rows, wave, cells, moment.fresh)
+        shared = self._sharing(wave, moment)
+        if shared is None:
+            logits, verified = self._predict(policy, rows, wave, cells.positions, moment.fresh)
+        else:
+            cells = replace(cells, row_ids=rows.row_ids[shared.drawn_by])
+            apart = replace(wave, index=wave.index[shared.first], first=wave.first[shared.first])
+            logits, verified = self._predict(policy, rows, apart, cells.positions[shared.first], moment.fresh)
+            logits = logits[shared.canvas]
         if self.memory is not None:
             cells = replace(cells, memory=self._remembered(rows, logits))
             logits = self.memory(logits, cells)
@@ -427,16 +466,16 @@ class BlockSampler:
         rows.remask(wave.index, places, chosen & cells.candidates, mask_token_id)
 
     def _predict(
-        self, policy: MaskPredictor, rows: CanvasBatch, wave: _Wave, cells: Cells, fresh: bool
+        self, policy: MaskPredictor, rows: CanvasBatch, wave: _Wave, positions: Int[Tensor, "n M"], fresh: bool
     ) -> tuple[Float[Tensor, "n M V"], Float[Tensor, "n block"] | None]:
-        """Logits at the cells, counted; the first forward of a block fills the cache where there is one."""
+        """Logits at some positions, counted; the first forward of a block fills the cache where there is one."""
         attention = None if rows.attention is None else rows.attention[wave.index]
         canvas = Canvas(rows.ids[wave.index], attention, rows.prompt_length)
         if self.block_causal:
             canvas = block_causal(canvas, self.block_length)
         if self.any_order:
             canvas = any_order(canvas, rows.commit_step[wave.index])
-        keep, length = rows.prompt_length + cells.positions, rows.ids.shape[1]
+        keep, length = rows.prompt_length + positions, rows.ids.shape[1]
         if self.verifies:
             canvas = with_shadow(canvas, rows.prompt_length + wave.first, self.block_length, policy.mask_token_id)
             shadow = torch.arange(length, length + self.block_length, device=keep.device)
@@ -449,6 +488,6 @@ class BlockSampler:
         logits = predict(policy, canvas, keep, self.guidance, View(span, cache))
         if not self.verifies:
             return logits, None
-        logits, hidden = logits.split([cells.positions.shape[1], self.block_length], dim=1)
+        logits, hidden = logits.split([positions.shape[1], self.block_length], dim=1)
         tokens = rows.block_ids(wave.index, wave.first, self.block_length)
         return logits, (hidden.gather(2, tokens[..., None])[..., 0] - hidden.logsumexp(-1)).exp()
