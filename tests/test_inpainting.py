@@ -230,7 +230,6 @@ def test_only_groups_that_fail_are_helped_and_only_right_rollouts_replace(traine
     assert module.verdicts["pairs"][row].value == 1.0 and float(helped.rewards[row]) >= 1.0
     assert [v.value for v in module.verdicts["pairs"][G : 2 * G]].count(0.0) == G - 1
     assert "2 3" in helped.rollout.completions[row]
-    assert helped.rollout.num_forwards > plain.rollout.num_forwards
     numbers = module.metrics.finish()
     assert numbers["rollout/inpainted_fraction"] == 0.25
     assert numbers["rollout/replaced_fraction"] == pytest.approx(1 / 12)
@@ -274,7 +273,7 @@ def test_two_updates_and_a_checkpoint_between_them(trainer: L.Trainer) -> None:
         kept = restored(asdict(experience), torch.device("cpu"))
         assert bool(kept.rollout.given.any()) and torch.equal(kept.rollout.given, experience.rollout.given)
         value = module.update(experience, inner, 1)
-        assert float(value) == float(module.update(kept, inner, 1))
+        assert torch.equal(value, module.update(kept, inner, 1))
         optimizer.zero_grad()
         value.backward()
         grads = [p.grad for p in module.policy.parameters() if p.grad is not None]
@@ -301,7 +300,7 @@ def test_estimators_that_replay_and_other_misfits_are_refused() -> None:
         "least_share: 0 to 1.0": {"least_share": 0}, "least_chunk: 5 to 4": {"least_chunk": 5},
         "max_replaced: 0": {"max_replaced": 0},
     }.items():  # fmt: skip
-        with pytest.raises(ValueError, match=rf"^module\.inpainting\.{words}.*Try: "):
+        with pytest.raises(ValueError, match=rf"^stages\.grpo\.module\.inpainting\.{words}.*Try: "):
             replace(RULE, **changes)
 
 

@@ -298,9 +298,8 @@ class UpdateMetrics(nn.Module):
 
     def add_inpainting(self, helped: Tensor, replaced: Tensor) -> None:
         """Of this rank's groups which were drawn again around given tokens, and of its rollouts which were replaced."""
-        device = self._loss.device
-        self._mean_of("rollout/inpainted_fraction", helped.to(device))
-        self._mean_of("rollout/replaced_fraction", replaced.to(device))
+        self._mean_of("rollout/inpainted_fraction", helped.to(replaced.device))
+        self._mean_of("rollout/replaced_fraction", replaced)
 
     def add_approximation(self, name: str, nats: Tensor) -> None:
         """How far the sampler's own log-probs lie from the network's, in nats."""

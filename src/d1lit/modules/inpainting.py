@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from d1lit.draws import random_subset
+from d1lit.losses.compatibility import Remasking
 from d1lit.modules.refilling import picked
 from d1lit.types import (
     Draws,
@@ -64,12 +65,14 @@ class Inpainting:
     def __post_init__(self) -> None:
         if not 0 < self.least_share <= self.most_share <= 1:
             cause = f"{self.least_share} to {self.most_share} is no range of shares"
-            raise ValueError(f"module.inpainting.least_share: {cause}. Try: 0.1 to 0.5, the paper's")
+            raise ValueError(f"stages.grpo.module.inpainting.least_share: {cause}. Try: 0.1 to 0.5, the paper's")
         if not 1 <= self.least_chunk <= self.most_chunk:
             cause = f"{self.least_chunk} to {self.most_chunk} is no range of lengths"
-            raise ValueError(f"module.inpainting.least_chunk: {cause}. Try: 4 to 8, the paper's")
+            raise ValueError(f"stages.grpo.module.inpainting.least_chunk: {cause}. Try: 4 to 8, the paper's")
         if self.max_replaced < 1:
-            raise ValueError(f"module.inpainting.max_replaced: {self.max_replaced} is below 1. Try: 1, the paper's")
+            raise ValueError(
+                f"stages.grpo.module.inpainting.max_replaced: {self.max_replaced} is below 1. Try: 1, the paper's"
+            )
 
     def canvas(
         self,
@@ -194,6 +197,11 @@ def check_inpainting(rule: Inpainting, estimator: LogProbEstimator, sampler: Sam
     if not isinstance(sampler, CompletingSampler):
         cause = f"{type(sampler).__name__} cannot start from a canvas with tokens"
         raise ValueError(f"module.inpainting: {cause}. Try: null, or a sampler with the method `complete`")
+    if isinstance(sampler, Remasking) and sampler.remasks:
+        cause = f"{type(sampler.remask).__name__} counts the tokens that the sampler fixed, not those that were given"
+        raise ValueError(
+            f"sampler.remask: {cause}. Try: a sampler without a remask rule, or module.inpainting=null [E207]"
+        )
     if estimator.traits.needs_trace:
         raise ValueError(
             f"estimator: {type(estimator).__name__} with module.inpainting is refused: it replays the steps that drew "
