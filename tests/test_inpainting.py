@@ -17,6 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from d1lit.app.build import plan_run
+from d1lit.app.composing import compose_jobs
+from d1lit.app.plan import make_stage
 from d1lit.data import prompt_batch
 from d1lit.draws import CounterDraws
 from d1lit.estimators.one_step import OneStepEstimator
@@ -279,6 +282,36 @@ def test_two_updates_and_a_checkpoint_between_them(trainer: L.Trainer) -> None:
         grads = [p.grad for p in module.policy.parameters() if p.grad is not None]
         assert all(bool(torch.isfinite(grad).all()) for grad in grads)
         assert max(float(grad.abs().max()) for grad in grads) > 0
+        optimizer.step()
+
+
+def test_rows_of_a_task_bring_their_worked_answers(trainer: L.Trainer) -> None:
+    """The recipe on Sudoku with all of the answer given, so that a random network is right; two real updates."""
+    rule = "stages.grpo.module.inpainting"
+    words = [
+        "recipe=igpo", "task=sudoku", "task.num_builtin.train=40", "task.val_rows=0", "scale.grpo.group_size=3",
+        *(f"model.tiny.{size}" for size in ("width=16", "num_layers=1", "num_heads=2", "mlp_width=24")),
+        *(f"{rule}.{value}" for value in ("least_share=1.0", "most_share=1.0", "least_chunk=1", "most_chunk=1")),
+    ]  # fmt: skip
+    plan = plan_run(compose_jobs("train", words).configs[0])
+    policy, tokenizer = plan.make_policy()
+    policy.keep_reference()
+    (parts,) = plan.stages
+    module = make_stage(plan, parts, tokenizer, lambda *_: trainer).make_module(policy)
+    assert isinstance(module, DiffuGRPO)
+    module.trainer = trainer
+    rows = plan.rows_of(parts, tokenizer).rows[:2]
+    (experience,) = module.collect(prompt_batch(rows, range(2), policy.pad_token_id), 0, 1)
+    helped = experience.rollout.given.any(1).view(2, 3)
+    assert helped.sum(1).tolist() == [1, 1]
+    assert torch.equal(experience.rewards.view(2, 3).argmax(1), helped.int().argmax(1))
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.01)
+    for inner in range(2):
+        value = module.update(experience, inner, 1)
+        assert bool(torch.isfinite(value))
+        optimizer.zero_grad()
+        value.backward()
+        assert max(float(p.grad.abs().max()) for p in policy.parameters() if p.grad is not None) > 0
         optimizer.step()
 
 

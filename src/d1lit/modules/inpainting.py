@@ -49,8 +49,9 @@ class Inpainting:
     The answer is cut into chunks of random length, a rest below the least length being left out; of a rollout's
     chunks a share, drawn for itself, is put on its canvas where they stand in the answer. Of a group's right ones the
     first `max_replaced` take the place of the wrong ones of the same row ids; which are right is exchangeable.
+    The whole answer is cut, its result too; what the canvas does not hold is left out.
     Differs from the published code: there the gaps between chunks are stretched, by at most 1.5, towards the canvas's
-    length; a batch is helped where all of it is wrong. An answer longer than the canvas is cut here as there.
+    length, the last 30 tokens of which stay free, and a process's whole batch has to be wrong.
     """
 
     least_share: float
