@@ -88,6 +88,9 @@ class PromptBatch:
 
 # ------------------------------------------------------------------------------------------------------------- rollouts
 
+UNREACHED, GIVEN = -1, -2
+"""Commit steps of tokens that no denoising step fixed: they fill up an ended completion, or stood there beforehand."""
+
 
 @dataclass(frozen=True)
 class Tree:
@@ -137,7 +140,8 @@ class Rollout:
     """Global id of each rollout: prompt row id * group_size + place in the group."""
     group_size: int
     commit_step: Int[Tensor, "N C"]
-    """Index of the denoising step that last wrote each token; positions never reached carry -1."""
+    """Index of the denoising step that last wrote each token; `UNREACHED` or `GIVEN` where none did, and then the three
+    records below are 0."""
     sampled_logprobs: Float[Tensor, "N C"]
     """Log-probability of the chosen token under the distribution it was drawn from (temperature included)."""
     confidence: Float[Tensor, "N C"]
@@ -161,6 +165,11 @@ class Rollout:
     def device(self) -> torch.device:
         """Where the tensors live."""
         return self.completion_ids.device
+
+    @property
+    def given(self) -> Bool[Tensor, "N C"]:
+        """True for tokens that stood on the canvas before sampling: the sampler drew the others around them."""
+        return self.commit_step == GIVEN
 
     def rows(self, start: int, stop: int) -> Rollout:
         """The rollouts from `start` up to, not including, `stop`, as views; the cost counters stay with the whole."""
@@ -364,6 +373,8 @@ class LossInputs:
     """Rollouts in the GLOBAL batch of this update."""
     progress: float = 0.0
     """Share of the stage's updates that lie behind this one, in [0, 1)."""
+    given: Bool[Tensor, "N C"] | None = None
+    """True for tokens that the sampler did not draw (`Rollout.given`); None: it drew all."""
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,22 @@ from omegaconf import DictConfig, OmegaConf
 from d1lit.app.config_errors import as_config_error
 from d1lit.data import BatchPlan, CompletionRows, EncodedRow, PromptCycles
 from d1lit.errors import ConfigError
-from d1lit.models import LoraSettings, Policy, build_policy, build_tiny_tokenizer, decode_completion, load_tokenizer
+from d1lit.models import (
+    LoraSettings,
+    Policy,
+    build_policy,
+    build_tiny_tokenizer,
+    decode_completion,
+    encode_text,
+    load_tokenizer,
+)
 from d1lit.models.loading import find_folder, load_config, shard_files
 from d1lit.modules import Corpus, Demonstrations, DiffuGRPO, MaskedSFT, Prompts, StageData
 from d1lit.modules.stage_data import StageRows, prompt_rows
 from d1lit.recipes import Stage
 from d1lit.sampling import BlockSampler
 from d1lit.tasks import AnyTask, graded_text
-from d1lit.types import PolicyLoss
+from d1lit.types import Example, PolicyLoss
 
 
 @dataclass(frozen=True)
@@ -168,7 +176,11 @@ def make_stage(
 def _module_extras(plan: Plan, parts: StageParts, policy: Policy, tokenizer: Any) -> dict[str, Any]:
     if isinstance(parts.data, Prompts):
         end = None if plan.config.quirks.reward_after_end else policy.eos_token_id
-        return {"decode": partial(judged_text, plan.task, tokenizer, end)}
+        return {
+            "decode": partial(judged_text, plan.task, tokenizer, end),
+            "worked": partial(worked_ids, plan.task, tokenizer),
+            "counted": plan.task.counted,
+        }
     rows: Sequence[EncodedRow] = ()
     if parts.validate_every is not None and isinstance(parts.data, Demonstrations):
         rows = parts.data.validation_rows(plan.task, tokenizer)
@@ -178,6 +190,11 @@ def _module_extras(plan: Plan, parts: StageParts, policy: Policy, tokenizer: Any
 def decode(tokenizer: Any, eos_token_id: int, ids: torch.Tensor) -> str:
     """Text of a completion up to its end."""
     return decode_completion(tokenizer, ids.tolist(), eos_token_id)
+
+
+def worked_ids(task: AnyTask, tokenizer: Any, example: Example) -> list[int]:
+    """The ids of a row's worked answer; none where it has none."""
+    return encode_text(tokenizer, task.worked(example) or "")
 
 
 def judged_text(task: AnyTask, tokenizer: Any, eos_token_id: int | None, ids: torch.Tensor) -> str:

@@ -60,7 +60,7 @@ class _Moment:
     """A denoising step of a block."""
 
     step: int
-    quota: int | None
+    quota: int | Int[Tensor, "n 1"] | None
     fresh: bool
     """True for the first forward of the block."""
 
@@ -211,12 +211,52 @@ class BlockSampler:
         """The part that hides or replaces tokens that stood: with one no commit step tells what the network saw."""
         return self.edit if self.remask is None else self.remask
 
+    @property
+    def blank_only(self) -> str | None:
+        """The part that makes no sense of tokens which stood beforehand; None: `complete` works."""
+        return next((key for key in ("remask", "edit", "tree", "any_order") if getattr(self, key)), None)
+
     def __call__(self, policy: MaskPredictor, prompts: PromptBatch, group_size: int, draws: Draws) -> Rollout:
         """`group_size` completions of each prompt, adjacent.
 
         Raises:
             ValueError: no prompts, or a group of none; or a network that a part cannot work with.
         """
+        return self._sampled(policy, prompts, group_size, draws, None)
+
+    def complete(
+        self,
+        policy: MaskPredictor,
+        prompts: PromptBatch,
+        group_size: int,
+        draws: Draws,
+        canvas: Int[Tensor, "N C"],
+    ) -> Rollout:
+        """The same around tokens that stand already: only the masks of `canvas` are filled, a block's over its steps.
+
+        A given token is never hidden, drawn or scored: its commit step is `GIVEN`.
+
+        Raises:
+            ValueError: as above; or a canvas of another shape, or a part that has to begin at a blank one.
+        """
+        shape = (len(prompts.row_ids) * group_size, self.completion_length)
+        if tuple(canvas.shape) != shape:
+            raise ValueError(f"sampler: a canvas of {tuple(canvas.shape)} for completions of {shape}. Try: one a row.")
+        if self.blank_only is not None:
+            raise ValueError(
+                f"sampler.{self.blank_only}: it reckons with the tokens that the sampler fixed, and knows of none that "
+                "were given. Try: a sampler without it."
+            )
+        return self._sampled(policy, prompts, group_size, draws, canvas)
+
+    def _sampled(
+        self,
+        policy: MaskPredictor,
+        prompts: PromptBatch,
+        group_size: int,
+        draws: Draws,
+        given: Int[Tensor, "N C"] | None,
+    ) -> Rollout:
         if group_size < 1 or len(prompts.row_ids) == 0:
             raise ValueError(
                 f"sampler: {len(prompts.row_ids)} prompts in groups of {group_size} make no rollout. Try: at least one."
@@ -239,6 +279,7 @@ class BlockSampler:
                 self.completion_length,
                 policy.mask_token_id,
                 most_steps if self.record_trace else 0,
+                given,
             )
             self._fill(policy, rows, draws)
         rollout = rows.rollout(policy.eos_token_id)
@@ -268,7 +309,8 @@ class BlockSampler:
             self._fill_block(policy, rows, self._wave(rows, aboard), draws)
             aboard = {row: block + 1 for row, block in aboard.items() if block + 1 < self.num_blocks}
             if self.stop_at_eos and aboard:
-                ended = rows.end_at_eos(torch.tensor(list(aboard), device=rows.ids.device), policy.eos_token_id)
+                index, done = torch.tensor([list(aboard), list(aboard.values())], device=rows.ids.device)
+                ended = rows.end_at_eos(index, done * self.block_length, policy.eos_token_id)
                 aboard = {row: aboard[row] for row, end in zip(list(aboard), ended, strict=True) if not end}
 
     def _room(self, rows: int) -> int:
@@ -291,17 +333,15 @@ class BlockSampler:
         """All denoising steps of one block of each row."""
         if rows.memory is not None and rows.memory.width == self.block_length:
             rows.memory.forget(wave.index)
-        quotas = self.commit.quotas(self.block_length, self.steps_per_block)
+        plan = self._plan(policy, rows, wave)
         computed = 0
-        if quotas is not None:
-            left = self.block_length
-            for step, quota in enumerate(quotas):
+        if plan is not None:
+            for step, (left, most, quota) in enumerate(plan):
                 # A step that fixes nothing changes nothing: it keeps its number and needs no forward.
-                if quota:
+                if most:
                     self._step(policy, rows, wave, left, _Moment(step, quota, computed == 0), draws)
                     computed += 1
                 rows.close_step(wave.index)
-                left -= quota
             return
         if self.edit is not None:
             rows.checks[wave.index] = self.edit.num_checks
@@ -322,6 +362,22 @@ class BlockSampler:
                 self._remask(self.remask, policy.mask_token_id, rows, wave, moment, verified, draws)
             rows.close_step(wave.index)
             computed += 1
+
+    def _plan(
+        self, policy: MaskPredictor, rows: CanvasBatch, wave: _Wave
+    ) -> list[tuple[int, int, int | Int[Tensor, "n 1"]]] | None:
+        """Of each step: the most masks that a row has left, the most it fixes, and what each fixes; None: unplanned."""
+        same = self.commit.quotas(self.block_length, self.steps_per_block)
+        if same is None:
+            return None
+        if not rows.has_given:
+            return [(self.block_length - sum(same[:step]), quota, quota) for step, quota in enumerate(same)]
+        counts = self._masked(policy, rows, wave).sum(1)
+        each = [self.commit.quotas(count, self.steps_per_block) for count in counts.tolist()]
+        quotas = torch.tensor(each, device=counts.device)
+        left = counts[:, None] - quotas.cumsum(1) + quotas
+        most = zip(left.amax(0).tolist(), quotas.amax(0).tolist(), strict=True)
+        return [(*numbers, quotas[:, step, None]) for step, numbers in enumerate(most)]
 
     def _masked(self, policy: MaskPredictor, rows: CanvasBatch, wave: _Wave) -> Bool[Tensor, "n block"]:
         """Which positions of the block are masked."""
@@ -383,8 +439,8 @@ class BlockSampler:
         if self.edit is not None:
             choice, scores, edited = self._edit(self.edit, policy, rows, cells, logits, choice, scores)
             selected = selected | edited
-        # The flat places of the fixed cells: known in number with a quota, so no read from the device.
-        if moment.quota is None:
+        # The flat places of the fixed cells: known in number with one quota, so no read from the device.
+        if not isinstance(moment.quota, int):
             places = selected.flatten().nonzero()[:, 0]
         else:
             columns = selected.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, : moment.quota]

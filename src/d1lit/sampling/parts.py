@@ -60,8 +60,8 @@ class Cells:
     """Denoising step within the block."""
     num_steps: int
     """Denoising steps planned for the block."""
-    quota: int | None
-    """Tokens to fix in this step; None where the commit rule decides from the predictions."""
+    quota: int | Int[Tensor, "n 1"] | None
+    """Tokens to fix in this step, of each row where tokens were given; None where the predictions decide."""
     draws: Draws
     block_length: int = 1
     """Positions of a block, masked or not."""
@@ -145,7 +145,10 @@ class CommitRule(Protocol):
     """Which masked positions of the block are fixed in this step."""
 
     def quotas(self, block_length: int, num_steps: int) -> tuple[int, ...] | None:
-        """How many tokens each step fixes; None where the predictions decide, which costs a host read a step."""
+        """How many tokens each step fixes; None where the predictions decide, which costs a host read a step.
+
+        Of a block on which tokens stand from the beginning, `block_length` is the number of its masks, perhaps 0.
+        """
         ...
 
     def select(self, scores: Float[Tensor, "n M"], cells: Cells) -> Bool[Tensor, "n M"]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from d1lit.sampling.prediction import Canvas, evaluation_mode, predict
 from d1lit.sampling.proposal import tempered_logits
-from d1lit.types import MaskPredictor, Rollout
+from d1lit.types import GIVEN, MaskPredictor, Rollout
 
 
 @runtime_checkable
@@ -53,7 +53,7 @@ def replayed_logprobs(
             active = chosen.any(1).nonzero()[:, 0]
             width = int(chosen.sum(1).max())
             places = chosen[active].to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :width]
-            fixed = (steps[active] >= 0) & (steps[active] < step)
+            fixed = ((steps[active] >= 0) & (steps[active] < step)) | (steps[active] == GIVEN)
             completion = torch.where(fixed, tokens[active], policy.mask_token_id)
             canvas = Canvas(
                 torch.cat([prompt_ids[active], completion], 1), None if attention is None else attention[active], length
