@@ -151,8 +151,6 @@ class Rollout:
     """Entropy of the prediction (temperature 1) when the token was committed, in nats."""
     trace: Int[Tensor, "S N C"] | None = None
     """The canvas after every denoising step, on request (samplers that remask or edit, order methods, the player)."""
-    edge: Int[Tensor, "N C"] | None = None
-    """The edge of the group's tree on which each token was fixed, its height where none was; None without a tree."""
     completions: tuple[str, ...] = ()
     """Text of each completion up to the first end-of-sequence token."""
     examples: tuple[Example, ...] = ()
@@ -160,6 +158,8 @@ class Rollout:
     """Network calls the sampler made for this batch."""
     num_tokens_forward: int = 0
     """Token positions those calls computed, over all rows (what the FLOP counters need)."""
+    edge: Int[Tensor, "N C"] | None = None
+    """The edge of the group's tree on which each token was fixed, its height where none was; None without a tree."""
 
     @property
     def device(self) -> torch.device:
@@ -371,10 +371,10 @@ class LossInputs:
     """Total unit weight in the GLOBAL batch of this update, over accumulation and ranks; tokens for token losses."""
     num_rollouts: float
     """Rollouts in the GLOBAL batch of this update."""
-    progress: float = 0.0
-    """Share of the stage's updates that lie behind this one, in [0, 1)."""
     given: Bool[Tensor, "N C"] | None = None
     """True for tokens that the sampler did not draw (`Rollout.given`); None: it drew all."""
+    progress: float = 0.0
+    """Share of the stage's updates that lie behind this one, in [0, 1)."""
 
 
 @dataclass(frozen=True)

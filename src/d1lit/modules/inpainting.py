@@ -36,7 +36,7 @@ class CompletingSampler(Sampler, Protocol):
 
     @property
     def blank_only(self) -> str | None:
-        """The part of it that cannot; None: nothing is in the way."""
+        """Key and kind of the part of it that cannot; None: nothing is in the way."""
         ...
 
     def complete(
@@ -203,9 +203,9 @@ def check_inpainting(rule: Inpainting, estimator: LogProbEstimator, sampler: Sam
         cause = f"{type(sampler).__name__} cannot start from a canvas with tokens"
         raise ValueError(f"module.inpainting: {cause}. Try: null, or a sampler with the method `complete`")
     if sampler.blank_only is not None:
-        cause = "it reckons with the tokens that the sampler fixed, not with those that were given"
+        cause = "reckons with the tokens that the sampler fixed, not with those that were given"
         raise ValueError(
-            f"sampler.{sampler.blank_only}: {cause}. Try: a sampler without it, or module.inpainting=null [E207]"
+            f"sampler.{sampler.blank_only} {cause}. Try: a sampler without it, or module.inpainting=null [E207]"
         )
     if estimator.traits.needs_trace:
         raise ValueError(

@@ -213,8 +213,10 @@ class BlockSampler:
 
     @property
     def blank_only(self) -> str | None:
-        """The part that makes no sense of tokens which stood beforehand; None: `complete` works."""
-        return next((key for key in ("remask", "edit", "tree", "any_order") if getattr(self, key)), None)
+        """Key and kind of the part that makes no sense of tokens which stood beforehand; None: `complete` works."""
+        parts = {"remask": self.remask, "edit": self.edit, "tree": self.tree}
+        named = (f"{key}: {type(part).__name__}" for key, part in parts.items() if part is not None)
+        return next(named, "any_order: it" if self.any_order else None)
 
     def __call__(self, policy: MaskPredictor, prompts: PromptBatch, group_size: int, draws: Draws) -> Rollout:
         """`group_size` completions of each prompt, adjacent.
@@ -244,7 +246,7 @@ class BlockSampler:
             raise ValueError(f"sampler: a canvas of {tuple(canvas.shape)} for completions of {shape}. Try: one a row.")
         if self.blank_only is not None:
             raise ValueError(
-                f"sampler.{self.blank_only}: it reckons with the tokens that the sampler fixed, and knows of none that "
+                f"sampler.{self.blank_only} reckons with the tokens that the sampler fixed, and knows of none that "
                 "were given. Try: a sampler without it."
             )
         return self._sampled(policy, prompts, group_size, draws, canvas)
