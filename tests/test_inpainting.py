@@ -330,7 +330,7 @@ def test_estimators_that_replay_and_other_misfits_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^module\.inpainting: function .*Try: "):
         DiffuGRPO.check(one_step, CLIPPED, lambda *_: None, **parts)  # type: ignore[arg-type]
     for words, changes in {
-        "least_share: 0 to 1.0": {"least_share": 0}, "least_chunk: 5 to 4": {"least_chunk": 5},
+        "least_share: 0.0 to 1.0": {"least_share": 0.0}, "least_chunk: 5 to 4": {"least_chunk": 5},
         "max_replaced: 0": {"max_replaced": 0},
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=rf"^stages\.grpo\.module\.inpainting\.{words}.*Try: "):
