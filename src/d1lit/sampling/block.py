@@ -14,7 +14,15 @@ from d1lit.sampling.commit import CommitAll, CumulativeEntropyBounded, EntropyBo
 from d1lit.sampling.confidence import NegativeEntropy
 from d1lit.sampling.memory import PredictionChange, StableThreshold
 from d1lit.sampling.parts import Cells, CommitRule, Confidence, Memory, Proposal, RemaskRule, Standing, StepMemory
-from d1lit.sampling.prediction import Canvas, View, block_causal, choose, entropies, evaluation_mode, predict
+from d1lit.sampling.prediction import (
+    Canvas,
+    View,
+    block_causal,
+    choose,
+    entropies,
+    evaluation_mode,
+    predict_with_order,
+)
 from d1lit.sampling.remask import with_shadow
 from d1lit.sampling.replay import approximation_nats
 from d1lit.sampling.rows import CanvasBatch, lay_out
@@ -281,11 +289,13 @@ class BlockSampler:
             The probabilities that a remask rule verifies the block by, where it asks for them.
         """
         cells = self._cells(policy, rows, wave, width, moment, draws)
-        logits, verified = self._predict(policy, rows, wave, cells, moment.fresh)
+        logits, order, verified = self._predict(policy, rows, wave, cells, moment.fresh)
         if self.memory is not None:
             cells = replace(cells, memory=self._remembered(rows, logits))
             logits = self.memory(logits, cells)
-        choice, scores = choose(logits, cells, policy.mask_token_id, self.temperature, self.proposal, self.confidence)
+        choice, scores = choose(
+            logits, cells, policy.mask_token_id, self.temperature, self.proposal, self.confidence, order
+        )
         scores = scores.masked_fill(~cells.candidates, -torch.inf)
         selected = self.commit.select(scores, cells)
         # The flat places of the fixed cells: known in number with a quota, so no read from the device.
@@ -345,8 +355,11 @@ class BlockSampler:
 
     def _predict(
         self, policy: MaskPredictor, rows: CanvasBatch, wave: _Wave, cells: Cells, fresh: bool
-    ) -> tuple[Float[Tensor, "n M V"], Float[Tensor, "n block"] | None]:
-        """Logits at the cells, counted; the first forward of a block fills the cache where there is one."""
+    ) -> tuple[Float[Tensor, "n M V"], Float[Tensor, "n M"] | None, Float[Tensor, "n block"] | None]:
+        """Logits at the cells, counted, and the order head's scores, and the probabilities that a remask rule asks for.
+
+        The first forward of a block fills the cache where there is one.
+        """
         attention = None if rows.attention is None else rows.attention[wave.index]
         canvas = Canvas(rows.ids[wave.index], attention, rows.prompt_length)
         if self.block_causal:
@@ -361,9 +374,11 @@ class BlockSampler:
             span, cache = wave.span, cache.at(*wave.span)
         rows.num_forwards += 1
         rows.num_tokens_forward += len(wave.index) * (span[1] - span[0]) * (2 if self.guidance else 1)
-        logits = predict(policy, canvas, keep, self.guidance, View(span, cache))
+        logits, order = predict_with_order(policy, canvas, keep, self.guidance, View(span, cache))
         if not self.verifies:
-            return logits, None
-        logits, hidden = logits.split([cells.positions.shape[1], self.block_length], dim=1)
+            return logits, order, None
+        width = cells.positions.shape[1]
+        order = None if order is None else order[:, :width]
+        logits, hidden = logits.split([width, self.block_length], dim=1)
         tokens = rows.block_ids(wave.index, wave.first, self.block_length)
-        return logits, (hidden.gather(2, tokens[..., None])[..., 0] - hidden.logsumexp(-1)).exp()
+        return logits, order, (hidden.gather(2, tokens[..., None])[..., 0] - hidden.logsumexp(-1)).exp()
