@@ -21,6 +21,7 @@ from d1lit.sampling import BlockSampler, EvenSchedule, FixedQuota, InverseCDF, P
 from d1lit.sampling.order_head import OrderScore
 from d1lit.scoring import score
 from d1lit.types import POSITION, Context, OrderPredictor, PromptBatch, Rollout
+from tests.end_to_end.distributed_worker import main, read
 from tests.end_to_end.small import fit, make_module, sampler, small_policy
 
 WORDS, MASK, EOS = (0, 1, 2), 3, 2
@@ -301,20 +302,19 @@ def replace_head(policy: Policy, folder: Any, layout: Any) -> Policy:
     return Policy(load_network(str(folder)))
 
 
-def test_a_checkpoint_holds_the_head_beside_an_adapter():
-    policy = add_lora(small_policy(), LORA, seed=0)
-    policy.train_order_head(True, seed=0)
-    module = learning(policy)
-    fit(module)
-    checkpoint = {"state_dict": module.state_dict()}
-    module.on_save_checkpoint(checkpoint)
-    kept = {name for name in checkpoint["state_dict"] if "order_head" in name}
-    assert len(kept) == 2
-    fresh = add_lora(small_policy(), LORA, seed=0)
-    fresh.train_order_head(True, seed=0)
-    again = learning(fresh)
-    again.load_state_dict(checkpoint["state_dict"], strict=False)
-    assert torch.equal(said_by(fresh), said_by(policy))
+def test_a_run_that_was_stopped_ends_with_the_same_head(tmp_path):
+    """Beside an adapter, with a reference: stopped within a rollout's updates, and gone on with from the checkpoint."""
+    name, threads = "grpo-lora-single-float32-3-order", torch.get_num_threads()
+    for folder, words in (("whole", (name,)), ("stopped", (f"{name}@2", name))):
+        for word in words:
+            main(tmp_path / folder, [word])
+    torch.set_num_threads(threads)
+    whole, stopped = (read(tmp_path / folder / name) for folder in ("whole", "stopped"))
+    assert {step.split(".")[0] for step in stopped.gradients} == {"002"}, "one update was left"
+    assert {key.split(".")[-2] for key in whole.weights if "order_head" in key} == {"inner", "outer"}
+    assert all(float(value.abs().max()) > 0 for key, value in whole.weights.items() if "order_head" in key)
+    for key, value in whole.weights.items():
+        assert torch.equal(value, stopped.weights[key]), key
 
 
 def test_guidance_takes_the_order_of_the_conditional_half():
