@@ -17,7 +17,7 @@ from torch import Tensor
 from d1lit.models.layouts import from_official_name, official_target, to_official_name
 from d1lit.models.loading import Layout, copy_weights, export_model, find_folder, gather
 from d1lit.models.lora import ADAPTER, LoraSettings, adapt, factors, lora_layers
-from d1lit.models.order_head import ORDER_HEAD_FILE, OrderHead
+from d1lit.models.order_head import ORDER_HEAD_FILE, fresh_order_head
 from d1lit.models.policy import Policy
 from d1lit.models.transformer import MaskedDiffusionLM
 from d1lit.processes import is_first
@@ -81,7 +81,7 @@ def load_adapter(network: MaskedDiffusionLM, path: str, revision: str | None = N
     settings, tensors = _read_adapter(path, network.config.family, revision)
     folder = find_folder(path, revision, key="model.adapter")
     if network.order_head is None and (folder / ORDER_HEAD_FILE).is_file():
-        head = OrderHead(network.config.hidden_size)
+        head = fresh_order_head(network.config.hidden_size, std=0.0, seed=0)
         network.order_head = head.to(network.head_weight.device, network.head_weight.dtype)
         network.config.order_head = True
     adapted = adapt(network, settings, seed=0)
@@ -112,17 +112,19 @@ def _read_adapter(path: str, family: str, revision: str | None = None) -> tuple[
     if raw.get("rank_pattern") or raw.get("alpha_pattern") or raw.get("modules_to_save"):
         raise ValueError(f"model.adapter: {folder} gives matrices ranks of their own or saves whole modules; "
                          "only one rank for all is implemented. Try: merging it with PEFT first [E405]")  # fmt: skip
-    tensors = {}
-    try:
-        stored = load_file(str(folder / _WEIGHTS))
-    except SafetensorError as error:
-        cause = f"{folder / _WEIGHTS} is damaged ({error})"
-        raise ValueError(f"model.adapter: {cause}. Try: copying the adapter again [E403]") from None
+    tensors, stored = {}, _stored(folder / _WEIGHTS)
     for name, tensor in stored.items():
         module, part = name.removeprefix(_PREFIX).rsplit(".lora_", 1)
         tensors[f"{from_official_name(module, family)}.lora_{part}"] = tensor
     names = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in tensors})
     return LoraSettings(names, raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0)), tensors
+
+
+def _stored(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(str(file))
+    except SafetensorError as error:
+        raise ValueError(f"model.adapter: {file} is damaged ({error}). Try: copying the adapter again [E403]") from None
 
 
 @torch.no_grad()
@@ -147,7 +149,7 @@ def _fill_order_head(network: MaskedDiffusionLM, folder: Path) -> None:
     """The order head that stands beside an adapter, into that of the network; nothing where neither has one."""
     file, head = folder / ORDER_HEAD_FILE, network.order_head
     own = {} if head is None else dict(head.named_parameters("order_head"))
-    stored = load_file(str(file)) if file.is_file() else {}
+    stored = _stored(file) if file.is_file() else {}
     if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in stored.items()}:
         raise ValueError(
             f"model.adapter: the order head in {folder} does not fit the model. "
