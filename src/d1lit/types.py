@@ -202,6 +202,10 @@ _ROW_TENSORS = (
 # ----------------------------------------------------------------------------------------------------------- likelihood
 
 
+POSITION = -1
+"""A target that is no token but the position itself: it is scored by the order head, for its place in the order."""
+
+
 @dataclass(frozen=True)
 class Corruption:
     """Noised views of a rollout: what the network sees when it scores the rollout. All randomness is already in it."""
@@ -210,7 +214,7 @@ class Corruption:
     view_of: Int[Tensor, "N K"]
     """Which views score each rollout; -1 for none. Several rollouts may share a view."""
     target_ids: Int[Tensor, "N K C"]
-    """The tokens scored in those views (the completion, unless a method says otherwise)."""
+    """The tokens scored in those views (the completion, unless a method says otherwise), or `POSITION`."""
     weight: Float[Tensor, "N K C"]
     """Share of each scored token under each view; 0 means not scored there."""
     score_from: int
@@ -255,7 +259,7 @@ class Scores:
     """What the network said about a corruption."""
 
     logprobs: Float[Tensor, "N K C"]
-    """Log-probability of each target in each view; 0 where its weight is 0."""
+    """Log-probability of each target in each view, the order head's score for `POSITION`; 0 where its weight is 0."""
     entropy: Float[Tensor, "N K C"] | None = None
     """Entropy of the prediction at each scored position in nats, on request."""
 
@@ -272,6 +276,8 @@ class EstimatorTraits:
     """It scores places that see each a context of their own: no network that predicts a token at the one before."""
     needs_advantages: bool = False
     """Its likelihood depends on the advantages."""
+    needs_order_head: bool = False
+    """It asks for scores of `POSITION`: the stage gives the network an order head, which learns with the policy."""
     is_mean_field: bool = False
     """All tokens are scored in one view, as if they were independent of each other."""
     is_upper_bound: bool = False
@@ -503,11 +509,23 @@ class MaskPredictor(Protocol):
         temperature: float = 1.0,
         exclude_mask: bool = False,
     ) -> Float[Tensor, "M J"]:
-        """Log-probabilities of J targets at each position, without a [M, V] tensor in memory."""
+        """Log-probabilities of J targets at each position, without a [M, V] tensor in memory.
+
+        Where a target is `POSITION`: the score of the order head, 0 for a network without one.
+        """
         ...
 
     def reference(self) -> AbstractContextManager[None]:
         """Within the context the network is the reference policy: adapter off, or the frozen copy."""
+        ...
+
+
+@runtime_checkable
+class OrderPredictor(MaskPredictor, Protocol):
+    """A mask predictor that may have a head for the order in which positions are fixed."""
+
+    def order_scores(self, hidden: Float[Tensor, "*M D"]) -> Float[Tensor, "*M"] | None:
+        """A score for each position, the higher the earlier; None without a head."""
         ...
 
 

@@ -30,7 +30,7 @@ from d1lit.modules.stage_data import StageRows, prompt_rows
 from d1lit.recipes import Stage
 from d1lit.sampling import BlockSampler
 from d1lit.tasks import AnyTask, graded_text
-from d1lit.types import Example, PolicyLoss
+from d1lit.types import Example, LogProbEstimator, PolicyLoss
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,12 @@ class StageParts:
     """Optimizer steps between two looks at the validation rows; None for none."""
     select: Literal["last", "best_val"]
     """Which weights the stage hands over."""
+
+    @property
+    def trains_order_head(self) -> bool:
+        """Whether the stage's estimator asks for a head that scores positions."""
+        estimator = self.module.keywords.get("estimator") if isinstance(self.module, partial) else None
+        return isinstance(estimator, LogProbEstimator) and estimator.traits.needs_order_head
 
 
 @dataclass(frozen=True)
@@ -160,8 +166,9 @@ def make_stage(
     arguments = parts.module.keywords if isinstance(parts.module, partial) else {}
     loss = arguments.get("loss")
     reads_reference = isinstance(loss, PolicyLoss) and loss.traits.needs_reference
-    # With an adapter that stays put, the reference is the adapter switched off; only one that moves is kept.
-    moves = parts.lora is None or arguments.get("reference_sync_every") is not None
+    # With an adapter that stays put, the reference is the adapter switched off; only one that moves is kept. An order
+    # head cannot be switched off.
+    moves = parts.lora is None or parts.trains_order_head or arguments.get("reference_sync_every") is not None
     return Stage(
         name=parts.name,
         lora=parts.lora,
@@ -170,6 +177,7 @@ def make_stage(
         make_module=make_module,
         make_data=make_data,
         make_trainer=partial(make_trainer, parts),
+        trains_order_head=parts.trains_order_head,
     )
 
 

@@ -25,7 +25,16 @@ from d1lit.sampling.parts import (
     Standing,
     StepMemory,
 )
-from d1lit.sampling.prediction import Canvas, View, any_order, block_causal, choose, entropies, evaluation_mode, predict
+from d1lit.sampling.prediction import (
+    Canvas,
+    View,
+    any_order,
+    block_causal,
+    choose,
+    entropies,
+    evaluation_mode,
+    predict_with_order,
+)
 from d1lit.sampling.remask import with_shadow
 from d1lit.sampling.replay import approximation_nats
 from d1lit.sampling.rows import CanvasBatch, lay_out
@@ -427,19 +436,21 @@ class BlockSampler:
         cells = self._cells(policy, rows, wave, width, moment, draws)
         shared = self._sharing(wave, moment)
         if shared is None:
-            logits, verified = self._predict(policy, rows, wave, cells.positions, moment.fresh)
+            logits, order, verified = self._predict(policy, rows, wave, cells.positions, moment.fresh)
         else:
             cells = replace(cells, row_ids=rows.row_ids[shared.drawn_by])
             apart = replace(wave, index=wave.index[shared.first], first=wave.first[shared.first])
-            logits, verified = self._predict(policy, rows, apart, cells.positions[shared.first], moment.fresh)
-            logits = logits[shared.canvas]
+            logits, order, verified = self._predict(policy, rows, apart, cells.positions[shared.first], moment.fresh)
+            logits, order = logits[shared.canvas], None if order is None else order[shared.canvas]
         if self.memory is not None:
             cells = replace(cells, memory=self._remembered(rows, logits))
             logits = self.memory(logits, cells)
-        choice, scores = choose(logits, cells, policy.mask_token_id, self.temperature, self.proposal, self.confidence)
+        choice, scores = choose(
+            logits, cells, policy.mask_token_id, self.temperature, self.proposal, self.confidence, order
+        )
         selected = self.commit.select(scores.masked_fill(~cells.candidates, -torch.inf), cells)
         if self.edit is not None:
-            choice, scores, edited = self._edit(self.edit, policy, rows, cells, logits, choice, scores)
+            choice, scores, edited = self._edit(self.edit, policy, rows, cells, (logits, order), choice, scores)
             selected = selected | edited
         # The flat places of the fixed cells: known in number with one quota, so no read from the device.
         if not isinstance(moment.quota, int):
@@ -462,7 +473,7 @@ class BlockSampler:
         policy: MaskPredictor,
         rows: CanvasBatch,
         cells: Cells,
-        logits: Float[Tensor, "n M V"],
+        predicted: tuple[Float[Tensor, "n M V"], Float[Tensor, "n M"] | None],
         choice: Choice,
         scores: Float[Tensor, "n M"],
     ) -> tuple[Choice, Float[Tensor, "n M"], Bool[Tensor, "n M"]]:
@@ -470,7 +481,8 @@ class BlockSampler:
         assert cells.index is not None
         best, sure = choice, scores
         if self.temperature > 0:
-            best, sure = choose(logits, cells, policy.mask_token_id, 0.0, self.proposal, self.confidence)
+            logits, order = predicted
+            best, sure = choose(logits, cells, policy.mask_token_id, 0.0, self.proposal, self.confidence, order)
         standing = rows.ids[cells.index[:, None], rows.prompt_length + cells.positions]
         differs = (best.tokens.view_as(standing) != standing) & ~cells.candidates
         edited = rule.select(best.logprobs.view_as(scores).exp(), differs)
@@ -525,8 +537,11 @@ class BlockSampler:
 
     def _predict(
         self, policy: MaskPredictor, rows: CanvasBatch, wave: _Wave, positions: Int[Tensor, "n M"], fresh: bool
-    ) -> tuple[Float[Tensor, "n M V"], Float[Tensor, "n block"] | None]:
-        """Logits at some positions, counted; the first forward of a block fills the cache where there is one."""
+    ) -> tuple[Float[Tensor, "n M V"], Float[Tensor, "n M"] | None, Float[Tensor, "n block"] | None]:
+        """Logits at some positions, counted, the order head's scores, and the probabilities a remask rule asks for.
+
+        The first forward of a block fills the cache where there is one.
+        """
         attention = None if rows.attention is None else rows.attention[wave.index]
         canvas = Canvas(rows.ids[wave.index], attention, rows.prompt_length)
         if self.block_causal:
@@ -543,9 +558,11 @@ class BlockSampler:
             span, cache = wave.span, cache.at(*wave.span)
         rows.num_forwards += 1
         rows.num_tokens_forward += len(wave.index) * (span[1] - span[0]) * (2 if self.guidance else 1)
-        logits = predict(policy, canvas, keep, self.guidance, View(span, cache))
+        logits, order = predict_with_order(policy, canvas, keep, self.guidance, View(span, cache))
         if not self.verifies:
-            return logits, None
-        logits, hidden = logits.split([positions.shape[1], self.block_length], dim=1)
+            return logits, order, None
+        width = positions.shape[1]
+        order = None if order is None else order[:, :width]
+        logits, hidden = logits.split([width, self.block_length], dim=1)
         tokens = rows.block_ids(wave.index, wave.first, self.block_length)
-        return logits, (hidden.gather(2, tokens[..., None])[..., 0] - hidden.logsumexp(-1)).exp()
+        return logits, order, (hidden.gather(2, tokens[..., None])[..., 0] - hidden.logsumexp(-1)).exp()

@@ -97,6 +97,8 @@ class Prediction:
     probs: Float[Tensor, "c V"]
     """softmax(logits) at temperature 1, the mask token included."""
     mask_token_id: int
+    order: Float[Tensor, " c"] | None = None
+    """What the network's order head says of the positions; None without one."""
 
 
 @dataclass(frozen=True)
