@@ -434,7 +434,7 @@ def _tree_parts(case: Case, t: Tensors, rollout: Rollout) -> None:
     old, ref = (LogProbs(t[f"in.{name}_logp"], got.weight) for name in ("old", "ref"))
     inputs = LossInputs(
         got, old, ref, t["in.advantages"], t["in.advantages"], 2, rollout.completion_mask, None,
-        float(got.weight.sum()), float(len(got.value)), s["global_step"] / s["max_steps"],
+        float(got.weight.sum()), float(len(got.value)), progress=s["global_step"] / s["max_steps"],
     )  # fmt: skip
     clipped = ClippedPolicyLoss(s["epsilon"], s["epsilon"], s["beta"], terms.k3, terms.sequence_sum)
     numbers = (s["lambda_max"], float(s["gamma"]), float(s["tau_max"]), s["beta_tau"])
