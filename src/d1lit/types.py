@@ -147,8 +147,6 @@ class Rollout:
     """Entropy of the prediction (temperature 1) when the token was committed, in nats."""
     trace: Int[Tensor, "S N C"] | None = None
     """The canvas after every denoising step, on request (remasking samplers, order methods, the player)."""
-    edge: Int[Tensor, "N C"] | None = None
-    """The edge of the group's tree on which each token was fixed, its height where none was; None without a tree."""
     completions: tuple[str, ...] = ()
     """Text of each completion up to the first end-of-sequence token."""
     examples: tuple[Example, ...] = ()
@@ -156,6 +154,8 @@ class Rollout:
     """Network calls the sampler made for this batch."""
     num_tokens_forward: int = 0
     """Token positions those calls computed, over all rows (what the FLOP counters need)."""
+    edge: Int[Tensor, "N C"] | None = None
+    """The edge of the group's tree on which each token was fixed, its height where none was; None without a tree."""
 
     @property
     def device(self) -> torch.device:
