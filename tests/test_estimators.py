@@ -16,6 +16,7 @@ from torch import Tensor
 from d1lit.app.composing import CONF
 from d1lit.draws import CounterDraws
 from d1lit.estimators import spg
+from d1lit.estimators.any_order import AnyOrderEstimator
 from d1lit.estimators.block_elbo import BlockELBOEstimator
 from d1lit.estimators.elbo import (
     ELBOEstimator,
@@ -40,24 +41,25 @@ from tests.golden.replay import ReplayDraws
 VOCAB, MASK, EOS = 5, 4, 3
 
 
-def toy_network(ids: Tensor, attention: Tensor | None = None) -> Tensor:
+def toy_network(ids: Tensor, attention: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
     """Logits [R, T, V] that depend on every attended token and its distance; the mask token is never predicted."""
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(VOCAB, 6, generator=generator, dtype=torch.float64)
     head = torch.randn(6, VOCAB, generator=generator, dtype=torch.float64)
-    place = torch.arange(ids.shape[1])
-    near = torch.exp(-0.4 * (place[:, None] - place[None, :]).abs().double()) * torch.cos(
-        1.3 * (place[:, None] - place[None, :]).double()
-    )
-    values = table[ids] if attention is None else table[ids] * attention[..., None]
-    logits = torch.tanh(torch.einsum("qk,rkd->rqd", near, values)) @ head * 1.5
+    place = torch.arange(ids.shape[1])[None] if position_ids is None else position_ids
+    gap = (place[:, :, None] - place[:, None, :]).double()
+    near = torch.exp(-0.4 * gap.abs()) * torch.cos(1.3 * gap)
+    if attention is not None:
+        near = near * (attention if attention.dim() == 3 else attention[:, None])
+    logits = torch.tanh(near @ table[ids]) @ head * 1.5
     return logits.masked_fill(torch.arange(VOCAB) == MASK, -torch.inf)
 
 
 def score(corruption: Corruption) -> Tensor:
     """[N, K, C] log-probabilities of the targets, 0 where not scored."""
     attention = corruption.attention
-    logprobs = torch.log_softmax(toy_network(corruption.noised_ids, attention) / corruption.temperature, -1)
+    logits = toy_network(corruption.noised_ids, attention, corruption.position_ids)
+    logprobs = torch.log_softmax(logits / corruption.temperature, -1)
     c = corruption.target_ids.shape[2]
     picked = logprobs[:, corruption.score_from : corruption.score_from + c][corruption.view_of.clamp(min=0)]
     picked = picked.gather(-1, corruption.target_ids[..., None])[..., 0]
@@ -128,6 +130,7 @@ ESTIMATORS: dict[str, Any] = {
     "egspo": EntropyStepsEstimator(2, temperature=0.9),
     "drift": SurprisalStepsEstimator(2, step_temperature=1.0, min_prob=0.6),
     "ebpo": BlockELBOEstimator(2, block_length=2, count_from_prompt=True, two_stream=False),
+    "any_order": AnyOrderEstimator(temperature=0.9),
 }
 every = pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS.keys())
 
@@ -195,7 +198,9 @@ def test_inner_updates_see_different_masks_and_the_same_one_twice(estimator: Any
     rollout = make_rollout()
     first, again = estimator.corrupt(make_context(rollout)), estimator.corrupt(make_context(rollout))
     assert torch.equal(first.noised_ids, again.noised_ids)
-    if any(word in type(estimator).__name__ for word in ("LeftToRight", "StepMerge", "Trace", "EntropySteps")):
+    if any(
+        word in type(estimator).__name__ for word in ("LeftToRight", "StepMerge", "Trace", "EntropySteps", "AnyOrder")
+    ):
         return  # these draw nothing
     if isinstance(estimator, spg.SPGEstimator) and estimator.mask is spg.hide_all:
         return  # only the prompt masks differ, and rarely on so short a prompt
@@ -413,7 +418,7 @@ def test_left_to_right_probabilities_of_all_completions_sum_to_one() -> None:
     assert float(total) == pytest.approx(1.0, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["step_merge", "tracerl", "left_to_right"])
+@pytest.mark.parametrize("name", ["step_merge", "tracerl", "left_to_right", "any_order"])
 def test_every_valid_token_is_scored_exactly_once(name: str) -> None:
     context = make_context(make_rollout())
     corruption = ESTIMATORS[name].corrupt(context)
@@ -479,6 +484,7 @@ def test_tokens_never_committed_are_hidden_everywhere_and_not_scored() -> None:
     rollout = make_rollout()
     never = ~rollout.completion_mask
     rollout = replace(rollout, commit_step=torch.where(never, -1, rollout.commit_step))
+    assert torch.equal(ESTIMATORS["any_order"].corrupt(make_context(rollout)).weight[:, 0] > 0, ~never)
     for name in ("step_merge", "tracerl", "agrpo", "egspo", "drift"):
         corruption = ESTIMATORS[name].corrupt(make_context(rollout))
         for n, k in itertools.product(*map(range, corruption.view_of.shape)):

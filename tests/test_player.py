@@ -94,6 +94,22 @@ def test_tokens_that_were_masked_again_are_seen_leaving():
     assert 'data-was="65\u241f\u241f66"' in page
 
 
+def test_tokens_that_were_edited_are_seen_changing():
+    rollout, mask, eos = sampled(group_size=1)
+    trace = torch.full((3, 1, 12), 67)
+    trace[0, 0, 0], trace[1:, 0, 0] = 65, 66
+    steps = torch.zeros(1, 12, dtype=torch.int64)
+    steps[0, 0] = 1
+    rollout = replace(rollout, trace=trace, completion_ids=trace[2], commit_step=steps)
+    rollout = replace(rollout, completion_mask=torch.ones_like(rollout.completion_mask))
+    first = recorded(rollout, mask, eos)["rollouts"][0]["tokens"][0]
+    assert [state_at(first, step) for step in range(-1, 3)] == ["masked", "new", "edited", "fixed"]
+    assert [shown_at(first, step) for step in range(3)] == ["65", "66", "66"]
+    page = str(player([recorded(rollout, mask, eos)]))
+    assert 'data-s="1,2"' in page
+    assert 'data-was="65\u241f66"' in page
+
+
 def test_places_never_reached_have_no_step():
     rollout, mask, eos = sampled()
     steps = rollout.commit_step.clone()
@@ -147,7 +163,7 @@ def test_the_page_holds_every_token_and_one_script():
     assert "<b onx" not in page
     seen = Spans()
     seen.feed(page)
-    key = 9  # five shades and four states
+    key = 10  # five shades and five states
     assert (seen.tokens, seen.scripts, seen.ranges) == (3 * 12 + key, 1, 1)
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from d1lit.draws import CounterDraws
-from d1lit.types import Advantage, RewardBatch, Rollout
+from d1lit.types import Advantage, RewardBatch, Rollout, Tree
 
 Rows = Float[Tensor, " N"]
 
@@ -172,6 +172,45 @@ def sibling_advantages(values: Float[Tensor, "*nodes width"]) -> Float[Tensor, "
     """d-TreeRPO (arXiv 2512.09675): value of a child minus the mean of its OTHER siblings."""
     width = values.shape[-1]
     return (values - values.mean(-1, keepdim=True)) * width / (width - 1)
+
+
+@dataclass(frozen=True)
+class TreeAdvantage:
+    """d-TreeRPO (arXiv 2512.09675): of each edge, the value of its child minus the mean of the child's OTHER siblings.
+
+    A leaf's value is its reward, a node's the mean of its children's. Children no leaf of which could be judged are
+    left out, and their edges have advantage 0.
+    """
+
+    tree: Tree
+
+    def __call__(self, rewards: RewardBatch, group_size: int) -> Float[Tensor, "N E"]:
+        """[N, height]: of the edges from the root to each rollout; those below a node share its edge's number.
+
+        Raises:
+            ValueError: if a group is not the leaves of the tree.
+        """
+        value, counts = _grouped(rewards, group_size)
+        if group_size != self.tree.leaves:
+            cause = f"{group_size}, but the tree has {self.tree.leaves} leaves"
+            raise ValueError(f"group_size: {cause}. Try: {self.tree.leaves}")
+        edges = []
+        for level in range(self.tree.height, 0, -1):
+            value, counts = (x.reshape(-1, self.tree.branching) for x in (value, counts))
+            mean, judged = judged_mean(value, counts), counts.sum(1, keepdim=True)
+            advantage = (value - mean) * counts * judged / (judged - 1).clamp(min=1)
+            edges.append(advantage.flatten().repeat_interleave(self.tree.width(level)))
+            value, counts = mean, counts.any(1, keepdim=True)
+        return torch.stack(edges[::-1], dim=1)
+
+
+def on_tokens(advantages: Float[Tensor, "N ..."], rollout: Rollout) -> Float[Tensor, "N ..."]:
+    """Advantages of edges as those of the tokens fixed on them, [N C]; one a rollout as they are."""
+    if advantages.ndim == 1 or rollout.edge is None:
+        return advantages
+    height = advantages.shape[1]
+    spread = advantages.gather(1, rollout.edge.clamp(0, height - 1))
+    return torch.where(rollout.edge < height, spread, 0.0)
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,8 @@ def _check(sampler: BlockSampler) -> tuple[int, ...]:
             f" be enumerated, not {type(sampler.commit).__name__} with {type(sampler.confidence).__name__}."
             " Try: sampler=low_confidence or sampler=random"
         )
+    if sampler.any_order or sampler.block_causal:
+        raise ValueError("sampler: only one whose network sees the whole canvas can be enumerated. Try: sampler=random")
     if sampler.temperature <= 0:
         raise ValueError("sampler.temperature: at 0 nothing is drawn, so there is no law. Try: 1")
     return quotas

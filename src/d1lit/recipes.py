@@ -41,6 +41,8 @@ class Stage:
     make_data: Callable[[], StageData]
     make_trainer: Callable[[Path, int], L.Trainer]
     """From the stage's folder and the optimizer step it starts at."""
+    trains_order_head: bool = False
+    """The estimator scores the order in which positions are fixed by a head of the network, new where there is none."""
 
 
 Evaluator = Callable[[Policy, str], list[dict[str, Any]]]
@@ -142,7 +144,8 @@ def run_stage(
     """
     if stage.lora is not None:
         policy = add_lora(policy, stage.lora, seed)
-        assert isinstance(policy.model, PeftModel)
+    policy.train_order_head(stage.trains_order_head, seed)
+    if isinstance(policy.model, PeftModel):
         say(f"{stage.name}: {report(policy.model)}")
     left = first_decides(partial(look_at, folder, stage, starts_over))
     for line in left.remarks:

@@ -88,6 +88,44 @@ class PromptBatch:
 
 # ------------------------------------------------------------------------------------------------------------- rollouts
 
+UNREACHED, GIVEN = -1, -2
+"""Commit steps of tokens that no denoising step fixed: they fill up an ended completion, or stood there beforehand."""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """How the rollouts of a group share their first denoising steps (d-TreeRPO, arXiv 2512.09675).
+
+    The fully masked canvas is the root at level 0; every node has `branching` children down to level `height`, where
+    the leaves are the rollouts, those below a node adjacent. Edge k leads from level k to level k + 1; edges take equal
+    shares of the steps.
+    """
+
+    branching: int
+    height: int
+
+    def __post_init__(self) -> None:
+        for key, least in (("branching", 2), ("height", 1)):
+            if getattr(self, key) < least:
+                raise ValueError(f"tree.{key}: {getattr(self, key)} is below {least}. Try: {least} or more")
+
+    @property
+    def leaves(self) -> int:
+        """Rollouts of a group."""
+        return self.width(0)
+
+    def width(self, level: int) -> int:
+        """Leaves below a node of a level."""
+        return self.branching ** (self.height - level)
+
+    def starts(self, num_steps: int) -> list[int]:
+        """The step with which each edge begins."""
+        return [edge * num_steps // self.height for edge in range(self.height)]
+
+    def edge_of(self, step: int, num_steps: int) -> int:
+        """The edge that a step of `num_steps` belongs to."""
+        return sum(step >= start for start in self.starts(num_steps)) - 1
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -102,7 +140,8 @@ class Rollout:
     """Global id of each rollout: prompt row id * group_size + place in the group."""
     group_size: int
     commit_step: Int[Tensor, "N C"]
-    """Index of the denoising step that fixed each token; positions never reached carry -1."""
+    """Index of the denoising step that last wrote each token; `UNREACHED` or `GIVEN` where none did, and then the three
+    records below are 0."""
     sampled_logprobs: Float[Tensor, "N C"]
     """Log-probability of the chosen token under the distribution it was drawn from (temperature included)."""
     confidence: Float[Tensor, "N C"]
@@ -111,7 +150,7 @@ class Rollout:
     entropy: Float[Tensor, "N C"]
     """Entropy of the prediction (temperature 1) when the token was committed, in nats."""
     trace: Int[Tensor, "S N C"] | None = None
-    """The canvas after every denoising step, on request (remasking samplers, order methods, the player)."""
+    """The canvas after every denoising step, on request (samplers that remask or edit, order methods, the player)."""
     completions: tuple[str, ...] = ()
     """Text of each completion up to the first end-of-sequence token."""
     examples: tuple[Example, ...] = ()
@@ -119,11 +158,18 @@ class Rollout:
     """Network calls the sampler made for this batch."""
     num_tokens_forward: int = 0
     """Token positions those calls computed, over all rows (what the FLOP counters need)."""
+    edge: Int[Tensor, "N C"] | None = None
+    """The edge of the group's tree on which each token was fixed, its height where none was; None without a tree."""
 
     @property
     def device(self) -> torch.device:
         """Where the tensors live."""
         return self.completion_ids.device
+
+    @property
+    def given(self) -> Bool[Tensor, "N C"]:
+        """True for tokens that stood on the canvas before sampling: the sampler drew the others around them."""
+        return self.commit_step == GIVEN
 
     def rows(self, start: int, stop: int) -> Rollout:
         """The rollouts from `start` up to, not including, `stop`, as views; the cost counters stay with the whole."""
@@ -132,6 +178,7 @@ class Rollout:
             self,
             **{name: getattr(self, name)[cut] for name in _ROW_TENSORS},
             trace=None if self.trace is None else self.trace[:, cut],
+            edge=None if self.edge is None else self.edge[cut],
             completions=self.completions[cut],
             examples=self.examples[cut],
             num_forwards=0,
@@ -155,6 +202,10 @@ _ROW_TENSORS = (
 # ----------------------------------------------------------------------------------------------------------- likelihood
 
 
+POSITION = -1
+"""A target that is no token but the position itself: it is scored by the order head, for its place in the order."""
+
+
 @dataclass(frozen=True)
 class Corruption:
     """Noised views of a rollout: what the network sees when it scores the rollout. All randomness is already in it."""
@@ -163,7 +214,7 @@ class Corruption:
     view_of: Int[Tensor, "N K"]
     """Which views score each rollout; -1 for none. Several rollouts may share a view."""
     target_ids: Int[Tensor, "N K C"]
-    """The tokens scored in those views (the completion, unless a method says otherwise)."""
+    """The tokens scored in those views (the completion, unless a method says otherwise), or `POSITION`."""
     weight: Float[Tensor, "N K C"]
     """Share of each scored token under each view; 0 means not scored there."""
     score_from: int
@@ -208,7 +259,7 @@ class Scores:
     """What the network said about a corruption."""
 
     logprobs: Float[Tensor, "N K C"]
-    """Log-probability of each target in each view; 0 where its weight is 0."""
+    """Log-probability of each target in each view, the order head's score for `POSITION`; 0 where its weight is 0."""
     entropy: Float[Tensor, "N K C"] | None = None
     """Entropy of the prediction at each scored position in nats, on request."""
 
@@ -221,8 +272,12 @@ class EstimatorTraits:
     """What one column of the likelihood stands for."""
     needs_trace: bool = False
     """It replays the steps at which the sampler committed the tokens."""
+    needs_own_place: bool = False
+    """It scores places that see each a context of their own: no network that predicts a token at the one before."""
     needs_advantages: bool = False
     """Its likelihood depends on the advantages."""
+    needs_order_head: bool = False
+    """It asks for scores of `POSITION`: the stage gives the network an order head, which learns with the policy."""
     is_mean_field: bool = False
     """All tokens are scored in one view, as if they were independent of each other."""
     is_upper_bound: bool = False
@@ -296,7 +351,7 @@ class RewardBatch:
 
 @runtime_checkable
 class Advantage(Protocol):
-    """From the rewards of whole groups to one number a rollout (or a unit)."""
+    """From the rewards of whole groups to one number a rollout, or one for each edge of its tree."""
 
     def __call__(self, rewards: RewardBatch, group_size: int) -> Float[Tensor, "N ..."]:
         """Advantages of all N rollouts; rows of one group are adjacent."""
@@ -322,6 +377,10 @@ class LossInputs:
     """Total unit weight in the GLOBAL batch of this update, over accumulation and ranks; tokens for token losses."""
     num_rollouts: float
     """Rollouts in the GLOBAL batch of this update."""
+    given: Bool[Tensor, "N C"] | None = None
+    """True for tokens that the sampler did not draw (`Rollout.given`); None: it drew all."""
+    progress: float = 0.0
+    """Share of the stage's updates that lie behind this one, in [0, 1)."""
 
 
 @dataclass(frozen=True)
@@ -340,6 +399,8 @@ class LossTraits:
     """Parts of the estimator's likelihood that it reads."""
     group_size: int | None = None
     """The one group size it makes sense of; None: any."""
+    takes_unit_advantages: bool = False
+    """It makes sense of one advantage a unit, [N U]; else of one a rollout, [N]."""
 
 
 @runtime_checkable
@@ -448,11 +509,23 @@ class MaskPredictor(Protocol):
         temperature: float = 1.0,
         exclude_mask: bool = False,
     ) -> Float[Tensor, "M J"]:
-        """Log-probabilities of J targets at each position, without a [M, V] tensor in memory."""
+        """Log-probabilities of J targets at each position, without a [M, V] tensor in memory.
+
+        Where a target is `POSITION`: the score of the order head, 0 for a network without one.
+        """
         ...
 
     def reference(self) -> AbstractContextManager[None]:
         """Within the context the network is the reference policy: adapter off, or the frozen copy."""
+        ...
+
+
+@runtime_checkable
+class OrderPredictor(MaskPredictor, Protocol):
+    """A mask predictor that may have a head for the order in which positions are fixed."""
+
+    def order_scores(self, hidden: Float[Tensor, "*M D"]) -> Float[Tensor, "*M"] | None:
+        """A score for each position, the higher the earlier; None without a head."""
         ...
 
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from d1lit.advantages import TreeAdvantage, group_mean
 from d1lit.app.components import build
 from d1lit.app.composing import CONF, compose_jobs
 from d1lit.data import prompt_batch
 from d1lit.losses import check_pair
 from d1lit.models import Policy
 from d1lit.modules import DiffuGRPO
-from tests.end_to_end.small import EOS, make_module, prompt_rows, quiet, small_policy
+from tests.end_to_end.small import EOS, make_module, prompt_rows, quiet, sampler, small_policy
 
 ESTIMATORS = sorted(file.stem for file in (CONF / "estimator").glob("*.yaml"))
 LOSSES = sorted(file.stem for file in (CONF / "loss").glob("*.yaml"))
@@ -72,10 +73,20 @@ def trainer() -> L.Trainer:
 def two_updates(estimator: Any, loss: Any, trainer: L.Trainer) -> None:
     """Collect one rollout and take both its inner updates, checking each."""
     policy = CountingPolicy(small_policy().network)
+    policy.train_order_head(estimator.traits.needs_order_head, seed=0)
     if loss.traits.needs_reference:
         policy.keep_reference()
-    # Groups of two, which preference losses want.
-    module: DiffuGRPO = make_module(policy, estimator=estimator, loss=loss, group_size=2)
+    # Groups of two, which preference losses want; an estimator of trees wants their leaves, and has advantages of edges.
+    tree = getattr(estimator, "tree", None)
+    of_edges = tree is not None and loss.traits.takes_unit_advantages
+    module: DiffuGRPO = make_module(
+        policy,
+        sampler=sampler(tree=tree),
+        estimator=estimator,
+        advantage=TreeAdvantage(tree) if of_edges else group_mean,
+        loss=loss,
+        group_size=2 if tree is None else tree.leaves,
+    )
     module.trainer = trainer
     optimizer = torch.optim.SGD(policy.parameters(), lr=1e-4)  # a step within GSPO's clip of 3e-4
     (experience,) = module.collect(prompt_batch(prompt_rows(4), range(4), EOS), 0, 1)

@@ -76,7 +76,8 @@ def case(name: str) -> tuple[str, ...]:
     """Overrides of a case such as `grpo-lora-fsdp-float64-20`: stage, what trains, strategy, dtype, updates.
 
     With `-val` at its end it looks at three validation rows before every second update, one at a time; with `-back` an
-    alarm takes the weights of step 3 before update 6; with `-muon` matrices learn by Muon.
+    alarm takes the weights of step 3 before update 6; with `-muon` matrices learn by Muon; with `-order` a head learns
+    the order in which positions are fixed.
     """
     stage, trains, strategy, dtype, updates = name.split("-")[:5]
     words = [*(SFT if stage == "sft" else GRPO), f"model.dtype={dtype}", f"strategy={strategy}"]
@@ -93,6 +94,8 @@ def case(name: str) -> tuple[str, ...]:
     if name.endswith("-muon"):
         here = f"stages.{stage}.optimizer"
         words += [f"{here}._target_=d1lit.modules.muon.MuonWithAdamW", f"{here}.matrix_lr=0.02"]
+    if name.endswith("-order"):
+        words += ["estimator=learned_order", "sampler=order_head"]
     return tuple(words)
 
 

@@ -154,6 +154,18 @@ def test_one_process_that_offloads_is_one_that_does_not(singles, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_order_is_learnt_in_two_processes_as_in_one(tmp_path):
+    """The head beside an adapter in every process, and cut with all other weights; the reference keeps its own."""
+    names = ("grpo-lora-ddp-float64-3-order", "grpo-lora-fsdp-float64-3-order", "grpo-full-fsdp-float64-3-order")
+    together(2, tmp_path, *names)
+    alone(tmp_path, "grpo-lora-single-float64-3-order", "grpo-full-single-float64-3-order")
+    for name in names:
+        single = name.replace("ddp", "single").replace("fsdp", "single")
+        check_same(read(tmp_path / single), read(tmp_path / name), name, 1e-12)
+        assert any("order_head" in key for key in read(tmp_path / name).weights)
+
+
+@pytest.mark.slow
 def test_four_processes_are_one(singles, tmp_path):
     names = ("grpo-full-ddp-float64-20", "grpo-lora-fsdp-float64-20")
     together(4, tmp_path, *names)

@@ -29,13 +29,14 @@ from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.estimators.paired import CoupledEstimator, ESPOEstimator, PairScoreEstimator
 from d1lit.estimators.sampled_steps import SurprisalStepsEstimator
 from d1lit.estimators.step_merge import StepMergeEstimator, TraceEstimator
+from d1lit.estimators.tree_edges import TreeEdgesEstimator
 from d1lit.estimators.views import completion_views, segment_views, sequence_logprobs, token_logprobs
 from d1lit.losses import ClippedPolicyLoss, terms, tree
 from d1lit.losses.filters import LikelyTokenFilter
 from d1lit.losses.policy_gradient import ReinforceLoss
 from d1lit.models import Policy, load_network
 from d1lit.scoring import score
-from d1lit.types import LogProbs, LossInputs, RewardBatch
+from d1lit.types import LogProbs, LossInputs, RewardBatch, Rollout, Tree
 from tests.golden.reading import (
     d1_entries,
     d1_model_folder,
@@ -417,6 +418,31 @@ def tree_edge(case: Case, t: Tensors) -> None:
     scores = longhand_scores(network, corruption).sum(1)
     assert_near(case["name"], scores, t["out.edge_logp"])
     _tree_loss(case, t, network, scores, corruption.weight.sum(1))
+    up_to_end = ends - (child == eos).long() == 0
+    _tree_parts(case, t, replace(rollout, group_size=2, edge=segment - 1, completion_mask=up_to_end))
+
+
+def _tree_parts(case: Case, t: Tensors, rollout: Rollout) -> None:
+    """The same by the parts that train: each pair of children is a tree of one level below its parent."""
+    s, pair = case["settings"], Tree(2, 1)
+    context = make_context(rollout, ReplayDraws({}), s["mask_id"], t["in.advantages"])
+    # policy term and distillation read the parents off one pass, so their gradients add up: the stored calls do too
+    network = StoredCalls(t)
+    got, corruption = likelihood(TreeEdgesEstimator(pair, 1.0), context, network)
+    assert len(corruption.noised_ids) == 2  # one view a parent
+    assert_near(f"{case['name']} estimator", got.value, t["out.edge_logp"])
+    old, ref = (LogProbs(t[f"in.{name}_logp"], got.weight) for name in ("old", "ref"))
+    inputs = LossInputs(
+        got, old, ref, t["in.advantages"], t["in.advantages"], 2, rollout.completion_mask, None,
+        float(got.weight.sum()), float(len(got.value)), progress=s["global_step"] / s["max_steps"],
+    )  # fmt: skip
+    clipped = ClippedPolicyLoss(s["epsilon"], s["epsilon"], s["beta"], terms.k3, terms.sequence_sum)
+    numbers = (s["lambda_max"], float(s["gamma"]), float(s["tau_max"]), s["beta_tau"])
+    loss, _ = tree.WithSiblingDistillation(clipped, pair, *numbers)(inputs)
+    assert_near(f"{case['name']} loss of the parts", loss, t["out.loss"])
+    loss.backward()
+    assert network.logits.grad is not None
+    assert_near("gradient of the parts", network.logits.grad, network.expected_grad)
 
 
 def _tree_loss(case: Case, t: Tensors, network: StoredCalls, scores: Tensor, weight: Tensor) -> None:

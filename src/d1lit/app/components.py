@@ -137,18 +137,20 @@ def _nearest_target(target: Any) -> str:
 
 
 def check_advantage(key: str, advantage: Any) -> None:
-    """Two groups of two go through it.
+    """Two groups of two go through it, or two of what it says a group is.
 
     Raises:
         ConfigError: if what comes out is not a number for each rollout.
     """
-    rewards = RewardBatch(torch.tensor([[1.0], [0.0], [0.5], [0.0]]), torch.ones(4, 1, dtype=torch.bool), torch.ones(1))
+    size = getattr(getattr(advantage, "tree", None), "leaves", 2)
+    value = torch.tensor([[1.0], [0.0], [0.5], [0.0]]).repeat(size // 2 + 1, 1)[: 2 * size]
+    rewards = RewardBatch(value, torch.ones(2 * size, 1, dtype=torch.bool), torch.ones(1))
     try:
-        values = advantage(rewards, 2)
-        fits = isinstance(values, torch.Tensor) and values.shape[:1] == (4,)
+        values = advantage(rewards, size)
+        fits = isinstance(values, torch.Tensor) and values.shape[:1] == (2 * size,)
     except Exception as error:
         raise ConfigError(
-            f"{key}._target_", f"fails on four rewards ({_brief(error)})", "advantage=group_mean", "E206"
+            f"{key}._target_", f"fails on {2 * size} rewards ({_brief(error)})", "advantage=group_mean", "E206"
         ) from None
     if not fits:
         raise ConfigError(f"{key}._target_", "gives no number for each rollout", "advantage=group_mean", "E204")

@@ -15,14 +15,22 @@ from omegaconf import DictConfig, OmegaConf
 from d1lit.app.config_errors import as_config_error
 from d1lit.data import BatchPlan, CompletionRows, EncodedRow, PromptCycles
 from d1lit.errors import ConfigError
-from d1lit.models import LoraSettings, Policy, build_policy, build_tiny_tokenizer, decode_completion, load_tokenizer
+from d1lit.models import (
+    LoraSettings,
+    Policy,
+    build_policy,
+    build_tiny_tokenizer,
+    decode_completion,
+    encode_text,
+    load_tokenizer,
+)
 from d1lit.models.loading import find_folder, load_config, shard_files
 from d1lit.modules import Corpus, Demonstrations, DiffuGRPO, MaskedSFT, Prompts, StageData
 from d1lit.modules.stage_data import StageRows, prompt_rows
 from d1lit.recipes import Stage
 from d1lit.sampling import BlockSampler
 from d1lit.tasks import AnyTask, graded_text
-from d1lit.types import PolicyLoss
+from d1lit.types import Example, LogProbEstimator, PolicyLoss
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,12 @@ class StageParts:
     """Optimizer steps between two looks at the validation rows; None for none."""
     select: Literal["last", "best_val"]
     """Which weights the stage hands over."""
+
+    @property
+    def trains_order_head(self) -> bool:
+        """Whether the stage's estimator asks for a head that scores positions."""
+        estimator = self.module.keywords.get("estimator") if isinstance(self.module, partial) else None
+        return isinstance(estimator, LogProbEstimator) and estimator.traits.needs_order_head
 
 
 @dataclass(frozen=True)
@@ -152,8 +166,9 @@ def make_stage(
     arguments = parts.module.keywords if isinstance(parts.module, partial) else {}
     loss = arguments.get("loss")
     reads_reference = isinstance(loss, PolicyLoss) and loss.traits.needs_reference
-    # With an adapter that stays put, the reference is the adapter switched off; only one that moves is kept.
-    moves = parts.lora is None or arguments.get("reference_sync_every") is not None
+    # With an adapter that stays put, the reference is the adapter switched off; only one that moves is kept. An order
+    # head cannot be switched off.
+    moves = parts.lora is None or parts.trains_order_head or arguments.get("reference_sync_every") is not None
     return Stage(
         name=parts.name,
         lora=parts.lora,
@@ -162,13 +177,18 @@ def make_stage(
         make_module=make_module,
         make_data=make_data,
         make_trainer=partial(make_trainer, parts),
+        trains_order_head=parts.trains_order_head,
     )
 
 
 def _module_extras(plan: Plan, parts: StageParts, policy: Policy, tokenizer: Any) -> dict[str, Any]:
     if isinstance(parts.data, Prompts):
         end = None if plan.config.quirks.reward_after_end else policy.eos_token_id
-        return {"decode": partial(judged_text, plan.task, tokenizer, end)}
+        return {
+            "decode": partial(judged_text, plan.task, tokenizer, end),
+            "worked": partial(worked_ids, plan.task, tokenizer),
+            "counted": plan.task.counted,
+        }
     rows: Sequence[EncodedRow] = ()
     if parts.validate_every is not None and isinstance(parts.data, Demonstrations):
         rows = parts.data.validation_rows(plan.task, tokenizer)
@@ -178,6 +198,11 @@ def _module_extras(plan: Plan, parts: StageParts, policy: Policy, tokenizer: Any
 def decode(tokenizer: Any, eos_token_id: int, ids: torch.Tensor) -> str:
     """Text of a completion up to its end."""
     return decode_completion(tokenizer, ids.tolist(), eos_token_id)
+
+
+def worked_ids(task: AnyTask, tokenizer: Any, example: Example) -> list[int]:
+    """The ids of a row's worked answer; none where it has none."""
+    return encode_text(tokenizer, task.worked(example) or "")
 
 
 def judged_text(task: AnyTask, tokenizer: Any, eos_token_id: int | None, ids: torch.Tensor) -> str:
@@ -208,7 +233,7 @@ def _dataset(
 
 def evaluation_sampler(plan: Plan, completion_length: int | None) -> BlockSampler:
     """The training sampler at the evaluation's temperature, scaled to another length at equal tokens a step."""
-    sampler = replace(plan.sampler, temperature=plan.config.evaluation.temperature, record_trace=False)
+    sampler = replace(plan.sampler, temperature=plan.config.evaluation.temperature, record_trace=False, tree=None)
     if completion_length is None or completion_length == sampler.completion_length:
         return sampler
     block = min(sampler.block_length, completion_length)

@@ -52,7 +52,7 @@ def record_rows(
         reward = build(plan.config, "reward", RewardParts).judged_by(plan.task.counted)
     except ValueError as error:
         raise as_config_error(error, "reward") from None
-    sampler = replace(plan.sampler, record_trace=True)
+    sampler = replace(plan.sampler, record_trace=True, tree=None)
     found = []
     for number in numbers:
         batch = prompt_batch([rows[number]], [number], policy.pad_token_id).to(plan.device)

@@ -39,6 +39,7 @@ def policy_of_run(plan: Plan, run: Path, start_of: str | None = None) -> tuple[P
         policy = merge_lora(policy)
         if parts.lora is not None:
             policy = add_lora(policy, parts.lora, plan.seed)
+        policy.train_order_head(parts.trains_order_head, plan.seed)
         if parts.name == start_of:
             break
         load_weights(policy, run / "stages" / parts.name / "model")

@@ -104,7 +104,8 @@ def _rl_work(plan: Plan, parts: StageParts, common: Workload, keywords: Mapping[
     loss: PolicyLoss = keywords["loss"]
     prompt, completion = plan.task.max_prompt_length, sampler.completion_length
     rows = parts.batch_size // common.world_size * group
-    views, length = _views(keywords["estimator"], parts.micro_batch_size, group, prompt, completion, inner)
+    micro = _blank_rollout(sampler, parts.micro_batch_size * group, group, prompt)
+    views, length = _views(keywords["estimator"], micro, inner)
     exact_weights = common.itemsize >= 4
     needs_old, needs_reference = loss.traits.needs_old, loss.traits.needs_reference
     view_bytes = bytes_without_gradient(common.config, length, common.itemsize)
@@ -138,17 +139,23 @@ def evaluation_plan(plan: Plan, length: int | None) -> RolloutPlan:
     return _rollout_plan(evaluation_sampler(plan, length), plan.config.evaluation.batch_size, prompt)
 
 
-def _views(estimator: Any, prompts: int, group: int, prompt: int, completion: int, inner: int) -> tuple[int, int]:
-    """How many views the estimator makes of one micro-batch, and how long they are: by letting it make them."""
-    rows = prompts * group
+def _blank_rollout(sampler: BlockSampler, rows: int, group: int, prompt: int) -> Rollout:
+    """A rollout of the longest prompts in which nothing but the order of the tokens is said."""
+    completion, tree = sampler.completion_length, sampler.tree
     ids = torch.zeros((rows, prompt), dtype=torch.int64)
     tokens = torch.zeros((rows, completion), dtype=torch.int64)
     numbers = torch.zeros((rows, completion))
     order = torch.arange(completion).expand(rows, -1).clone()
     everywhere = torch.ones_like(tokens, dtype=torch.bool)
-    row_ids = torch.arange(rows)
     seen = torch.ones_like(ids, dtype=torch.bool)
-    rollout = Rollout(ids, seen, tokens, everywhere, row_ids, group, order, numbers, numbers, numbers)
-    advantages = torch.where(torch.arange(rows) % 2 == 0, 1.0, -1.0)
+    return Rollout(
+        *(ids, seen, tokens, everywhere, torch.arange(rows), group, order, numbers, numbers, numbers),
+        edge=None if tree is None else order * tree.height // completion,
+    )
+
+
+def _views(estimator: Any, rollout: Rollout, inner: int) -> tuple[int, int]:
+    """How many views the estimator makes of one micro-batch, and how long they are: by letting it make them."""
+    advantages = torch.where(torch.arange(len(rollout.row_ids)) % 2 == 0, 1.0, -1.0)
     corruption = estimator.corrupt(Context(rollout, advantages, 0, inner, 1, CounterDraws(0)))
     return tuple(corruption.noised_ids.shape)  # type: ignore[return-value]

@@ -1,7 +1,15 @@
 """Losses: supervised (masked cross-entropy) and policy losses. Pure tensors in, tensors out."""
 
 from d1lit.losses.clipped import ClippedPolicyLoss, SequenceClippedLoss
-from d1lit.losses.compatibility import check_pair, check_trajectory
+from d1lit.losses.compatibility import check_pair, check_place, check_trajectory, check_tree
 from d1lit.losses.supervised import MaskedCrossEntropy
 
-__all__ = ["ClippedPolicyLoss", "MaskedCrossEntropy", "SequenceClippedLoss", "check_pair", "check_trajectory"]
+__all__ = [
+    "ClippedPolicyLoss",
+    "MaskedCrossEntropy",
+    "SequenceClippedLoss",
+    "check_pair",
+    "check_place",
+    "check_trajectory",
+    "check_tree",
+]

@@ -70,7 +70,12 @@ class ClippedPolicyLoss:
     @property
     def traits(self) -> LossTraits:
         """Only a KL penalty reads the reference."""
-        return LossTraits(frozenset({"token", "view", "step"}), needs_old=True, needs_reference=self.beta > 0)
+        return LossTraits(
+            frozenset({"token", "view", "step"}),
+            needs_old=True,
+            needs_reference=self.beta > 0,
+            takes_unit_advantages=True,
+        )
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """This micro-batch's share of the loss, and detached metrics."""

@@ -7,39 +7,80 @@ from typing import Any, Protocol, runtime_checkable
 from d1lit.losses.clipped import ClippedPolicyLoss, SequenceClippedLoss
 from d1lit.losses.policy_gradient import MaskwiseBoundLoss
 from d1lit.losses.terms import k1, k3
-from d1lit.types import LogProbEstimator, PolicyLoss, Sampler
+from d1lit.types import Advantage, LogProbEstimator, PolicyLoss, Sampler, Tree
 
 
 @runtime_checkable
-class Remasking(Protocol):
-    """A sampler that may hide a token again."""
+class Revising(Protocol):
+    """A sampler that may hide a token again, or replace it."""
 
     @property
-    def remasks(self) -> bool:
-        """Whether it does."""
-        ...
-
-    @property
-    def remask(self) -> Any:
-        """The part that decides."""
+    def reviser(self) -> Any:
+        """The part that does so; None where there is none."""
         ...
 
 
 def check_trajectory(estimator: LogProbEstimator, sampler: Sampler) -> None:
-    """Refuse an estimator that replays commit steps on a sampler that remasks.
+    """Refuse an estimator that replays commit steps on a sampler that remasks or edits.
 
-    The steps recorded are those of the last time each token was fixed; the canvases they imply never stood before the
+    The steps recorded are those of the last time each token was written; the canvases they imply never stood before the
     network, so the replayed likelihood is that of no trajectory.
 
     Raises:
         ValueError: naming both.
     """
-    if estimator.traits.needs_trace and isinstance(sampler, Remasking) and sampler.remasks:
+    if estimator.traits.needs_trace and isinstance(sampler, Revising) and sampler.reviser is not None:
         raise ValueError(
-            f"estimator: {type(estimator).__name__} with {type(sampler.remask).__name__} is refused: it replays the "
-            "rollout's commit steps, and a sampler that remasks passes through other canvases. "
-            "Try: estimator=one_step or estimator=elbo, or a sampler without a remask rule [E207]"
+            f"estimator: {type(estimator).__name__} with {type(sampler.reviser).__name__} is refused: it replays the "
+            "rollout's commit steps, and a sampler that remasks or edits passes through other canvases. "
+            "Try: estimator=one_step or estimator=elbo, or a sampler without a remask or edit rule [E207]"
         )
+
+
+def check_place(estimator: LogProbEstimator, is_shifted: bool) -> None:
+    """Refuse an estimator whose scored places see each a context of their own on a network that predicts one place on.
+
+    There a token is predicted from the place before it, which sees the context of another token.
+
+    Raises:
+        ValueError: naming the estimator.
+    """
+    if estimator.traits.needs_own_place and is_shifted:
+        raise ValueError(
+            f"estimator: {type(estimator).__name__} needs a network that predicts a token at its own place, not at the "
+            "one before. Try: model=llada_8b, or estimator=step_merge [E207]"
+        )
+
+
+def check_tree(
+    sampler: Sampler, estimator: LogProbEstimator, advantage: Advantage | None, loss: PolicyLoss, group_size: int
+) -> None:
+    """Refuse parts that do not agree on how the rollouts of a group branch.
+
+    Raises:
+        ValueError: naming the key, the value and the cure.
+    """
+    there: Tree | None = getattr(sampler, "tree", None)
+    if there is not None and there.leaves != group_size:
+        kind = f"a tree of {there.branching} branches and {there.height} levels"
+        cause = f"{group_size}, but {kind} has {there.leaves} leaves"
+        raise ValueError(f"module.group_size: {cause}. Try: {there.leaves}, or another tree [E207]")
+    for key, part in (("estimator", estimator), ("advantage", advantage), ("loss", loss)):
+        asked: Tree | None = getattr(part, "tree", None)
+        if asked is not None and asked != there:
+            found = "do not branch" if there is None else f"branch by {there.branching} over {there.height} levels"
+            raise ValueError(
+                f"{key}.tree: {asked.branching} branches over {asked.height} levels, but the sampler's rollouts "
+                f"{found}. Try: sampler=tree, with scale.tree for all parts [E207]"
+            )
+    if getattr(advantage, "tree", None) is None:
+        return
+    if estimator.traits.unit != "token":
+        cause = f"{type(advantage).__name__} gives one number a token, and {type(estimator).__name__} has no tokens"
+        raise ValueError(f"advantage: {cause}. Try: estimator=tree_edges [E207]")
+    if not loss.traits.takes_unit_advantages:
+        cause = f"{type(advantage).__name__} gives one number a token, and {type(loss).__name__} takes one a rollout"
+        raise ValueError(f"advantage: {cause}. Try: loss=tree, loss=clipped or loss=reinforce [E207]")
 
 
 def check_pair(estimator: LogProbEstimator, loss: PolicyLoss, allow: bool = False) -> None:
@@ -105,7 +146,13 @@ def _innermost(loss: Any) -> Any:
     return loss
 
 
-_WITH_PART = {"elbo": "spg", "of_step": "drift", "order": "ordered_trace", "tokens": "ordered_trace"}
+_WITH_PART = {
+    "edge": "tree_edges",
+    "elbo": "spg",
+    "of_step": "drift",
+    "order": "ordered_trace",
+    "tokens": "ordered_trace",
+}
 """An estimator whose likelihood has the part."""
 
 

@@ -7,8 +7,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from d1lit.draws import random_subset
 from d1lit.losses.terms import Scalar, log_ratio
 from d1lit.types import LossInputs, LossTraits, Metrics, PolicyLoss
+
+
+def _unit_entropy(inputs: LossInputs) -> torch.Tensor:
+    """[N U]: a unit is a token, which one view scores, or a (view, token)."""
+    assert inputs.entropy is not None
+    tokens = inputs.logprobs.weight.shape[1] == inputs.entropy.shape[2]
+    return inputs.entropy.sum(1) if tokens else inputs.entropy.flatten(1)
 
 
 def _with_weight(inputs: LossInputs, keep: torch.Tensor) -> LossInputs:
@@ -35,12 +43,44 @@ class TopEntropyLoss:
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """The wrapped loss, the other tokens weighing 0."""
-        assert inputs.entropy is not None
-        counted = inputs.logprobs.weight > 0
-        # A unit is a token, which one view scores, or a (view, token).
-        entropy = inputs.entropy.sum(1) if counted.shape[1] == inputs.entropy.shape[2] else inputs.entropy.flatten(1)
+        counted, entropy = inputs.logprobs.weight > 0, _unit_entropy(inputs)
         threshold = torch.quantile(entropy[counted].float(), 1 - self.share)
         return self.loss(_with_weight(inputs, entropy >= threshold))
+
+
+@dataclass(frozen=True)
+class GivenEntropyFilter:
+    """Another loss that learns, of tokens given to a rollout, those of highest entropy only (IGPO, arXiv 2509.10396).
+
+    The policy did not write them, so most are far from what it would write. Of a rollout's given tokens int(share times
+    their number) are kept, at least one; tokens that were drawn all count. Without given tokens it is the wrapped loss.
+    Differs from the published code: the entropy is the current policy's under this update's views, not the sampling
+    one's; counts stay those of all tokens.
+    """
+
+    loss: PolicyLoss
+    share: float
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        if not 0 < self.share <= 1:
+            raise ValueError(f"loss.share: must be in (0, 1], got {self.share}. Try: 0.2, the paper's")
+
+    @property
+    def traits(self) -> LossTraits:
+        """The wrapped loss's; entropies are known a token."""
+        inner = self.loss.traits
+        return replace(inner, units=inner.units & {"token"}, needs_entropy=True)
+
+    def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
+        """The wrapped loss, the other given tokens weighing 0."""
+        if inputs.given is None:
+            return self.loss(inputs)
+        weight, entropy = inputs.logprobs.weight, _unit_entropy(inputs).detach()
+        given = inputs.given.repeat(1, weight.shape[1] // inputs.given.shape[1]) & (weight > 0)
+        count = (given.sum(1, dtype=torch.float64) * self.share).long().clamp(min=1)
+        highest = random_subset(-entropy, count, given)  # those with the smallest keys
+        return self.loss(_with_weight(inputs, ~given | highest))
 
 
 @dataclass(frozen=True)
@@ -56,7 +96,7 @@ class OffPolicyFilter:
     @property
     def traits(self) -> LossTraits:
         """The wrapped loss's; the drift is measured against the old policy."""
-        return replace(self.loss.traits, needs_old=True)
+        return replace(self.loss.traits, needs_old=True, takes_unit_advantages=False)
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """The wrapped loss, the dropped rollouts weighing 0."""

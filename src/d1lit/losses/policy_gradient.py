@@ -36,7 +36,9 @@ class ReinforceLoss:
     """
 
     aggregate: Aggregation
-    traits: ClassVar[LossTraits] = LossTraits(frozenset({"token", "sequence", "view", "step"}))
+    traits: ClassVar[LossTraits] = LossTraits(
+        frozenset({"token", "sequence", "view", "step"}), takes_unit_advantages=True
+    )
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """This micro-batch's share of the loss, and detached metrics."""
@@ -58,7 +60,12 @@ class CISPOLoss:
     @property
     def traits(self) -> LossTraits:
         """Only a KL penalty reads the reference."""
-        return LossTraits(frozenset({"token", "view", "step"}), needs_old=True, needs_reference=self.beta > 0)
+        return LossTraits(
+            frozenset({"token", "view", "step"}),
+            needs_old=True,
+            needs_reference=self.beta > 0,
+            takes_unit_advantages=True,
+        )
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """This micro-batch's share of the loss, and detached metrics."""
@@ -87,7 +94,9 @@ class SoftGateLoss:
     positive_temperature: float
     negative_temperature: float
     aggregate: Aggregation
-    traits: ClassVar[LossTraits] = LossTraits(frozenset({"token", "view", "step"}), needs_old=True)
+    traits: ClassVar[LossTraits] = LossTraits(
+        frozenset({"token", "view", "step"}), needs_old=True, takes_unit_advantages=True
+    )
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """This micro-batch's share of the loss, and detached metrics."""
@@ -177,7 +186,9 @@ class MaskwiseBoundLoss:
     epsilon_high: float
     aggregate: Aggregation
     dual_clip: float | None = None
-    traits: ClassVar[LossTraits] = LossTraits(frozenset({"token", "view", "step"}), needs_old=True)
+    traits: ClassVar[LossTraits] = LossTraits(
+        frozenset({"token", "view", "step"}), needs_old=True, takes_unit_advantages=True
+    )
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """This micro-batch's share of the loss, and detached metrics."""

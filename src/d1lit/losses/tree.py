@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from d1lit.losses.terms import Scalar
+from d1lit.losses.terms import Scalar, per_unit
+from d1lit.types import LossInputs, LossTraits, Metrics, PolicyLoss, Tree
 
 
 def distillation_weight(progress: float, largest: float, gamma: float) -> float:
@@ -54,3 +56,48 @@ def sibling_distillation(
     total = (say[:, None] * same).sum(2)  # what each child's token has in q
     terms = say * (torch.log(total.clamp(min=1e-8)) - logprobs.view_as(say))
     return torch.where(say > 0, terms, 0.0).sum() / decoded.sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class WithSiblingDistillation:
+    """Another loss plus `sibling_distillation` over all edges of the trees (d-TreeRPO, arXiv 2512.09675).
+
+    Its weight grows and its temperature falls over the run, as the two functions above say. It wants the estimator
+    `tree_edges`, whose scores are read off the parents already: it costs no pass. Every edge has one say, whatever the
+    leaves below it.
+    Differs from the paper's code: the mean is over each micro-batch, as there, and micro-batches weigh as their
+    rollouts; how many positions the better children decoded is not known of the others.
+    """
+
+    loss: PolicyLoss
+    tree: Tree
+    largest_weight: float
+    weight_growth: float
+    largest_temperature: float
+    temperature_power: float
+
+    @property
+    def traits(self) -> LossTraits:
+        """The wrapped loss's, on edges."""
+        inner = self.loss.traits
+        parts = inner.needs_parts | {"edge", "token_ids"}
+        return replace(inner, units=inner.units & {"token"}, needs_parts=parts)
+
+    def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
+        """This micro-batch's share of the loss, and detached metrics."""
+        loss, metrics = self.loss(inputs)
+        logprobs, advantages = inputs.logprobs, per_unit(inputs.advantages).expand_as(inputs.logprobs.value)
+        edge, tokens = logprobs.parts["edge"], logprobs.parts["token_ids"]
+        columns = []
+        for level in range(self.tree.height):
+            first = slice(None, None, self.tree.width(level + 1))  # one leaf below each child
+            active = ((edge == level) & (logprobs.weight > 0))[first]
+            # Where nothing is active nothing has a say, so the least advantage does no harm.
+            advantage = torch.where(active, advantages[first], -torch.inf).amax(1)
+            columns.append((logprobs.value[first], tokens[first], active, advantage))
+        scored, token_ids, active, advantage = (torch.cat(part) for part in zip(*columns, strict=True))
+        temperature = distillation_temperature(inputs.progress, self.largest_temperature, self.temperature_power)
+        term = sibling_distillation(scored, token_ids, active, advantage, self.tree.branching, temperature)
+        weight = distillation_weight(inputs.progress, self.largest_weight, self.weight_growth)
+        share = len(inputs.rewards) / inputs.num_rollouts
+        return loss + weight * share * term, {**metrics, "distillation": term.detach()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -70,8 +70,8 @@ class WithSupervised:
 
     @property
     def traits(self) -> LossTraits:
-        """Those of the wrapped loss."""
-        return self.loss.traits
+        """Those of the wrapped loss; the better rollouts are found by one advantage each."""
+        return replace(self.loss.traits, takes_unit_advantages=False)
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """This micro-batch's share of the loss, and detached metrics."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from d1lit.models.layouts import from_official_name, official_target, to_official_name
 from d1lit.models.loading import Layout, copy_weights, export_model, find_folder, gather
 from d1lit.models.lora import ADAPTER, LoraSettings, adapt, factors, lora_layers
+from d1lit.models.order_head import ORDER_HEAD_FILE, fresh_order_head
 from d1lit.models.policy import Policy
 from d1lit.models.transformer import MaskedDiffusionLM
 from d1lit.processes import is_first
@@ -27,7 +28,9 @@ _FIXED: dict[str, Any] = {"bias": "none", "use_dora": False, "use_rslora": False
 
 
 def save_adapter(adapted: PeftModel, folder: str | Path, layout: Layout = "d1lit") -> Path:
-    """Write the adapter alone, as PEFT does; `official` uses the module names of the official code.
+    """Write the adapter alone, as PEFT does, and beside it the order head, where there is one.
+
+    `official` uses the module names of the official code.
 
     Args:
         adapted: a network with our adapter.
@@ -44,9 +47,12 @@ def save_adapter(adapted: PeftModel, folder: str | Path, layout: Layout = "d1lit
         for part, tensor in zip(("lora_A", "lora_B"), factors(layer, ADAPTER), strict=True):
             named.append((f"{_PREFIX}{name}.{part}.weight", tensor))
     tensors = gather(named)
+    head = {} if network.order_head is None else gather(network.order_head.named_parameters("order_head"))
     if not is_first():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
+    if head:
+        save_file(head, str(folder / ORDER_HEAD_FILE), metadata={"format": "pt"})
     config = adapted.peft_config[ADAPTER]
     assert isinstance(config, LoraConfig)
     config = copy.deepcopy(config)
@@ -73,8 +79,14 @@ def load_adapter(network: MaskedDiffusionLM, path: str, revision: str | None = N
         ValueError: if there is none, if it is of a kind we do not implement, or if it does not fit the network.
     """
     settings, tensors = _read_adapter(path, network.config.family, revision)
+    folder = find_folder(path, revision, key="model.adapter")
+    if network.order_head is None and (folder / ORDER_HEAD_FILE).is_file():
+        head = fresh_order_head(network.config.hidden_size, std=0.0, seed=0)
+        network.order_head = head.to(network.head_weight.device, network.head_weight.dtype)
+        network.config.order_head = True
     adapted = adapt(network, settings, seed=0)
     _fill_adapter(adapted, tensors, path)
+    _fill_order_head(network, folder)
     return adapted
 
 
@@ -100,17 +112,19 @@ def _read_adapter(path: str, family: str, revision: str | None = None) -> tuple[
     if raw.get("rank_pattern") or raw.get("alpha_pattern") or raw.get("modules_to_save"):
         raise ValueError(f"model.adapter: {folder} gives matrices ranks of their own or saves whole modules; "
                          "only one rank for all is implemented. Try: merging it with PEFT first [E405]")  # fmt: skip
-    tensors = {}
-    try:
-        stored = load_file(str(folder / _WEIGHTS))
-    except SafetensorError as error:
-        cause = f"{folder / _WEIGHTS} is damaged ({error})"
-        raise ValueError(f"model.adapter: {cause}. Try: copying the adapter again [E403]") from None
+    tensors, stored = {}, _stored(folder / _WEIGHTS)
     for name, tensor in stored.items():
         module, part = name.removeprefix(_PREFIX).rsplit(".lora_", 1)
         tensors[f"{from_official_name(module, family)}.lora_{part}"] = tensor
     names = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in tensors})
     return LoraSettings(names, raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0)), tensors
+
+
+def _stored(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(str(file))
+    except SafetensorError as error:
+        raise ValueError(f"model.adapter: {file} is damaged ({error}). Try: copying the adapter again [E403]") from None
 
 
 @torch.no_grad()
@@ -128,6 +142,21 @@ def _fill_adapter(adapted: PeftModel, tensors: dict[str, Tensor], path: str) -> 
         )
     for name, tensor in wanted.items():
         tensor.copy_(tensors[name])
+
+
+@torch.no_grad()
+def _fill_order_head(network: MaskedDiffusionLM, folder: Path) -> None:
+    """The order head that stands beside an adapter, into that of the network; nothing where neither has one."""
+    file, head = folder / ORDER_HEAD_FILE, network.order_head
+    own = {} if head is None else dict(head.named_parameters("order_head"))
+    stored = _stored(file) if file.is_file() else {}
+    if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in stored.items()}:
+        raise ValueError(
+            f"model.adapter: the order head in {folder} does not fit the model. "
+            "Try: the base model it was trained on and the same estimator [E405]"
+        )
+    for name, tensor in own.items():
+        tensor.copy_(stored[name])
 
 
 # ------------------------------------------------------------------------------------------------ a policy's weights
@@ -152,5 +181,6 @@ def load_weights(policy: Policy, folder: str | Path) -> None:
     if isinstance(policy.model, PeftModel):
         _, tensors = _read_adapter(str(folder), policy.network.config.family)
         _fill_adapter(policy.model, tensors, str(folder))
+        _fill_order_head(policy.network, Path(folder))
     else:
         copy_weights(policy.network, str(folder))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from d1lit.models.layouts import from_official_name, official_config, read_config, to_official_name
+from d1lit.models.order_head import ORDER_HEAD_FILE
 from d1lit.models.presets import build_on_meta
 from d1lit.models.transformer import MaskedDiffusionConfig, MaskedDiffusionLM
 from d1lit.processes import is_first
@@ -68,7 +69,9 @@ def load_config(folder: Path, key: str = "model.path") -> MaskedDiffusionConfig:
         raw = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{key}: {file} is not valid JSON ({error}). Try: copying the model again [E403]") from error
-    return read_config(raw, str(folder))
+    config = read_config(raw, str(folder))
+    config.order_head = config.order_head or (folder / ORDER_HEAD_FILE).is_file()
+    return config
 
 
 def shard_files(folder: Path, key: str = "model.path") -> list[Path]:
@@ -83,7 +86,8 @@ def shard_files(folder: Path, key: str = "model.path") -> list[Path]:
         raise ValueError(
             f"{key}: {folder} lacks {', '.join(missing)}. Try: downloading the missing weights (safetensors) [E403]"
         )
-    return files
+    own = folder / ORDER_HEAD_FILE
+    return [*files, own] if own.is_file() else files
 
 
 def load_network(
@@ -195,8 +199,11 @@ def export_model(
         return folder
     config = {**official_config(network.config), "torch_dtype": str(network.dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    head = {name: tensors.pop(name) for name in list(tensors) if name.startswith("order_head.")}
     official = {to_official_name(name, network.config.family): tensor for name, tensor in tensors.items()}
     _write_shards(official, folder, max_shard_size)
+    if head:  # the official code knows none, and finds it beside what it reads
+        save_file(head, str(folder / ORDER_HEAD_FILE), metadata={"format": "pt"})
     return folder
 
 

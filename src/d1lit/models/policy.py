@@ -25,8 +25,10 @@ from d1lit.models.cache import KVCache
 from d1lit.models.graphs import ForwardGraphs
 from d1lit.models.head import chunked_entropy, chunked_logprobs, default_budget, few_logits
 from d1lit.models.lora import ADAPTER, base_weight, factors, keep_exact, lora_layers, merged_weight
+from d1lit.models.order_head import OrderHead, fresh_order_head
 from d1lit.models.quantizing import is_quantized
 from d1lit.models.transformer import MaskedDiffusionConfig, MaskedDiffusionLM
+from d1lit.types import POSITION
 
 REFERENCE_ADAPTER = "reference"
 
@@ -60,6 +62,8 @@ class Policy(nn.Module):
         self.head_budget = head_budget
         self.graphs = graphs
         self.reference_model: MaskedDiffusionLM | None = None
+        self.reference_order_head: OrderHead | None = None
+        """The frozen copy beside a kept adapter; a kept network has its own."""
         self.work = Work()
         """Everything the network has computed so far, backward passes included."""
         self.keeps_dropout = False
@@ -145,14 +149,32 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         exclude_mask: bool = False,
     ) -> Float[Tensor, "M J"]:
-        """Log-probabilities of J targets at each position, chunked over positions; of all tokens or all but [MASK]."""
-        excluded = self.mask_token_id if exclude_mask else None
-        values = chunked_logprobs(hidden, self.network.head_weight, targets, temperature, self._head_bytes, excluded)
+        """Log-probabilities of J targets at each position, chunked over positions; of all tokens or all but [MASK].
+
+        Where a target is `POSITION`: the order head's score, which no temperature divides.
+        """
+        excluded, tokens = self.mask_token_id if exclude_mask else None, targets.clamp(min=0)
+        values = chunked_logprobs(hidden, self.network.head_weight, tokens, temperature, self._head_bytes, excluded)
         trains_head = self.network.head_weight.requires_grad
         forward, backward = logprob_flops(self.shape, len(hidden), values.requires_grad, trains_head)
         self.work.flops += forward
         self._count_when_differentiated(values, backward)
-        return values
+        # Asked for or not, so that a head that trains has a gradient in every process.
+        scores = self.order_scores(hidden)
+        positions = values.new_zeros(()) if scores is None else scores.to(values.dtype)[:, None]
+        return torch.where(targets == POSITION, positions, values)
+
+    def order_scores(self, hidden: Float[Tensor, "*M D"]) -> Float[Tensor, "*M"] | None:
+        """A score for each position by the order head, the higher the earlier it is fixed; None without a head."""
+        kept = self.reference_order_head
+        head = kept if self._in_reference and kept is not None else self.network.order_head
+        if head is None:
+            return None
+        scores = head(hidden)
+        flops = 2 * scores.numel() * sum(p.numel() for p in head.parameters())
+        self.work.flops += flops
+        self._count_when_differentiated(scores, 2 * flops)
+        return scores
 
     def entropy(
         self, hidden: Float[Tensor, "M D"], temperature: float = 1.0, exclude_mask: bool = False
@@ -216,6 +238,26 @@ class Policy(nn.Module):
             return 0
         return sum(factor.numel() for _, layer in lora_layers(self.model) for factor in factors(layer, ADAPTER))
 
+    # ---------------------------------------------------------------------------------------------- the order head
+
+    def train_order_head(self, trains: bool, seed: int) -> None:
+        """Give the network an order head where it is to train and there is none, and let only such a one train.
+
+        A head trains beside an adapter as it does beside the whole network. One that does not stays frozen as it is: a
+        stage that never asks for it gives it no gradient, for which processes would wait.
+
+        Args:
+            trains: whether the stage asks for the head.
+            seed: of a fresh head.
+        """
+        network = self.network
+        if trains and network.order_head is None:
+            fresh = fresh_order_head(network.config.hidden_size, network.config.initializer_range, seed)
+            network.order_head = fresh.to(self.device, self.dtype).train(self.training)
+            network.config.order_head = True
+        if network.order_head is not None:
+            network.order_head.requires_grad_(trains)
+
     # ---------------------------------------------------------------------------------------- the reference policy
 
     @torch.no_grad()
@@ -232,11 +274,14 @@ class Policy(nn.Module):
             with torch.random.fork_rng(devices=[]):
                 self.model.add_adapter(REFERENCE_ADAPTER, self.model.peft_config[ADAPTER])
             keep_exact(self.model, REFERENCE_ADAPTER)
+        if self.network.order_head is not None:
+            self.reference_order_head = copy.deepcopy(self.network.order_head).requires_grad_(False).eval()
         self._reference_weights_track(1.0)
 
     def drop_reference(self) -> None:
         """Forget a kept reference."""
         self.reference_model = None
+        self.reference_order_head = None
         if isinstance(self.model, PeftModel) and REFERENCE_ADAPTER in self.model.peft_config:
             self.model.delete_adapter(REFERENCE_ADAPTER)
 
@@ -273,16 +318,23 @@ class Policy(nn.Module):
             for kept, current in zip(factors(layer, REFERENCE_ADAPTER), factors(layer, ADAPTER), strict=True):
                 kept.lerp_(current.to(kept.dtype), weight)
                 kept.requires_grad_(False)
+        if self.reference_order_head is not None and self.network.order_head is not None:
+            own = self.network.order_head.parameters()
+            for kept, current in zip(self.reference_order_head.parameters(), own, strict=True):
+                kept.lerp_(current, weight)
 
     def reference(self) -> AbstractContextManager[None]:
         """Within the context the network is the reference: the kept one, or else the base with its adapter off.
 
         Raises:
-            ValueError: for a network without an adapter of which no copy was kept.
+            ValueError: for a network without an adapter, or with an order head that trains, of which no copy was kept.
         """
-        if not isinstance(self.model, PeftModel) and self.reference_model is None:
+        head = self.network.order_head
+        trains_head = head is not None and head.outer.weight.requires_grad
+        if not self.has_kept_reference and (not isinstance(self.model, PeftModel) or trains_head):
+            what = "an order head" if isinstance(self.model, PeftModel) else "a fully trained network"
             raise ValueError(
-                "loss.beta: a penalty towards the reference needs one, and a fully trained network has none "
+                f"loss.beta: a penalty towards the reference needs one, and {what} has none "
                 "until keep_reference() is called. Try: loss.beta=0, or keep a reference"
             )
         return self._as_reference()

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from d1lit.models.cache import KVCache
 from d1lit.models.kernels import PLAIN, Kernels
+from d1lit.models.order_head import OrderHead
 
 
 @no_type_check  # transformers makes it a dataclass that takes further keywords, which jaxtyping's checker refuses
@@ -50,6 +51,8 @@ class MaskedDiffusionConfig(PreTrainedConfig):
     eos_token_id: int = 0
     pad_token_id: int = 0
     bos_token_id: int | None = None
+    order_head: bool = False
+    """True: a second head scores the positions, for an order that is learnt."""
     official_config: dict[str, Any] | None = None
     """The config.json this model was loaded from, for exports that the official code reads."""
 
@@ -194,6 +197,7 @@ class MaskedDiffusionLM(PreTrainedModel):
         super().__init__(config)
         self.model = Body(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.order_head = OrderHead(config.hidden_size) if config.order_head else None
         self.post_init()
 
     @property

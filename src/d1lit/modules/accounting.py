@@ -286,7 +286,8 @@ class UpdateMetrics(nn.Module):
         self._mean_of("rollout/length", lengths)
         ended = (rollout.completion_ids == eos_token_id).any(dim=1)
         self._mean_of("rollout/truncated_fraction", ~ended)
-        self._mean_of("rollout/entropy", rollout.entropy[rollout.completion_mask])
+        drawn = rollout.completion_mask & ~rollout.given
+        self._mean_of("rollout/entropy", rollout.entropy[drawn])
         self._mean_of("rollout/repeated_fraction", repeated_fraction(rollout.completion_ids, rollout.completion_mask))
 
     def add_outcomes(self, shares: Mapping[str, float]) -> None:
@@ -294,6 +295,11 @@ class UpdateMetrics(nn.Module):
         device = self._rollout["rollout/reward"].device
         for outcome, share in shares.items():
             self._mean_of(f"reward/{outcome}_fraction", torch.tensor(share, device=device))
+
+    def add_inpainting(self, helped: Tensor, replaced: Tensor) -> None:
+        """Of this rank's groups which were drawn again around given tokens, and of its rollouts which were replaced."""
+        self._mean_of("rollout/inpainted_fraction", helped.to(replaced.device))
+        self._mean_of("rollout/replaced_fraction", replaced)
 
     def add_approximation(self, name: str, nats: Tensor) -> None:
         """How far the sampler's own log-probs lie from the network's, in nats."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from itertools import compress
 from typing import Any
@@ -12,12 +12,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from d1lit.advantages import LengthPenalty, with_part
+from d1lit.advantages import LengthPenalty, on_tokens, with_part
 from d1lit.data import InnerUpdate
 from d1lit.draws import CounterDraws
 from d1lit.errors import RunError
 from d1lit.joint_scoring import likelihoods
-from d1lit.losses import check_pair, check_trajectory
+from d1lit.losses import check_pair, check_place, check_trajectory, check_tree
 from d1lit.losses.terms import KLEstimator, k1
 from d1lit.models import Policy
 from d1lit.models.sharding import gathered_parameters
@@ -32,6 +32,16 @@ from d1lit.modules.experience import (
     restored,
     reward_batch,
     whole_rows,
+)
+from d1lit.modules.inpainting import (
+    INPAINTING,
+    CompletingSampler,
+    Inpainting,
+    WorkedAnswer,
+    check_inpainting,
+    prompts_of,
+    replaced,
+    with_verdicts,
 )
 from d1lit.modules.optimizing import (
     OptimizerFactory,
@@ -57,6 +67,7 @@ from d1lit.types import (
     Outcome,
     PolicyLoss,
     PromptBatch,
+    Reward,
     RewardBatch,
     Rollout,
     Sampler,
@@ -106,8 +117,12 @@ class DiffuGRPO(L.LightningModule):
         length_penalty: LengthPenalty | None = None,
         kl_in_reward: float = 0.0,
         kl_in_reward_estimator: KLEstimator = k1,
+        inpainting: Inpainting | None = None,
+        worked: WorkedAnswer | None = None,
+        counted: Reward | None = None,
     ) -> None:
         super().__init__()
+        check_place(estimator, policy.network.config.shift)
         self.policy = policy
         self.decode = decode
         self.sampler = sampler
@@ -130,6 +145,11 @@ class DiffuGRPO(L.LightningModule):
         self.length_penalty = length_penalty
         self.kl_in_reward = kl_in_reward
         self.kl_in_reward_estimator = kl_in_reward_estimator
+        self.inpainting = inpainting
+        self.worked = worked
+        """The ids of a row's worked answer; inpainting asks for them."""
+        self.counted = counted
+        """Whether a completion is right, whatever the reward is made of; inpainting asks it."""
         self.experience: list[Experience] = []
         self.row_names: Sequence[str] = ()
         """The ids of the rows of the latest micro-batch; the guard names them."""
@@ -155,6 +175,8 @@ class DiffuGRPO(L.LightningModule):
         allow_unsound_pair: bool = False,
         num_refills: int = 0,
         kl_in_reward: float = 0.0,
+        advantage: Advantage | None = None,
+        inpainting: Inpainting | None = None,
         **others: Any,
     ) -> None:
         """Refuse what cannot learn, before there is a network.
@@ -164,6 +186,7 @@ class DiffuGRPO(L.LightningModule):
         """
         check_pair(estimator, loss, allow=allow_unsound_pair)
         check_trajectory(estimator, sampler)
+        check_tree(sampler, estimator, advantage, loss, group_size)
         if num_refills < 0:
             raise ValueError(f"module.num_refills: {num_refills} is below 0. Try: 0 (no dynamic sampling), or 2")
         if kl_in_reward < 0 or (kl_in_reward and estimator.traits.needs_advantages):
@@ -190,6 +213,8 @@ class DiffuGRPO(L.LightningModule):
                 f"module.group_size: {group_size} leaves nothing to compare a rollout with (advantages would be 0). "
                 "Try: 2 or more"
             )
+        if inpainting is not None:
+            check_inpainting(inpainting, estimator, sampler, group_size)
 
     # ------------------------------------------------------------------------------------------------------ the method
 
@@ -205,11 +230,11 @@ class DiffuGRPO(L.LightningModule):
     ) -> list[Experience]:
         """Sample, judge and freeze: everything that does not change over the inner updates of this rollout."""
         self._sync_reference(step)
-        judged = self._sample_and_judge(prompts, step)
+        judged = self._helped(self._sample_and_judge(prompts, step), prompts, step)
         for reserve in reserves:
             if not lacks_spread(judged, self.group_size):
                 break
-            more = self._sample_and_judge(reserve, step)
+            more = self._helped(self._sample_and_judge(reserve, step), reserve, step)
             judged = refilled(judged, more, self.group_size, self.global_rank, self.trainer.world_size)
         rollout, self.verdicts = judged.rollout, judged.verdicts
         rewards, names = self._with_penalties(judged, step)
@@ -222,7 +247,7 @@ class DiffuGRPO(L.LightningModule):
             self._measure_approximation(rollout)
         with self.meter("scoring"), nullcontext() if self.dropout_everywhere else evaluation_mode(self.policy):
             totals = neutral_totals(rewards, self.group_size)
-            return self._freeze(rollout, totals[here], advantages[here], step, num_micro)
+            return self._freeze(rollout, totals[here], on_tokens(advantages[here], rollout), step, num_micro)
 
     def update(self, experience: Experience, inner: int, num_micro: int) -> Tensor:
         """The policy loss of one micro-batch under the corruption of this inner update."""
@@ -240,8 +265,10 @@ class DiffuGRPO(L.LightningModule):
             group_size=self.group_size,
             completion_mask=experience.rollout.completion_mask,
             entropy=scores.entropy,
+            given=experience.rollout.given,
             num_units=experience.num_units[inner],
             num_rollouts=experience.num_rollouts,
+            progress=(experience.step * self.num_inner_updates + inner) / self.num_updates,
         )
         loss, metrics = self.loss(inputs)
         # A loss of nan is no step (SkipNonFinite): also where no token of the whole update is valid.
@@ -264,18 +291,54 @@ class DiffuGRPO(L.LightningModule):
 
     def _sample_and_judge(self, prompts: PromptBatch, step: int) -> JudgedRollout:
         """Rollouts of some prompts, with what the judges say of them."""
-        with (
-            self.meter("rollout"),
-            self._rollout_weights(),
-            gathered_parameters(self.policy),
-            self._rollout_dropout(step),
-        ):
-            rollout = self.sampler(self.policy, prompts, self.group_size, self.draws.at(step=step))
-            rollout = replace(rollout, completions=tuple(self.decode(ids) for ids in rollout.completion_ids))
+        with self._sampling(step):
+            rollout = self._with_text(self.sampler(self.policy, prompts, self.group_size, self.draws.at(step=step)))
         with self.meter("reward"):
             verdicts = self.reward.grade(rollout.completions, rollout.examples)
-            rewards = self._gathered(reward_batch(verdicts, self.reward.weights, rollout.device, step))
-            self._refuse_failed(rewards, verdicts)
+            return self._with_rewards(rollout, verdicts, step)
+
+    def _helped(self, judged: JudgedRollout, prompts: PromptBatch, step: int) -> JudgedRollout:
+        """With inpainting: groups that are all wrong are drawn again around given tokens; right ones replace some."""
+        if self.inpainting is None:
+            return judged
+        assert self.worked is not None and self.counted is not None
+        with self.meter("reward"):
+            verdicts = self.counted(judged.rollout.completions, judged.rollout.examples)
+            answers = [self.worked(example) for example in prompts.examples]
+        helped = self.inpainting.helped(verdicts, answers, self.group_size)
+        if any(all_gather_objects(bool(helped.any()))):  # then every rank takes part in what all gather
+            judged = self._drawn_again(judged, prompts_of(prompts, helped), compress(answers, helped.tolist()), step)
+        self.metrics.add_inpainting(helped, judged.rollout.given.any(1))
+        return judged
+
+    def _drawn_again(
+        self, judged: JudgedRollout, prompts: PromptBatch, answers: Iterable[Sequence[int]], step: int
+    ) -> JudgedRollout:
+        """Rollouts of the given prompts (perhaps none on this rank) around pieces of their worked answers."""
+        rule, rollout, verdicts, more = self.inpainting, judged.rollout, judged.verdicts, None
+        assert rule is not None and self.counted is not None and isinstance(self.sampler, CompletingSampler)
+        with self._sampling(step):
+            if len(prompts.row_ids):
+                draws, length = self.draws.at(step=step, inner=INPAINTING), rollout.completion_ids.shape[1]
+                mask = self.policy.mask_token_id
+                canvas = rule.canvas(prompts, list(answers), self.group_size, length, mask, draws)
+                more = self._with_text(self.sampler.complete(self.policy, prompts, self.group_size, draws, canvas))
+        with self.meter("reward"):
+            if more is not None:
+                rows = rule.replacements(self.counted(more.completions, more.examples), self.group_size)
+                rollout, where = replaced(rollout, more, rows)
+                graded = self.reward.grade([more.completions[n] for n in rows], [more.examples[n] for n in rows])
+                verdicts = with_verdicts(verdicts, graded, where)
+            return self._with_rewards(rollout, verdicts, step)
+
+    def _with_text(self, rollout: Rollout) -> Rollout:
+        """The rollout with its completions decoded."""
+        return replace(rollout, completions=tuple(self.decode(ids) for ids in rollout.completion_ids))
+
+    def _with_rewards(self, rollout: Rollout, verdicts: dict[str, list[Verdict]], step: int) -> JudgedRollout:
+        """A rollout of this rank with the rewards of all ranks."""
+        rewards = self._gathered(reward_batch(verdicts, self.reward.weights, rollout.device, step))
+        self._refuse_failed(rewards, verdicts)
         return JudgedRollout(rollout, verdicts, rewards)
 
     def _with_penalties(self, judged: JudgedRollout, step: int) -> tuple[RewardBatch, list[str]]:
@@ -370,6 +433,17 @@ class DiffuGRPO(L.LightningModule):
                 f"error {broken:.0%}), so its rewards mean nothing"
             )
             raise RunError("reward", cause, "`d1lit doctor`, a longer reward deadline, or another reward", "E703")
+
+    @contextmanager
+    def _sampling(self, step: int) -> Iterator[None]:
+        """What a sampler wants around it, charged to the rollout."""
+        with (
+            self.meter("rollout"),
+            self._rollout_weights(),
+            gathered_parameters(self.policy),
+            self._rollout_dropout(step),
+        ):
+            yield
 
     def _rollout_weights(self) -> AbstractContextManager[None]:
         """The adapter folded into the base where that is exact enough, or asked for."""

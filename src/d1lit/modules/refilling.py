@@ -46,7 +46,7 @@ def refilled(judged: JudgedRollout, more: JudgedRollout, group_size: int, rank: 
     own = torch.where(mine >= len(source), mine - len(source) + share, mine)
     everywhere, here = _rows(source, group_size), _rows(own, group_size)
     return JudgedRollout(
-        _picked(judged.rollout, more.rollout, here),
+        picked(judged.rollout, more.rollout, here, "module.num_refills"),
         {name: [([*judged.verdicts[name], *more.verdicts[name]])[n] for n in here] for name in judged.verdicts},
         _rewards(judged.rewards, more.rewards, everywhere),
     )
@@ -78,10 +78,14 @@ def _rewards(first: RewardBatch, more: RewardBatch, rows: list[int]) -> RewardBa
     return replace(first, value=picked(first.value, more.value), valid=picked(first.valid, more.valid), asked=asked)
 
 
-def _picked(first: Rollout, more: Rollout, rows: list[int]) -> Rollout:
-    """Rows of two rollouts of one shape; what they cost adds up."""
+def picked(first: Rollout, more: Rollout, rows: list[int], key: str) -> Rollout:
+    """Rows of two rollouts of one shape, numbered through; what they cost adds up.
+
+    Raises:
+        ValueError: naming `key`, where they carry traces.
+    """
     if first.trace is not None or more.trace is not None:
-        raise ValueError("module.num_refills: traces of different lengths do not mix. Try: sampler.record_trace=false")
+        raise ValueError(f"{key}: traces of different lengths do not mix. Try: sampler.record_trace=false")
     tensors: dict[str, Any] = {
         name: torch.cat([value, getattr(more, name)])[rows]
         for name, value in vars(first).items()

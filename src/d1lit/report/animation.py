@@ -12,7 +12,7 @@ from d1lit.report.markup import visible
 from d1lit.report.recording import END, Recording, one_line, shown_at, state_at
 
 BACKGROUND, INK, FAINT, BLOCK = "#ffffff", "#1b1f24", "#57606a", "#8c959f"
-MASKED, NEW = "#d8dee4", "#bc4c00"
+MASKED, NEW, EDITED = "#d8dee4", "#bc4c00", "#0550ae"
 SHADES = ("#fde0c5", "#facba6", "#d7e3a8", "#a6d8b0", "#7fcdbb")
 """From least to most confident; dark ink can be read on each."""
 FONT_SIZE, PAD, ROW_HEIGHT, MARGIN = 14, 3, 22, 12
@@ -105,5 +105,5 @@ def _draw_token(draw: ImageDraw.ImageDraw, token: Mapping[str, Any], step: int, 
         )
         return
     shade = BACKGROUND if token["shade"] is None or token["end"] else SHADES[token["shade"]]
-    draw.rectangle(edges, fill=shade, outline=NEW if state == "new" else None)
+    draw.rectangle(edges, fill=shade, outline={"new": NEW, "edited": EDITED}.get(state))
     draw.text((left + PAD, top + 1), _shown(shown_at(token, step) or ""), FAINT if token["end"] else INK, font)

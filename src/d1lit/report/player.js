@@ -3,10 +3,11 @@ for (const root of document.querySelectorAll("section.player")) {
   const steps = Number(root.dataset.steps), scrub = root.querySelector(".scrub"), play = root.querySelector(".play"), at = root.querySelector(".at");
   const tokens = [...root.querySelectorAll(".pane .t")].map((element) => ({
     element, text: element.textContent,
-    events: (element.dataset.s || "").split(",").filter(Boolean).map(Number), // n: appeared at step n; -n: masked again at step n
+    events: (element.dataset.s || "").split(",").filter(Boolean).map(Number), // n: appeared or changed at step n; -n: masked again at step n
     was: element.dataset.was ? element.dataset.was.split("\u241f") : null,
   }));
   let timer = null;
+  const changed = (events, place) => place > 0 && events[place] > 0 && events[place - 1] > 0; // another token stood there
   const show = (step) => {
     for (const { element, text, events, was } of tokens) {
       let last = -1;
@@ -14,7 +15,9 @@ for (const root of document.querySelectorAll("section.player")) {
       const masked = events.length ? last < 0 || events[last] < 0 : step < steps;
       element.classList.toggle("masked", masked);
       element.classList.toggle("again", masked && last >= 0);
-      element.classList.toggle("new", !masked && last >= 0 && events[last] === step && step < steps);
+      const now = !masked && last >= 0 && events[last] === step && step < steps;
+      element.classList.toggle("new", now && !changed(events, last));
+      element.classList.toggle("edited", now && changed(events, last));
       if (was) element.textContent = masked || last < 0 ? text : was[last] || text;
     }
     scrub.value = step;
@@ -30,8 +33,11 @@ for (const root of document.querySelectorAll("section.player")) {
   scrub.addEventListener("input", () => { stop(); show(Number(scrub.value)); });
   root.querySelector(".back").addEventListener("click", () => { stop(); show(Math.max(0, Number(scrub.value) - 1)); });
   root.querySelector(".next").addEventListener("click", () => { stop(); show(Math.min(steps, Number(scrub.value) + 1)); });
-  const said = ({ element, events }) => {
-    const words = events.map((event) => (event > 0 ? `fixed at step ${event}` : `masked again at step ${-event}`));
+  const said = ({ element, events, was }) => {
+    const words = events.map((event, place) => {
+      if (event < 0) return `masked again at step ${-event}`;
+      return changed(events, place) ? `changed at step ${event}, from ${was ? was[place - 1] : "the same"}` : `fixed at step ${event}`;
+    });
     return (words.join(", ") || "never reached") + (element.dataset.p ? `, confidence ${element.dataset.p}` : "");
   };
   for (const token of tokens) token.element.addEventListener("pointerenter", () => { token.element.title = said(token); }, { once: true });

@@ -23,6 +23,7 @@ def player(recordings: Sequence[Recording]) -> Markup:
 def _key() -> Markup:
     shades = [tag("span", SHADE_NAMES[n] or Markup("&nbsp;"), class_=f"t c{n}") for n in range(LEVELS)]
     words = (tag("span", "masked", class_="t masked"), " ", tag("span", "just fixed", class_="t c4 new"), " ")
+    words += (tag("span", "just changed", class_="t c4 edited"), " ")
     more = (tag("span", "masked again", class_="t masked again"), " ", tag("span", "∎ end", class_="t end"))
     return tag("p", "Confidence when fixed: ", *shades, " ", *words, *more, class_="key-line")
 

@@ -1,4 +1,4 @@
-"""How completions came to be, as plain values: every token with the steps at which it appeared or was masked again."""
+"""How completions came to be, as plain values: every token with the steps at which it came, changed or went."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def record_group(
     """One prompt's rollouts, for the player, the report and the GIF.
 
     Args:
-        rollout: completions of ONE prompt with text; with a trace, remasked tokens are seen too.
+        rollout: completions of ONE prompt with text; with a trace, remasked and edited tokens are seen too.
         verdicts: what each reward part said of them.
         weights: of the reward parts.
         decode_token: the text of a single token.
@@ -79,7 +79,7 @@ def record_group(
 
 
 def _events(rollout: Rollout, n: int, mask_token_id: int) -> list[list[tuple[int, int | None]]]:
-    """For each position, (step, token) when a token appeared and (step, None) when it was masked again."""
+    """For each position, (step, token) when a token appeared or changed and (step, None) when it was masked again."""
     length = rollout.completion_ids.shape[1]
     found: list[list[tuple[int, int | None]]] = [[] for _ in range(length)]
     if rollout.trace is None:
@@ -134,12 +134,14 @@ def shown_at(token: Mapping[str, Any], step: int) -> str | None:
 
 
 def state_at(token: Mapping[str, Any], step: int) -> str:
-    """masked, new (appeared in this very step), fixed, remasked (again masked), or unreached (never decided)."""
+    """masked, new or edited (appeared, took another's place in this very step), fixed, remasked, or unreached."""
     if not token["events"]:
         return "unreached"
     if shown_at(token, step) is None:
         return "remasked" if any(at <= step for at, _ in token["events"]) else "masked"
-    return "new" if any(at == step for at, _ in token["events"]) else "fixed"
+    if all(at != step for at, _ in token["events"]):
+        return "fixed"
+    return "new" if shown_at(token, step - 1) is None else "edited"
 
 
 def one_line(text: str) -> str:

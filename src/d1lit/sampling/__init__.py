@@ -26,6 +26,7 @@ from d1lit.sampling.confidence import (
     SampledLogProb,
     TokenProbability,
 )
+from d1lit.sampling.edit import TokenEditing
 from d1lit.sampling.filters import Filtered
 from d1lit.sampling.memory import CreditFusion, PredictionChange, StableThreshold
 from d1lit.sampling.proposal import Gumbel, InverseCDF
@@ -65,6 +66,7 @@ __all__ = [
     "SampledLogProb",
     "StableThreshold",
     "Threshold",
+    "TokenEditing",
     "TokenProbability",
     "Unverified",
     "WinoThreshold",

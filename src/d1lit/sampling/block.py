@@ -13,12 +13,33 @@ from d1lit.sampling.cache import RolloutCache, SpanStorage
 from d1lit.sampling.commit import CommitAll, CumulativeEntropyBounded, EntropyBounded
 from d1lit.sampling.confidence import NegativeEntropy
 from d1lit.sampling.memory import PredictionChange, StableThreshold
-from d1lit.sampling.parts import Cells, CommitRule, Confidence, Memory, Proposal, RemaskRule, Standing, StepMemory
-from d1lit.sampling.prediction import Canvas, View, block_causal, choose, entropies, evaluation_mode, predict
+from d1lit.sampling.parts import (
+    Cells,
+    Choice,
+    CommitRule,
+    Confidence,
+    EditRule,
+    Memory,
+    Proposal,
+    RemaskRule,
+    Standing,
+    StepMemory,
+)
+from d1lit.sampling.prediction import (
+    Canvas,
+    View,
+    any_order,
+    block_causal,
+    choose,
+    entropies,
+    evaluation_mode,
+    predict_with_order,
+)
 from d1lit.sampling.remask import with_shadow
 from d1lit.sampling.replay import approximation_nats
 from d1lit.sampling.rows import CanvasBatch, lay_out
-from d1lit.types import Draws, MaskPredictor, PromptBatch, Rollout
+from d1lit.sampling.sharing import Sharing, check_tree, edges, sharing
+from d1lit.types import Draws, MaskPredictor, PromptBatch, Rollout, Tree
 
 
 @dataclass(frozen=True)
@@ -31,6 +52,8 @@ class _Wave:
     cache: SpanStorage | None = None
     span: tuple[int, int] = (0, 0)
     """What the steps after the first compute, where there is a cache."""
+    rows: tuple[tuple[int, int], ...] = ()
+    """Row and block of each on the host, where a tree asks for them."""
 
     def select(self, places: list[int], guided: bool) -> _Wave:
         """Some of the rows."""
@@ -46,7 +69,7 @@ class _Moment:
     """A denoising step of a block."""
 
     step: int
-    quota: int | None
+    quota: int | Int[Tensor, "n 1"] | None
     fresh: bool
     """True for the first forward of the block."""
 
@@ -78,14 +101,22 @@ class BlockSampler:
     """None: exact. A prefix or dual cache is faster and approximate."""
     remask: RemaskRule | None = None
     """None: a token that is fixed stays."""
+    edit: EditRule | None = None
+    """None: a token that stands is never replaced by another. Every forward with one predicts the whole block."""
     memory: StepMemory | None = None
     """None: a step knows nothing of the predictions before it."""
     block_causal: bool = False
     """Block diffusion decoding (BD3LM, arXiv 2503.09573): a block sees the prompt, the blocks before it and itself, and
     no masks behind it. For networks trained so; then a cache is exact."""
+    any_order: bool = False
+    """Attention in the order of commitment (d2-AnyOrder, arXiv 2509.21474), see `prediction.any_order`. For networks
+    trained so."""
     record_trace: bool = False
     rows_per_forward: int | None = None
     """Most rows in one network call (a guided row counts twice); None: all of them."""
+    tree: Tree | None = None
+    """The rollouts of a group branch off each other (d-TreeRPO, arXiv 2512.09675), each of them still a draw of this
+    sampler's law; rows at one canvas share a forward. None: they are independent."""
 
     def __post_init__(self) -> None:
         for key in ("completion_length", "num_steps", "block_length"):
@@ -105,6 +136,10 @@ class BlockSampler:
                 " (a guided one counts twice). Try: 2 or more."
             )
         self._check_parts()
+        if self.tree is not None:
+            quotas = self.commit.quotas(self.block_length, self.steps_per_block)
+            room = None if self.rows_per_forward is None else self._room(self.rows_per_forward)
+            check_tree(self.tree, self.total_steps, room, quotas is not None, self.cache is not None)
 
     def _check_parts(self) -> None:
         """Refuse parts that do not fit each other."""
@@ -121,6 +156,8 @@ class BlockSampler:
                 f"sampler.remask: {type(self.commit).__name__} fixes so many tokens whatever is remasked. "
                 "Try: the commit rule of the same paper, or a threshold."
             )
+        if self.edit is not None:
+            self._check_edit()
         if isinstance(self.commit, CommitAll) and self.remask is None:
             raise ValueError("sampler.remask: CommitAll fixes all at once without one. Try: LowestConfidence.")
         if self.verifies and (self.guidance or self.cache is not None):
@@ -132,8 +169,31 @@ class BlockSampler:
             raise ValueError(
                 "sampler.block_causal: a hidden copy of the block would see all of it. Try: no such remask."
             )
+        if self.any_order and (self.block_causal or self.cache is not None or self.remask is not None):
+            raise ValueError(
+                "sampler.any_order: what a token sees is settled when it is committed, which remask rules undo, and"
+                " neither caches nor block_causal know of it. Try: any_order=false, or none of these."
+            )
         if self.cache is not None and self.memory is not None and self.memory.looks_ahead:
             raise ValueError("sampler.cache: a memory that looks beyond the block needs all of it. Try: no cache.")
+
+    def _check_edit(self) -> None:
+        """Refuse parts that an edit rule does not go with."""
+        if self.commit.quotas(self.block_length, self.steps_per_block) is not None:
+            raise ValueError(
+                f"sampler.edit: {type(self.commit).__name__} plans the steps of a block, and edits take more. "
+                "Try: sampler.commit._target_=d1lit.sampling.Threshold, or another rule that decides from predictions."
+            )
+        if self.remask is not None or self.memory is not None or self.any_order:
+            raise ValueError(
+                "sampler.edit: remask rules and memories reckon with tokens that stay as they were fixed, and so does"
+                " any_order. Try: none of these."
+            )
+        if self.is_approximate:
+            raise ValueError(
+                "sampler.edit: how far an approximate cache strays is told by replaying the commit steps, which edits"
+                " undo. Try: no cache, or block_causal=true for a network trained so."
+            )
 
     @property
     def num_blocks(self) -> int:
@@ -146,14 +206,26 @@ class BlockSampler:
         return max(1, self.num_steps // self.num_blocks)
 
     @property
+    def total_steps(self) -> int:
+        """Denoising steps planned for a completion."""
+        return self.num_blocks * self.steps_per_block
+
+    @property
     def verifies(self) -> bool:
         """True where every forward carries a hidden copy of the block."""
         return self.remask is not None and self.remask.verifies
 
     @property
-    def remasks(self) -> bool:
-        """True where a token may be hidden again: then no commit step tells what the network saw."""
-        return self.remask is not None
+    def reviser(self) -> RemaskRule | EditRule | None:
+        """The part that hides or replaces tokens that stood: with one no commit step tells what the network saw."""
+        return self.edit if self.remask is None else self.remask
+
+    @property
+    def blank_only(self) -> str | None:
+        """Key and kind of the part that makes no sense of tokens which stood beforehand; None: `complete` works."""
+        parts = {"remask": self.remask, "edit": self.edit, "tree": self.tree}
+        named = (f"{key}: {type(part).__name__}" for key, part in parts.items() if part is not None)
+        return next(named, "any_order: it" if self.any_order else None)
 
     def __call__(self, policy: MaskPredictor, prompts: PromptBatch, group_size: int, draws: Draws) -> Rollout:
         """`group_size` completions of each prompt, adjacent.
@@ -161,20 +233,70 @@ class BlockSampler:
         Raises:
             ValueError: no prompts, or a group of none; or a network that a part cannot work with.
         """
+        return self._sampled(policy, prompts, group_size, draws, None)
+
+    def complete(
+        self,
+        policy: MaskPredictor,
+        prompts: PromptBatch,
+        group_size: int,
+        draws: Draws,
+        canvas: Int[Tensor, "N C"],
+    ) -> Rollout:
+        """The same around tokens that stand already: only the masks of `canvas` are filled, a block's over its steps.
+
+        A given token is never hidden, drawn or scored: its commit step is `GIVEN`.
+
+        Raises:
+            ValueError: as above; or a canvas of another shape, or a part that has to begin at a blank one.
+        """
+        shape = (len(prompts.row_ids) * group_size, self.completion_length)
+        if tuple(canvas.shape) != shape:
+            raise ValueError(f"sampler: a canvas of {tuple(canvas.shape)} for completions of {shape}. Try: one a row.")
+        if self.blank_only is not None:
+            raise ValueError(
+                f"sampler.{self.blank_only} reckons with the tokens that the sampler fixed, and knows of none that "
+                "were given. Try: a sampler without it."
+            )
+        return self._sampled(policy, prompts, group_size, draws, canvas)
+
+    def _sampled(
+        self,
+        policy: MaskPredictor,
+        prompts: PromptBatch,
+        group_size: int,
+        draws: Draws,
+        given: Int[Tensor, "N C"] | None,
+    ) -> Rollout:
         if group_size < 1 or len(prompts.row_ids) == 0:
             raise ValueError(
                 f"sampler: {len(prompts.row_ids)} prompts in groups of {group_size} make no rollout. Try: at least one."
             )
-        if self.verifies and isinstance(policy, Policy) and policy.network.config.shift:
+        if self.tree is not None and group_size != self.tree.leaves:
+            leaves = self.tree.leaves
+            raise ValueError(f"sampler.tree: {leaves} leaves are no group of {group_size}. Try: group_size={leaves}.")
+        if (self.verifies or self.any_order) and isinstance(policy, Policy) and policy.network.config.shift:
+            part = f"remask: {type(self.remask).__name__}" if self.verifies else "any_order: it"
             raise ValueError(
-                f"sampler.remask: {type(self.remask).__name__} needs a network that predicts a token at its own place,"
-                " not at the one before. Try: model=llada_8b, or another sampler."
+                f"sampler.{part} needs a network that predicts a token at its own place, not at the one before."
+                " Try: model=llada_8b, or another sampler."
             )
-        most_steps = self.num_blocks * max(self.steps_per_block, self.block_length) if self.record_trace else 0
+        checks = 0 if self.edit is None else self.edit.num_checks
+        most_steps = self.num_blocks * (max(self.steps_per_block, self.block_length) + checks)
         with evaluation_mode(policy), torch.inference_mode():
-            rows = lay_out(prompts, group_size, self.completion_length, policy.mask_token_id, most_steps)
+            rows = lay_out(
+                prompts,
+                group_size,
+                self.completion_length,
+                policy.mask_token_id,
+                most_steps if self.record_trace else 0,
+                given,
+            )
             self._fill(policy, rows, draws)
-        return rows.rollout(policy.eos_token_id)
+        rollout = rows.rollout(policy.eos_token_id)
+        if self.tree is None:
+            return rollout
+        return replace(rollout, edge=edges(self.tree, rollout.commit_step, self.total_steps))
 
     @property
     def is_approximate(self) -> bool:
@@ -188,18 +310,23 @@ class BlockSampler:
     def _fill(self, policy: MaskPredictor, rows: CanvasBatch, draws: Draws) -> None:
         """Block after block for the rows on board; a finished row makes room for one that waits."""
         waiting = list(range(len(rows.row_ids)))[::-1]
-        room = self.rows_per_forward or 2 * len(waiting)
-        room = room // 2 if self.guidance else room
+        room = self._room(self.rows_per_forward or 2 * len(waiting))
+        together = 1 if self.tree is None else self.tree.leaves
         aboard: dict[int, int] = {}  # row -> its next block
         while waiting or aboard:
             # Rows under a cache share the span that a forward computes, so they board and travel together.
-            while waiting and len(aboard) < room and (self.cache is None or not any(aboard.values())):
-                aboard[waiting.pop()] = 0
+            while waiting and len(aboard) + together <= room and (self.cache is None or not any(aboard.values())):
+                aboard |= {waiting.pop(): 0 for _ in range(together)}
             self._fill_block(policy, rows, self._wave(rows, aboard), draws)
             aboard = {row: block + 1 for row, block in aboard.items() if block + 1 < self.num_blocks}
             if self.stop_at_eos and aboard:
-                ended = rows.end_at_eos(torch.tensor(list(aboard), device=rows.ids.device), policy.eos_token_id)
+                index, done = torch.tensor([list(aboard), list(aboard.values())], device=rows.ids.device)
+                ended = rows.end_at_eos(index, done * self.block_length, policy.eos_token_id)
                 aboard = {row: aboard[row] for row, end in zip(list(aboard), ended, strict=True) if not end}
+
+    def _room(self, rows: int) -> int:
+        """How many rows of the call make at most so many rows of a forward."""
+        return rows // 2 if self.guidance else rows
 
     def _wave(self, rows: CanvasBatch, aboard: dict[int, int]) -> _Wave:
         """The rows on board at their blocks."""
@@ -207,7 +334,7 @@ class BlockSampler:
         index = torch.tensor(list(aboard), device=device)
         first = torch.tensor(list(aboard.values()), device=device) * self.block_length
         if self.cache is None:
-            return _Wave(index, first)
+            return _Wave(index, first, rows=() if self.tree is None else tuple(aboard.items()))
         (block,) = set(aboard.values())
         start = rows.prompt_length + block * self.block_length
         span = self.cache.span(start, start + self.block_length, rows.ids.shape[1])
@@ -217,36 +344,62 @@ class BlockSampler:
         """All denoising steps of one block of each row."""
         if rows.memory is not None and rows.memory.width == self.block_length:
             rows.memory.forget(wave.index)
-        quotas = self.commit.quotas(self.block_length, self.steps_per_block)
+        plan = self._plan(policy, rows, wave)
         computed = 0
-        if quotas is not None:
-            left = self.block_length
-            for step, quota in enumerate(quotas):
+        if plan is not None:
+            for step, (left, most, quota) in enumerate(plan):
                 # A step that fixes nothing changes nothing: it keeps its number and needs no forward.
-                if quota:
+                if most:
                     self._step(policy, rows, wave, left, _Moment(step, quota, computed == 0), draws)
                     computed += 1
                 rows.close_step(wave.index)
-                left -= quota
             return
+        if self.edit is not None:
+            rows.checks[wave.index] = self.edit.num_checks
         while True:
-            counts = self._masked(policy, rows, wave).sum(1).tolist()
+            masked = self._masked(policy, rows, wave).sum(1)
+            counts, checks = torch.stack([masked, rows.checks[wave.index]]).tolist()
+            busy = [place for place, left in enumerate(zip(counts, checks, strict=True)) if any(left)]
             goes_on = self.remask is not None and self.remask.runs_all_steps and computed < self.steps_per_block
-            if not any(counts) and not goes_on:
+            if not busy and not goes_on:
                 return
-            if not all(counts) and not goes_on:
-                wave = wave.select([place for place, count in enumerate(counts) if count], self.guidance > 0)
+            if len(busy) < len(counts) and not goes_on:
+                wave = wave.select(busy, self.guidance > 0)
             moment, verified = _Moment(computed, None, computed == 0), None
-            if any(counts):
-                verified = self._step(policy, rows, wave, max(counts), moment, draws)
+            if busy:
+                width = max(counts) if self.edit is None else self.block_length
+                verified = self._step(policy, rows, wave, width, moment, draws)
             if self.remask is not None:
                 self._remask(self.remask, policy.mask_token_id, rows, wave, moment, verified, draws)
             rows.close_step(wave.index)
             computed += 1
 
+    def _plan(
+        self, policy: MaskPredictor, rows: CanvasBatch, wave: _Wave
+    ) -> list[tuple[int, int, int | Int[Tensor, "n 1"]]] | None:
+        """Of each step: the most masks that a row has left, the most it fixes, and what each fixes; None: unplanned."""
+        same = self.commit.quotas(self.block_length, self.steps_per_block)
+        if same is None:
+            return None
+        if not rows.has_given:
+            return [(self.block_length - sum(same[:step]), quota, quota) for step, quota in enumerate(same)]
+        counts = self._masked(policy, rows, wave).sum(1)
+        each = [self.commit.quotas(count, self.steps_per_block) for count in counts.tolist()]
+        quotas = torch.tensor(each, device=counts.device)
+        left = counts[:, None] - quotas.cumsum(1) + quotas
+        most = zip(left.amax(0).tolist(), quotas.amax(0).tolist(), strict=True)
+        return [(*numbers, quotas[:, step, None]) for step, numbers in enumerate(most)]
+
     def _masked(self, policy: MaskPredictor, rows: CanvasBatch, wave: _Wave) -> Bool[Tensor, "n block"]:
         """Which positions of the block are masked."""
         return rows.block_ids(wave.index, wave.first, self.block_length) == policy.mask_token_id
+
+    def _sharing(self, wave: _Wave, moment: _Moment) -> Sharing | None:
+        """Which rows stand at one canvas."""
+        if self.tree is None:
+            return None
+        steps = [block * self.steps_per_block + moment.step for _, block in wave.rows]
+        return sharing(self.tree, [row for row, _ in wave.rows], steps, self.total_steps, wave.index.device)
 
     def _cells(
         self, policy: MaskPredictor, rows: CanvasBatch, wave: _Wave, width: int, moment: _Moment, draws: Draws
@@ -281,15 +434,26 @@ class BlockSampler:
             The probabilities that a remask rule verifies the block by, where it asks for them.
         """
         cells = self._cells(policy, rows, wave, width, moment, draws)
-        logits, verified = self._predict(policy, rows, wave, cells, moment.fresh)
+        shared = self._sharing(wave, moment)
+        if shared is None:
+            logits, order, verified = self._predict(policy, rows, wave, cells.positions, moment.fresh)
+        else:
+            cells = replace(cells, row_ids=rows.row_ids[shared.drawn_by])
+            apart = replace(wave, index=wave.index[shared.first], first=wave.first[shared.first])
+            logits, order, verified = self._predict(policy, rows, apart, cells.positions[shared.first], moment.fresh)
+            logits, order = logits[shared.canvas], None if order is None else order[shared.canvas]
         if self.memory is not None:
             cells = replace(cells, memory=self._remembered(rows, logits))
             logits = self.memory(logits, cells)
-        choice, scores = choose(logits, cells, policy.mask_token_id, self.temperature, self.proposal, self.confidence)
-        scores = scores.masked_fill(~cells.candidates, -torch.inf)
-        selected = self.commit.select(scores, cells)
-        # The flat places of the fixed cells: known in number with a quota, so no read from the device.
-        if moment.quota is None:
+        choice, scores = choose(
+            logits, cells, policy.mask_token_id, self.temperature, self.proposal, self.confidence, order
+        )
+        selected = self.commit.select(scores.masked_fill(~cells.candidates, -torch.inf), cells)
+        if self.edit is not None:
+            choice, scores, edited = self._edit(self.edit, policy, rows, cells, (logits, order), choice, scores)
+            selected = selected | edited
+        # The flat places of the fixed cells: known in number with one quota, so no read from the device.
+        if not isinstance(moment.quota, int):
             places = selected.flatten().nonzero()[:, 0]
         else:
             columns = selected.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, : moment.quota]
@@ -302,6 +466,34 @@ class BlockSampler:
         rows.confidence[who, where] = scores.flatten()[places].float()
         rows.entropy[who, where] = entropies(logits.flatten(0, 1), places).float()
         return verified
+
+    def _edit(
+        self,
+        rule: EditRule,
+        policy: MaskPredictor,
+        rows: CanvasBatch,
+        cells: Cells,
+        predicted: tuple[Float[Tensor, "n M V"], Float[Tensor, "n M"] | None],
+        choice: Choice,
+        scores: Float[Tensor, "n M"],
+    ) -> tuple[Choice, Float[Tensor, "n M"], Bool[Tensor, "n M"]]:
+        """Choice and scores with the most probable token at the positions to replace, and which those are."""
+        assert cells.index is not None
+        best, sure = choice, scores
+        if self.temperature > 0:
+            logits, order = predicted
+            best, sure = choose(logits, cells, policy.mask_token_id, 0.0, self.proposal, self.confidence, order)
+        standing = rows.ids[cells.index[:, None], rows.prompt_length + cells.positions]
+        differs = (best.tokens.view_as(standing) != standing) & ~cells.candidates
+        edited = rule.select(best.logprobs.view_as(scores).exp(), differs)
+        flat = edited.flatten()
+        choice = Choice(
+            torch.where(flat, best.tokens, choice.tokens), torch.where(flat, best.logprobs, choice.logprobs)
+        )
+        # A step with nothing masked uses up one of the block's checks; one that changes nothing, the rest.
+        left, was_open = rows.checks[cells.index], cells.candidates.any(1)
+        rows.checks[cells.index] = torch.where(was_open, left, (left - 1) * edited.any(1))
+        return choice, torch.where(edited, sure, scores), edited
 
     def _remembered(self, rows: CanvasBatch, logits: Float[Tensor, "n M V"]) -> Memory:
         """The memory of this call, empty at first."""
@@ -344,14 +536,19 @@ class BlockSampler:
         rows.remask(wave.index, places, chosen & cells.candidates, mask_token_id)
 
     def _predict(
-        self, policy: MaskPredictor, rows: CanvasBatch, wave: _Wave, cells: Cells, fresh: bool
-    ) -> tuple[Float[Tensor, "n M V"], Float[Tensor, "n block"] | None]:
-        """Logits at the cells, counted; the first forward of a block fills the cache where there is one."""
+        self, policy: MaskPredictor, rows: CanvasBatch, wave: _Wave, positions: Int[Tensor, "n M"], fresh: bool
+    ) -> tuple[Float[Tensor, "n M V"], Float[Tensor, "n M"] | None, Float[Tensor, "n block"] | None]:
+        """Logits at some positions, counted, the order head's scores, and the probabilities a remask rule asks for.
+
+        The first forward of a block fills the cache where there is one.
+        """
         attention = None if rows.attention is None else rows.attention[wave.index]
         canvas = Canvas(rows.ids[wave.index], attention, rows.prompt_length)
         if self.block_causal:
             canvas = block_causal(canvas, self.block_length)
-        keep, length = rows.prompt_length + cells.positions, rows.ids.shape[1]
+        if self.any_order:
+            canvas = any_order(canvas, rows.commit_step[wave.index])
+        keep, length = rows.prompt_length + positions, rows.ids.shape[1]
         if self.verifies:
             canvas = with_shadow(canvas, rows.prompt_length + wave.first, self.block_length, policy.mask_token_id)
             shadow = torch.arange(length, length + self.block_length, device=keep.device)
@@ -361,9 +558,11 @@ class BlockSampler:
             span, cache = wave.span, cache.at(*wave.span)
         rows.num_forwards += 1
         rows.num_tokens_forward += len(wave.index) * (span[1] - span[0]) * (2 if self.guidance else 1)
-        logits = predict(policy, canvas, keep, self.guidance, View(span, cache))
+        logits, order = predict_with_order(policy, canvas, keep, self.guidance, View(span, cache))
         if not self.verifies:
-            return logits, None
-        logits, hidden = logits.split([cells.positions.shape[1], self.block_length], dim=1)
+            return logits, order, None
+        width = positions.shape[1]
+        order = None if order is None else order[:, :width]
+        logits, hidden = logits.split([width, self.block_length], dim=1)
         tokens = rows.block_ids(wave.index, wave.first, self.block_length)
-        return logits, (hidden.gather(2, tokens[..., None])[..., 0] - hidden.logsumexp(-1)).exp()
+        return logits, order, (hidden.gather(2, tokens[..., None])[..., 0] - hidden.logsumexp(-1)).exp()

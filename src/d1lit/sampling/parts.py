@@ -1,8 +1,9 @@
 """What the parts of a block sampler see, and the protocols they meet.
 
 A sampler is put together from orthogonal parts: a proposal (which token), a confidence (how sure), a commit rule (which
-positions are fixed now), a remask rule (which are hidden again) and a cache. Letters as in d1lit.types; here n counts
-the rows of one network call, M the positions of the active block that may still be masked, c = n * M rows of logits.
+positions are fixed now), a remask rule (which are hidden again), an edit rule (which are replaced) and a cache. Letters
+as in d1lit.types; here n counts the rows of one network call, M the positions of the active block that may still be
+masked, c = n * M rows of logits.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ class Cells:
     """Denoising step within the block."""
     num_steps: int
     """Denoising steps planned for the block."""
-    quota: int | None
-    """Tokens to fix in this step; None where the commit rule decides from the predictions."""
+    quota: int | Int[Tensor, "n 1"] | None
+    """Tokens to fix in this step, of each row where tokens were given; None where the predictions decide."""
     draws: Draws
     block_length: int = 1
     """Positions of a block, masked or not."""
@@ -96,6 +97,8 @@ class Prediction:
     probs: Float[Tensor, "c V"]
     """softmax(logits) at temperature 1, the mask token included."""
     mask_token_id: int
+    order: Float[Tensor, " c"] | None = None
+    """What the network's order head says of the positions; None without one."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,10 @@ class CommitRule(Protocol):
     """Which masked positions of the block are fixed in this step."""
 
     def quotas(self, block_length: int, num_steps: int) -> tuple[int, ...] | None:
-        """How many tokens each step fixes; None where the predictions decide, which costs a host read a step."""
+        """How many tokens each step fixes; None where the predictions decide, which costs a host read a step.
+
+        Of a block on which tokens stand from the beginning, `block_length` is the number of its masks, perhaps 0.
+        """
         ...
 
     def select(self, scores: Float[Tensor, "n M"], cells: Cells) -> Bool[Tensor, "n M"]:
@@ -185,6 +191,23 @@ class RemaskRule(Protocol):
 
     def remask(self, standing: Standing) -> Bool[Tensor, "n M"]:
         """The tokens to hide again; none in the last planned step, or the block would not end."""
+        ...
+
+
+@runtime_checkable
+class EditRule(Protocol):
+    """Which standing tokens of the block are replaced by the one that the network now finds most probable."""
+
+    @property
+    def num_checks(self) -> int:
+        """Most steps of a block with nothing masked, so that it ends; one that changes nothing is the last."""
+        ...
+
+    def select(self, probability: Float[Tensor, "n M"], differs: Bool[Tensor, "n M"]) -> Bool[Tensor, "n M"]:
+        """The positions to replace, from the probability of the most probable token (the mask left out).
+
+        `differs` is True where a token stands and is another one.
+        """
         ...
 
 

@@ -14,7 +14,7 @@ from d1lit.models.head import GPU_TAIL_BYTES
 from d1lit.sampling.cache import SpanStorage
 from d1lit.sampling.parts import Cells, Choice, Confidence, Prediction, Proposal
 from d1lit.sampling.proposal import greedy
-from d1lit.types import MaskPredictor
+from d1lit.types import MaskPredictor, OrderPredictor
 
 _CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": GPU_TAIL_BYTES}
 """Size of one temporary of the tail (softmax, scaled logits): within the cache on a CPU, few launches on a GPU."""
@@ -62,6 +62,23 @@ def block_causal(canvas: Canvas, block_length: int) -> Canvas:
     return replace(canvas, attention=seen.expand(len(ids), -1, -1))
 
 
+def any_order(canvas: Canvas, commit_step: Int[Tensor, "n C"]) -> Canvas:
+    """The canvas attended in the order of commitment (d2-AnyOrder, arXiv 2509.21474); nobody sees another's mask.
+
+    A mask sees the prompt and every committed token; a committed one the prompt, those committed before it and, of its
+    own step, those to its left; the prompt itself.
+    """
+    ids, start = canvas.ids, canvas.prompt_length
+    committed, place = commit_step >= 0, torch.arange(commit_step.shape[1], device=ids.device)
+    before = (commit_step[:, None] < commit_step[:, :, None]) | (
+        (commit_step[:, None] == commit_step[:, :, None]) & (place < place[:, None])
+    )
+    attention = torch.zeros(*ids.shape, ids.shape[1], dtype=torch.bool, device=ids.device)
+    attention[:, :, :start] = True if canvas.attention is None else canvas.attention[:, None, :start]
+    attention[:, start:, start:] = committed[:, None] & (before | ~committed[:, :, None])
+    return replace(canvas, attention=attention | torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device))
+
+
 def guided(
     conditional: Float[Tensor, "n M V"], unconditional: Float[Tensor, "n M V"], guidance: float
 ) -> Float[Tensor, "n M V"]:
@@ -80,9 +97,17 @@ class View:
 def predict(
     policy: MaskPredictor, canvas: Canvas, keep: Int[Tensor, "n M"], guidance: float, view: View | None = None
 ) -> Float[Tensor, "n M V"]:
-    """Logits at the kept positions of the canvas; with guidance, both halves go through the network in one call.
+    """Logits at the kept positions of the canvas."""
+    return predict_with_order(policy, canvas, keep, guidance, view)[0]
 
-    The unconditional half sees every prompt position as a mask, left padding included (as LLaDA and d1 do).
+
+def predict_with_order(
+    policy: MaskPredictor, canvas: Canvas, keep: Int[Tensor, "n M"], guidance: float, view: View | None = None
+) -> tuple[Float[Tensor, "n M V"], Float[Tensor, "n M"] | None]:
+    """Logits at the kept positions of the canvas, and the scores of the order head where the network has one.
+
+    With guidance both halves go through the network in one call, and the conditional one says the order. The
+    unconditional half sees every prompt position as a mask, left padding included (as LLaDA and d1 do).
     """
     ids, attention = canvas.ids, canvas.attention
     if guidance:
@@ -95,11 +120,13 @@ def predict(
         start, stop = view.span
         ids, keep, cache = ids[:, start:stop], keep - start, view.cache
         attention = attention[:, start:stop] if attention is not None and attention.dim() == 3 else attention
-    logits = policy.head(policy.hidden(ids, attention, canvas.position_ids, keep, cache))
+    hidden = policy.hidden(ids, attention, canvas.position_ids, keep, cache)
+    logits = policy.head(hidden)
+    order = policy.order_scores(hidden[: len(canvas.ids)]) if isinstance(policy, OrderPredictor) else None
     if not guidance:
-        return logits
+        return logits, order
     conditional, unconditional = logits.chunk(2)
-    return guided(conditional, unconditional, guidance)
+    return guided(conditional, unconditional, guidance), order
 
 
 def rows_per_chunk(logits: Float[Tensor, "c V"]) -> int:
@@ -115,6 +142,7 @@ def choose(
     temperature: float,
     proposal: Proposal,
     confidence: Confidence,
+    order_scores: Float[Tensor, "n M"] | None = None,
 ) -> tuple[Choice, Float[Tensor, "n M"]]:
     """A token and a confidence for each cell (the choice is flat, n * M).
 
@@ -129,7 +157,8 @@ def choose(
     tokens, logprobs, scores = [], [], []
     for start in range(0, len(flat), size):
         part = slice(start, start + size)
-        prediction = Prediction(flat[part], torch.softmax(flat[part], dim=-1), mask_token_id)
+        ranked = None if order_scores is None else order_scores.flatten()[part]
+        prediction = Prediction(flat[part], torch.softmax(flat[part], dim=-1), mask_token_id, ranked)
         choice = greedy(prediction) if noise is None else proposal.draw(prediction, temperature, noise[part])
         scores.append(confidence.score(prediction, choice, positions[part], None if order is None else order[part]))
         tokens.append(choice.tokens)

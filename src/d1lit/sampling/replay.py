@@ -10,7 +10,7 @@ from torch import Tensor
 
 from d1lit.sampling.prediction import Canvas, evaluation_mode, predict
 from d1lit.sampling.proposal import tempered_logits
-from d1lit.types import MaskPredictor, Rollout
+from d1lit.types import GIVEN, MaskPredictor, Rollout
 
 
 @runtime_checkable
@@ -32,7 +32,7 @@ def replayed_logprobs(
 ) -> Float[Tensor, "n C"]:
     """Log-probability of each token on the canvas it was chosen on, by a full forward; 0 where none was chosen.
 
-    The canvases follow from the commit steps, so this is meant for samplers that never remask. One forward a
+    The canvases follow from the commit steps, so this is meant for samplers that neither remask nor edit. One forward a
     step for the rows that fixed something in it; for diagnosis, not for training.
 
     Args:
@@ -53,7 +53,7 @@ def replayed_logprobs(
             active = chosen.any(1).nonzero()[:, 0]
             width = int(chosen.sum(1).max())
             places = chosen[active].to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :width]
-            fixed = (steps[active] >= 0) & (steps[active] < step)
+            fixed = ((steps[active] >= 0) & (steps[active] < step)) | (steps[active] == GIVEN)
             completion = torch.where(fixed, tokens[active], policy.mask_token_id)
             canvas = Canvas(
                 torch.cat([prompt_ids[active], completion], 1), None if attention is None else attention[active], length

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from d1lit.sampling.parts import Memory
-from d1lit.types import PromptBatch, Rollout
+from d1lit.types import GIVEN, UNREACHED, PromptBatch, Rollout
 
 
 @dataclass
@@ -28,7 +28,11 @@ class CanvasBatch:
     entropy: Float[Tensor, "N C"]
     steps_taken: Int[Tensor, " N"]
     """Denoising steps of each row so far: the index its next step carries in the record."""
+    checks: Int[Tensor, " N"]
+    """Steps that each row may still take with nothing masked in its block, where tokens are edited."""
     trace: Int[Tensor, "S N C"] | None
+    has_given: bool = False
+    """Whether tokens may stand on the canvas from the beginning: then rows differ in how much of a block is masked."""
     memory: Memory | None = None
     """What the sampler's memory keeps from step to step."""
     num_forwards: int = 0
@@ -61,15 +65,22 @@ class CanvasBatch:
         who, column = chosen.nonzero(as_tuple=True)
         rows, where = index[who], places[who, column]
         self.ids[rows, self.prompt_length + where] = mask_token_id
-        self.commit_step[rows, where] = -1
+        self.commit_step[rows, where] = UNREACHED
         for record in (self.sampled_logprobs, self.confidence, self.entropy):
             record[rows, where] = 0
 
-    def end_at_eos(self, index: Int[Tensor, " n"], eos: int) -> list[bool]:
-        """Which rows hold EOS; what they never reached is filled with it. The one read from the device in a block."""
+    def end_at_eos(self, index: Int[Tensor, " n"], done: Int[Tensor, " n"], eos: int) -> list[bool]:
+        """Which rows hold EOS; what they never reached is filled with it. The one read from the device in a block.
+
+        Args:
+            index: the rows.
+            done: how many places of each completion are finished; an EOS given beyond them ends nothing yet.
+            eos: the token.
+        """
         completion = self.ids[index, self.prompt_length :]
-        ended = (completion == eos).any(1)
-        unreached = ended[:, None] & (self.commit_step[index] < 0)
+        finished = torch.arange(completion.shape[1], device=done.device) < done[:, None]
+        ended = ((completion == eos) & finished).any(1)
+        unreached = ended[:, None] & (self.commit_step[index] == UNREACHED)
         self.ids[index, self.prompt_length :] = torch.where(unreached, eos, completion)
         return ended.tolist()
 
@@ -98,9 +109,14 @@ class CanvasBatch:
 
 
 def lay_out(
-    prompts: PromptBatch, group_size: int, completion_length: int, mask_token_id: int, trace_steps: int
+    prompts: PromptBatch,
+    group_size: int,
+    completion_length: int,
+    mask_token_id: int,
+    trace_steps: int,
+    given: Int[Tensor, "N C"] | None = None,
 ) -> CanvasBatch:
-    """Every row with its prompt and a masked completion.
+    """Every row with its prompt and a masked completion, or one on which tokens stand already.
 
     Args:
         prompts: the prompts; each is repeated for its group.
@@ -108,6 +124,7 @@ def lay_out(
         completion_length: masks after the prompt.
         mask_token_id: what stands there.
         trace_steps: steps that the trace holds; 0 for no trace.
+        given: the completions to begin with, masks where the sampler is to write; None: masks all over.
     """
     prompt_ids = prompts.prompt_ids.repeat_interleave(group_size, 0)
     shape, device = (len(prompt_ids), completion_length), prompt_ids.device
@@ -115,7 +132,7 @@ def lay_out(
     if not bool(prompts.prompt_mask.all()):
         seen = torch.ones(shape, dtype=torch.bool, device=device)
         attention = torch.cat([prompts.prompt_mask.repeat_interleave(group_size, 0), seen], 1)
-    canvas = torch.full(shape, mask_token_id, dtype=prompt_ids.dtype, device=device)
+    canvas = torch.full(shape, mask_token_id, dtype=prompt_ids.dtype, device=device) if given is None else given
     place = torch.arange(group_size, device=device)
     return CanvasBatch(
         prompts=prompts,
@@ -123,12 +140,14 @@ def lay_out(
         ids=torch.cat([prompt_ids, canvas], 1),
         attention=attention,
         row_ids=(prompts.row_ids[:, None] * group_size + place).flatten(),
-        commit_step=torch.full(shape, -1, dtype=torch.int64, device=device),
+        commit_step=torch.where(canvas == mask_token_id, UNREACHED, GIVEN),
         sampled_logprobs=torch.zeros(shape, device=device),
         confidence=torch.zeros(shape, device=device),
         entropy=torch.zeros(shape, device=device),
         steps_taken=torch.zeros(len(prompt_ids), dtype=torch.int64, device=device),
+        checks=torch.zeros(len(prompt_ids), dtype=torch.int64, device=device),
         trace=canvas.expand(trace_steps, *shape).clone() if trace_steps else None,
+        has_given=given is not None,
     )
 
 

@@ -165,6 +165,10 @@ class MixedTask:
         mixed = self._in_shares(pairs) if split == "train" else [pair for part in pairs.values() for pair in part]
         return [ids for ids, _ in mixed], [example for _, example in mixed], dropped
 
+    def worked(self, example: Example) -> str | None:
+        """A correct answer to a row, as its own task writes it."""
+        return self.tasks[example["task"]].worked(example)
+
     def _in_shares(self, rows: Mapping[str, list[Any]]) -> list[Any]:
         """An epoch: as long as the member that has most rows for its share needs, the others' rows repeated."""
         per_share = max(len(rows[name]) / self.shares[name] for name in self.tasks)

@@ -236,6 +236,11 @@ class Task:
             )
         return _sample(found, count, seed)
 
+    def worked(self, example: Example) -> str | None:
+        """A correct answer to one of the task's own rows, as a completion; None where the row has none."""
+        answer = self.source.worked(example, self.short_traces)
+        return None if answer is None else answer.removeprefix(self.template.prefill)
+
     def validation_demonstrations(self) -> list[dict[str, Any]]:
         """Rows with a `completion` that no stage trains on: worked validation rows, or those cut from outside data."""
         if self.demonstration_data != OWN_ROWS:
