@@ -17,7 +17,7 @@ from d1lit.data import InnerUpdate
 from d1lit.draws import CounterDraws
 from d1lit.errors import RunError
 from d1lit.joint_scoring import likelihoods
-from d1lit.losses import check_pair, check_place, check_trajectory, check_tree
+from d1lit.losses import check_place
 from d1lit.losses.terms import KLEstimator, k1
 from d1lit.models import Policy
 from d1lit.models.sharding import gathered_parameters
@@ -38,7 +38,6 @@ from d1lit.modules.inpainting import (
     CompletingSampler,
     Inpainting,
     WorkedAnswer,
-    check_inpainting,
     prompts_of,
     replaced,
     with_verdicts,
@@ -52,6 +51,7 @@ from d1lit.modules.optimizing import (
     trainable_state,
 )
 from d1lit.modules.refilling import JudgedRollout, lacks_spread, refilled
+from d1lit.modules.refusals import check_grpo
 from d1lit.processes import all_gather_objects, gathered_rows
 from d1lit.rewards.parts import RewardParts, outcome_fraction
 from d1lit.sampling import ApproximateSampler
@@ -162,59 +162,7 @@ class DiffuGRPO(L.LightningModule):
         """The rollout before which the reference moved last; a run stopped within that one does not move it again."""
         self.strict_loading = False  # frozen weights are not in a checkpoint: the stage starts from them
 
-    @staticmethod
-    def check(
-        estimator: LogProbEstimator,
-        loss: PolicyLoss,
-        sampler: Sampler,
-        group_size: int,
-        num_inner_updates: int,
-        reference_sync_every: int | None = None,
-        reference_sync_weight: float = 1.0,
-        views_per_chunk: int | None = None,
-        allow_unsound_pair: bool = False,
-        num_refills: int = 0,
-        kl_in_reward: float = 0.0,
-        advantage: Advantage | None = None,
-        inpainting: Inpainting | None = None,
-        **others: Any,
-    ) -> None:
-        """Refuse what cannot learn, before there is a network.
-
-        Raises:
-            ValueError: naming the key, the value and the cure.
-        """
-        check_pair(estimator, loss, allow=allow_unsound_pair)
-        check_trajectory(estimator, sampler)
-        check_tree(sampler, estimator, advantage, loss, group_size)
-        if num_refills < 0:
-            raise ValueError(f"module.num_refills: {num_refills} is below 0. Try: 0 (no dynamic sampling), or 2")
-        if kl_in_reward < 0 or (kl_in_reward and estimator.traits.needs_advantages):
-            cause = f"{kl_in_reward} is below 0" if kl_in_reward < 0 else f"{type(estimator).__name__} needs advantages"
-            raise ValueError(f"module.kl_in_reward: {cause}, which come after the reward. Try: loss.beta, or 0")
-        if num_inner_updates < 1:
-            raise ValueError(f"module.num_inner_updates: {num_inner_updates} is below 1. Try: 1 or more")
-        if reference_sync_every is not None and reference_sync_every < 1:
-            cause = f"module.reference_sync_every: {reference_sync_every} is below 1"
-            raise ValueError(f"{cause}. Try: 1 or more optimizer steps, or null for a reference that stays")
-        if reference_sync_every is not None and not (kl_in_reward or loss.traits.needs_reference):
-            cause = f"module.reference_sync_every: {reference_sync_every}, but this loss has no reference to move"
-            raise ValueError(f"{cause}. Try: loss.beta=0.04, or null")
-        if not 0 <= reference_sync_weight <= 1:
-            cause = f"module.reference_sync_weight: {reference_sync_weight} is not in [0, 1]"
-            raise ValueError(f"{cause}. Try: 1, which copies the policy")
-        if views_per_chunk is not None and views_per_chunk < 1:
-            raise ValueError(f"module.views_per_chunk: {views_per_chunk} is below 1. Try: null (all at once), or 8")
-        if loss.traits.group_size not in (None, group_size):
-            cause = f"module.group_size: {group_size}, but {type(loss).__name__} takes {loss.traits.group_size}"
-            raise ValueError(f"{cause}. Try: {loss.traits.group_size} [E207]")
-        if group_size < 2:
-            raise ValueError(
-                f"module.group_size: {group_size} leaves nothing to compare a rollout with (advantages would be 0). "
-                "Try: 2 or more"
-            )
-        if inpainting is not None:
-            check_inpainting(inpainting, estimator, sampler, group_size)
+    check = staticmethod(check_grpo)
 
     # ------------------------------------------------------------------------------------------------------ the method
 

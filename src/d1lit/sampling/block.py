@@ -10,9 +10,6 @@ from torch import Tensor
 
 from d1lit.models import Policy
 from d1lit.sampling.cache import RolloutCache, SpanStorage
-from d1lit.sampling.commit import CommitAll, CumulativeEntropyBounded, EntropyBounded
-from d1lit.sampling.confidence import NegativeEntropy
-from d1lit.sampling.memory import PredictionChange, StableThreshold
 from d1lit.sampling.parts import (
     Cells,
     Choice,
@@ -35,10 +32,11 @@ from d1lit.sampling.prediction import (
     evaluation_mode,
     predict_with_order,
 )
+from d1lit.sampling.refusals import check_sampler
 from d1lit.sampling.remask import with_shadow
 from d1lit.sampling.replay import approximation_nats
 from d1lit.sampling.rows import CanvasBatch, lay_out
-from d1lit.sampling.sharing import Sharing, check_tree, edges, sharing
+from d1lit.sampling.sharing import Sharing, edges, sharing
 from d1lit.types import Draws, MaskPredictor, PromptBatch, Rollout, Tree
 
 
@@ -119,81 +117,7 @@ class BlockSampler:
     sampler's law; rows at one canvas share a forward. None: they are independent."""
 
     def __post_init__(self) -> None:
-        for key in ("completion_length", "num_steps", "block_length"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"sampler.{key}: {getattr(self, key)} must be at least 1. Try: a positive number.")
-        if self.completion_length % self.block_length:
-            raise ValueError(
-                f"sampler.block_length: {self.block_length} does not divide completion_length"
-                f" {self.completion_length}. Try: a divisor of {self.completion_length}."
-            )
-        for key in ("temperature", "guidance"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"sampler.{key}: {getattr(self, key)} must not be below 0. Try: 0.")
-        if self.rows_per_forward is not None and self.rows_per_forward < (2 if self.guidance else 1):
-            raise ValueError(
-                f"sampler.rows_per_forward: {self.rows_per_forward} leaves no room for a row"
-                " (a guided one counts twice). Try: 2 or more."
-            )
-        self._check_parts()
-        if self.tree is not None:
-            quotas = self.commit.quotas(self.block_length, self.steps_per_block)
-            room = None if self.rows_per_forward is None else self._room(self.rows_per_forward)
-            check_tree(self.tree, self.total_steps, room, quotas is not None, self.cache is not None)
-
-    def _check_parts(self) -> None:
-        """Refuse parts that do not fit each other."""
-        bounded = isinstance(self.commit, EntropyBounded | CumulativeEntropyBounded)
-        if bounded and not isinstance(self.confidence, NegativeEntropy):
-            raise ValueError(
-                f"sampler.confidence: {type(self.confidence).__name__} is no entropy, which"
-                f" {type(self.commit).__name__} bounds. Try: NegativeEntropy."
-            )
-        if isinstance(self.commit, StableThreshold) != isinstance(self.memory, PredictionChange):
-            raise ValueError("sampler.memory: StableThreshold reads what PredictionChange keeps. Try: both or neither.")
-        if self.remask is not None and self.commit.quotas(self.block_length, self.steps_per_block) is not None:
-            raise ValueError(
-                f"sampler.remask: {type(self.commit).__name__} fixes so many tokens whatever is remasked. "
-                "Try: the commit rule of the same paper, or a threshold."
-            )
-        if self.edit is not None:
-            self._check_edit()
-        if isinstance(self.commit, CommitAll) and self.remask is None:
-            raise ValueError("sampler.remask: CommitAll fixes all at once without one. Try: LowestConfidence.")
-        if self.verifies and (self.guidance or self.cache is not None):
-            raise ValueError(
-                f"sampler.remask: {type(self.remask).__name__} lays a hidden copy of the block behind the canvas, which"
-                " guidance and caches do not know. Try: guidance=0 and no cache."
-            )
-        if self.block_causal and self.verifies:
-            raise ValueError(
-                "sampler.block_causal: a hidden copy of the block would see all of it. Try: no such remask."
-            )
-        if self.any_order and (self.block_causal or self.cache is not None or self.remask is not None):
-            raise ValueError(
-                "sampler.any_order: what a token sees is settled when it is committed, which remask rules undo, and"
-                " neither caches nor block_causal know of it. Try: any_order=false, or none of these."
-            )
-        if self.cache is not None and self.memory is not None and self.memory.looks_ahead:
-            raise ValueError("sampler.cache: a memory that looks beyond the block needs all of it. Try: no cache.")
-
-    def _check_edit(self) -> None:
-        """Refuse parts that an edit rule does not go with."""
-        if self.commit.quotas(self.block_length, self.steps_per_block) is not None:
-            raise ValueError(
-                f"sampler.edit: {type(self.commit).__name__} plans the steps of a block, and edits take more. "
-                "Try: sampler.commit._target_=d1lit.sampling.Threshold, or another rule that decides from predictions."
-            )
-        if self.remask is not None or self.memory is not None or self.any_order:
-            raise ValueError(
-                "sampler.edit: remask rules and memories reckon with tokens that stay as they were fixed, and so does"
-                " any_order. Try: none of these."
-            )
-        if self.is_approximate:
-            raise ValueError(
-                "sampler.edit: how far an approximate cache strays is told by replaying the commit steps, which edits"
-                " undo. Try: no cache, or block_causal=true for a network trained so."
-            )
+        check_sampler(self)
 
     @property
     def num_blocks(self) -> int:
@@ -310,7 +234,7 @@ class BlockSampler:
     def _fill(self, policy: MaskPredictor, rows: CanvasBatch, draws: Draws) -> None:
         """Block after block for the rows on board; a finished row makes room for one that waits."""
         waiting = list(range(len(rows.row_ids)))[::-1]
-        room = self._room(self.rows_per_forward or 2 * len(waiting))
+        room = self.room_for(self.rows_per_forward or 2 * len(waiting))
         together = 1 if self.tree is None else self.tree.leaves
         aboard: dict[int, int] = {}  # row -> its next block
         while waiting or aboard:
@@ -324,7 +248,7 @@ class BlockSampler:
                 ended = rows.end_at_eos(index, done * self.block_length, policy.eos_token_id)
                 aboard = {row: aboard[row] for row, end in zip(list(aboard), ended, strict=True) if not end}
 
-    def _room(self, rows: int) -> int:
+    def room_for(self, rows: int) -> int:
         """How many rows of the call make at most so many rows of a forward."""
         return rows // 2 if self.guidance else rows
 
