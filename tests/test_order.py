@@ -5,10 +5,23 @@ from __future__ import annotations
 import itertools
 import math
 
+import pytest
 import torch
 
 from d1lit.draws import CounterDraws
+from d1lit.estimators.learned_order import LearnedOrderEstimator
 from d1lit.estimators.order import OrderedTraceEstimator, plackett_luce
+from d1lit.losses import check_trajectory
+from d1lit.sampling import (
+    BlockSampler,
+    EvenSchedule,
+    FixedQuota,
+    InverseCDF,
+    PlackettLuce,
+    SampledLogProb,
+    TokenProbability,
+)
+from d1lit.sampling.order_head import OrderScore
 from d1lit.types import Context, Rollout
 
 
@@ -96,3 +109,23 @@ def test_steps_after_the_last_valid_token_say_nothing():
     context = Context(rollout, torch.ones(1), 0, 1, 9, CounterDraws(0))
     views = OrderedTraceEstimator(block_length=2, order_temperature=1.0, temperature=1.0).corrupt(context)
     assert (views.weight[0] > 0).sum(1).tolist() == [2, 1, 0, 0]
+
+
+def test_an_order_is_scored_only_where_the_sampler_draws_it_so():
+    laws = {
+        "fixed": TokenProbability(),
+        "drawn": PlackettLuce(SampledLogProb(), 0.5),
+        "learnt": PlackettLuce(OrderScore(), 1.0),
+    }
+    for estimator, wants in ((OrderedTraceEstimator(2, 0.5, 1.0), "drawn"), (LearnedOrderEstimator(2, 1.0), "learnt")):
+        for law, confidence in laws.items():
+            parts = (InverseCDF(), confidence, FixedQuota(EvenSchedule()), True)
+            sampler = BlockSampler(4, 4, 2, 1.0, 0.0, *parts)
+            assert sampler.order_law == law
+            if law == wants:
+                check_trajectory(estimator, sampler)
+                continue
+            with pytest.raises(
+                ValueError, match=rf"^estimator: .* {wants}, and the sampler's is {law}\. Try: sampler="
+            ):
+                check_trajectory(estimator, sampler)

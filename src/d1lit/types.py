@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Unit = Literal["token", "sequence", "view", "step"]
+OrderLaw = Literal["fixed", "drawn", "learnt"]
 Outcome = Literal["ok", "unparsed", "refused", "timeout", "error", "skipped"]
 Example = Mapping[str, Any]
 Metrics = dict[str, Tensor]
@@ -276,8 +277,9 @@ class EstimatorTraits:
     """It scores places that see each a context of their own: no network that predicts a token at the one before."""
     needs_advantages: bool = False
     """Its likelihood depends on the advantages."""
-    needs_order_head: bool = False
-    """It asks for scores of `POSITION`: the stage gives the network an order head, which learns with the policy."""
+    order: OrderLaw | None = None
+    """The order it scores: drawn from the predictions, or learnt: then it asks for scores of `POSITION`, and the stage
+    gives the network an order head, which learns with the policy. None: it scores none."""
     is_mean_field: bool = False
     """All tokens are scored in one view, as if they were independent of each other."""
     is_upper_bound: bool = False

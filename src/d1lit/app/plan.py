@@ -58,7 +58,7 @@ class StageParts:
     def trains_order_head(self) -> bool:
         """Whether the stage's estimator asks for a head that scores positions."""
         estimator = self.module.keywords.get("estimator") if isinstance(self.module, partial) else None
-        return isinstance(estimator, LogProbEstimator) and estimator.traits.needs_order_head
+        return isinstance(estimator, LogProbEstimator) and estimator.traits.order == "learnt"
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class LearnedOrderEstimator:
     exclude_mask: bool = False
     """Leave the mask token out of the softmax, as the sampler does; published code lets it take its share."""
     traits: ClassVar[EstimatorTraits] = EstimatorTraits(
-        "step", needs_trace=True, needs_order_head=True, parts=frozenset({"tokens", "order"})
+        "step", needs_trace=True, order="learnt", parts=frozenset({"tokens", "order"})
     )
 
     def corrupt(self, context: Context) -> Corruption:

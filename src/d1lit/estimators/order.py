@@ -49,7 +49,9 @@ class OrderedTraceEstimator:
     temperature: float
     exclude_mask: bool = False
     """Leave the mask token out of the softmax, as the sampler does; published code lets it take its share."""
-    traits: ClassVar[EstimatorTraits] = EstimatorTraits("step", needs_trace=True, parts=frozenset({"tokens", "order"}))
+    traits: ClassVar[EstimatorTraits] = EstimatorTraits(
+        "step", needs_trace=True, order="drawn", parts=frozenset({"tokens", "order"})
+    )
 
     def corrupt(self, context: Context) -> Corruption:
         """A view a step, which scores everything still hidden in the step's block, after the end too.

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from d1lit.losses.clipped import ClippedPolicyLoss, SequenceClippedLoss
 from d1lit.losses.policy_gradient import MaskwiseBoundLoss
 from d1lit.losses.terms import k1, k3
-from d1lit.types import Advantage, LogProbEstimator, PolicyLoss, Sampler, Tree
+from d1lit.types import Advantage, LogProbEstimator, OrderLaw, PolicyLoss, Sampler, Tree
 
 
 @runtime_checkable
@@ -20,8 +20,18 @@ class Revising(Protocol):
         ...
 
 
+@runtime_checkable
+class Ordering(Protocol):
+    """A sampler that says how it chooses the positions of a step."""
+
+    @property
+    def order_law(self) -> OrderLaw:
+        """By rank, drawn, or drawn from a learnt score."""
+        ...
+
+
 def check_trajectory(estimator: LogProbEstimator, sampler: Sampler) -> None:
-    """Refuse an estimator that replays commit steps on a sampler that remasks or edits.
+    """Refuse an estimator that replays commit steps on a sampler that remasks or edits, or an order it does not draw.
 
     The steps recorded are those of the last time each token was written; the canvases they imply never stood before the
     network, so the replayed likelihood is that of no trajectory.
@@ -34,6 +44,13 @@ def check_trajectory(estimator: LogProbEstimator, sampler: Sampler) -> None:
             f"estimator: {type(estimator).__name__} with {type(sampler.reviser).__name__} is refused: it replays the "
             "rollout's commit steps, and a sampler that remasks or edits passes through other canvases. "
             "Try: estimator=one_step or estimator=elbo, or a sampler without a remask or edit rule [E207]"
+        )
+    asked = estimator.traits.order
+    if asked is not None and isinstance(sampler, Ordering) and sampler.order_law != asked:
+        cure = {"drawn": "sampler=plackett_luce_logprob", "learnt": "sampler=order_head"}[asked]
+        raise ValueError(
+            f"estimator: {type(estimator).__name__} scores an order that is {asked}, and the sampler's is "
+            f"{sampler.order_law}. Try: {cure} [E207]"
         )
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from d1lit.models import Policy
 from d1lit.sampling.cache import RolloutCache, SpanStorage
+from d1lit.sampling.confidence import PlackettLuce
+from d1lit.sampling.order_head import OrderScore
 from d1lit.sampling.parts import (
     Cells,
     Choice,
@@ -37,7 +39,7 @@ from d1lit.sampling.remask import with_shadow
 from d1lit.sampling.replay import approximation_nats
 from d1lit.sampling.rows import CanvasBatch, lay_out
 from d1lit.sampling.sharing import Sharing, edges, sharing
-from d1lit.types import Draws, MaskPredictor, PromptBatch, Rollout, Tree
+from d1lit.types import Draws, MaskPredictor, OrderLaw, PromptBatch, Rollout, Tree
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,13 @@ class BlockSampler:
     def reviser(self) -> RemaskRule | EditRule | None:
         """The part that hides or replaces tokens that stood: with one no commit step tells what the network saw."""
         return self.edit if self.remask is None else self.remask
+
+    @property
+    def order_law(self) -> OrderLaw:
+        """How the positions of a step are chosen: by rank, or drawn by Plackett-Luce, perhaps from a learnt score."""
+        if not isinstance(self.confidence, PlackettLuce):
+            return "fixed"
+        return "learnt" if isinstance(self.confidence.confidence, OrderScore) else "drawn"
 
     @property
     def blank_only(self) -> str | None:
