@@ -163,17 +163,6 @@ def step_advantages(step_rewards: Float[Tensor, "N S"], group_size: int, eps: fl
     return ((raw - raw.mean(1, keepdim=True)) / (raw.std(1, keepdim=True) + eps)).view_as(step_rewards)
 
 
-def tree_values(leaf_rewards: Float[Tensor, "*inner width"]) -> Float[Tensor, "*inner"]:
-    """d-TreeRPO (arXiv 2512.09675): the value of a node is the mean of its children's."""
-    return leaf_rewards.mean(-1)
-
-
-def sibling_advantages(values: Float[Tensor, "*nodes width"]) -> Float[Tensor, "*nodes width"]:
-    """d-TreeRPO (arXiv 2512.09675): value of a child minus the mean of its OTHER siblings."""
-    width = values.shape[-1]
-    return (values - values.mean(-1, keepdim=True)) * width / (width - 1)
-
-
 @dataclass(frozen=True)
 class TreeAdvantage:
     """d-TreeRPO (arXiv 2512.09675): of each edge, the value of its child minus the mean of the child's OTHER siblings.

@@ -37,7 +37,7 @@ from d1lit.losses.weighted import (
     negative_centering,
     no_centering,
 )
-from d1lit.types import LogProbs, LossInputs, RewardBatch
+from d1lit.types import LogProbs, LossInputs, RewardBatch, Tree
 from tests.golden.reading import d1_entries, d1_tensors, method_cases, method_tensors, needs_golden
 from tests.golden.replay import StoredCalls, assert_near, completion_corruption, longhand_scores
 
@@ -115,12 +115,15 @@ def mdpo_advantages(case: Case, t: Tensors) -> None:
 
 
 def tree_advantages(case: Case, t: Tensors) -> None:
-    leaf = t["in.leaf_rewards"].movedim(1, -1)  # [inner, prompt, leaf]
-    inner = adv.tree_values(leaf).T  # [prompt, inner]
-    assert_near("inner values", inner.T, t["out.inner_value"])
-    assert_near("root values", adv.tree_values(inner), t["out.root_value"])
-    assert_near("inner advantages", adv.sibling_advantages(inner).T, t["out.inner_adv"])
-    assert_near("leaf advantages", adv.sibling_advantages(leaf).movedim(-1, 1), t["out.leaf_adv"])
+    leaf = t["in.leaf_rewards"].permute(2, 0, 1)  # [prompt, inner, leaf]
+    num_prompts, num_inner, width = leaf.shape
+    assert num_inner == width  # a tree of equal branches
+    assert_near("inner values", leaf.mean(-1).T, t["out.inner_value"])
+    assert_near("root values", leaf.mean((1, 2)), t["out.root_value"])
+    total = leaf.flatten()
+    edges = adv.TreeAdvantage(Tree(width, 2))(_single(total), width * width).view(num_prompts, width, width, 2)
+    assert_near("inner advantages", edges[:, :, 0, 0].T, t["out.inner_adv"])
+    assert_near("leaf advantages", edges[..., 1].permute(1, 2, 0), t["out.leaf_adv"])
 
 
 # --------------------------------------------------------------------------------------------------------- token losses
