@@ -216,7 +216,7 @@ def test_advantages_of_edges_longhand(tree: Tree, judged: float) -> None:
         torch.testing.assert_close(got[n], torch.tensor(longhand_edges(tree, given, n % tree.leaves)))
 
 
-def test_a_group_is_the_leaves() -> None:
+def test_an_advantage_takes_groups_of_all_leaves() -> None:
     with pytest.raises(ValueError, match=r"group_size: 8, but the tree has 16 leaves. Try: 16"):
         TreeAdvantage(Tree(4, 2))(rewards_of(torch.zeros(32)), 8)
 

@@ -255,7 +255,10 @@ def test_muon_goes_on_in_shards(dtype, tmp_path):
     assert difference(read(tmp_path / "undisturbed" / name).weights, read(tmp_path / name).weights) == 0.0
 
 
-RUN = ("task=sudoku", "debug=fast", "trainer.accelerator=cpu", "scale.evaluation.batch_size=64", "report=false")
+RUN = (
+    *("task=sudoku", "debug=fast", "trainer.accelerator=cpu", "scale.evaluation.batch_size=64", "report=false"),
+    "model.tiny={width:16,num_layers:1,num_heads:2,mlp_width:24}",
+)
 
 
 def program(*words: str, launcher: tuple[str, ...] = (sys.executable,), **options) -> subprocess.CompletedProcess[str]:

@@ -14,6 +14,7 @@ import pytest
 from d1lit.app.sweeps import FOLDER, notes_of, num_devices, own_devices, run_job, show_sweep, visible_devices
 
 ROOT = Path(__file__).resolve().parents[2]
+SMALL = "model.tiny={width:16,num_layers:1,num_heads:2,mlp_width:24}"
 
 
 def test_table_names_the_killed_the_refused_and_the_missing(tmp_path, monkeypatch, capfd):
@@ -115,7 +116,7 @@ def test_submitit_queues_a_job_again_after_it_has_saved(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_experiment_of_the_readme_sweeps_by_itself(tmp_path):
     """Two of its recipes in small, without a flag; its own analysis reads what it leaves."""
-    small = ["model.tiny={width:16,num_layers:1,num_heads:2,mlp_width:24}", "debug=fast", "logger=none", "report=false"]
+    small = [SMALL, "debug=fast", "logger=none", "report=false"]
     small += ["evaluation.pass_at_k.rows=2", "evaluation.pass_at_k.num_samples=2", "evaluation.pass_at_k.ks=[1,2]"]
     words = ["experiment=recipes", "recipe=sft,grpo", "seed=3", *small]
     environment = {**os.environ, "D1LIT_CACHE": str(tmp_path / "cache")}
@@ -139,7 +140,7 @@ def test_six_jobs_over_two_workers_survive_one_killed(tmp_path):
     folder = tmp_path / "sweep"
     command = [sys.executable, str(ROOT / "train.py"), "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     command += ["recipe=sft", "task=sudoku", "debug=fast", "report=false", "logger=none", f"run_dir={folder}"]
-    command += ["seed=1,2,3,4,5,6", "scale.sft.max_updates=30"]
+    command += ["seed=1,2,3,4,5,6", "scale.sft.max_updates=30", SMALL]
     sweep = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline, owner = time.monotonic() + 900, None
     while owner is None and time.monotonic() < deadline:
