@@ -124,6 +124,15 @@ def test_the_papers_page_says_what_was_tried_and_foretold(monkeypatch):
     assert set(analyse.chosen(tuning).values()) == {OmegaConf.load(CONF / "experiment" / "papers.yaml").rate}
 
 
+def test_the_unified_page_says_what_its_results_say(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    analyse, page = loaded(HERE / "unified" / "analyse.py"), (HERE / "unified" / "README.md").read_text()
+    runs = results_of("unified")
+    assert analyse.write_page(page, analyse.table(runs)) == page
+    for task in analyse.MEASURES:
+        assert runs["together"][task].keys() == runs["apart"][task].keys()
+
+
 def test_the_bench_page_says_what_its_results_say():
     """Every table row of the estimators' page stands in the tables that results.json makes."""
     folder = HERE / "estimators"
