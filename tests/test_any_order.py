@@ -11,6 +11,8 @@ from torch import Tensor
 
 from d1lit.draws import CounterDraws
 from d1lit.estimators.any_order import AnyOrderEstimator
+from d1lit.estimators.block_elbo import BlockELBOEstimator
+from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.estimators.step_merge import TraceEstimator
 from d1lit.exact import completion_law
 from d1lit.losses import check_place, check_trajectory
@@ -117,6 +119,33 @@ def test_one_step_is_the_one_step_likelihood_where_masks_see_each_other_not() ->
     torch.testing.assert_close(likelihood(policy, alone).value[:, 5], likelihood(policy, rollout).value[:, 5])
 
 
+@torch.no_grad()
+def test_what_was_drawn_is_replayed_under_the_same_attention() -> None:
+    policy = small_policy()
+    for changes in ({"any_order": True}, {"block_causal": True}, {}):
+        drawer = sampler(temperature=1.0, **changes)
+        drawn = drawer(policy, PROMPTS, 2, CounterDraws(3))
+        assert float(drawer.replay(policy, drawn, 4)) < 1e-5
+        assert float(sampler(temperature=1.0).replay(policy, drawn, 4)) < 1e-5 or changes
+
+
+@pytest.mark.parametrize("wrong", [TraceEstimator(1, 1.0), OneStepEstimator(0.0, 1, False)])
+def test_attention_in_order_and_to_all_do_not_mix(wrong: Any) -> None:
+    check_trajectory(EXACT, sampler(any_order=True))
+    with pytest.raises(
+        ValueError, match=r"^estimator: .* attends in the order of commitment.*Try: estimator=any_order"
+    ):
+        check_trajectory(wrong, sampler(any_order=True))
+    with pytest.raises(ValueError, match=r"^estimator: AnyOrder.* attends to the whole canvas.*Try: sampler=any_order"):
+        check_trajectory(EXACT, sampler())
+
+
+def test_steps_under_guidance_are_not_replayed_without() -> None:
+    with pytest.raises(ValueError, match=r"^sampler\.guidance: 0\.5, and TraceEstimator .*Try: sampler\.guidance=0"):
+        check_trajectory(TraceEstimator(1, 1.0), sampler(guidance=0.5))
+    check_trajectory(OneStepEstimator(0.0, 1, False), sampler(guidance=0.5))
+
+
 def test_what_it_cannot_go_with_is_refused() -> None:
     giving = sampler(commit=CommitAll(), remask=LowestConfidence(EvenSchedule()))
     with pytest.raises(ValueError, match=r"^estimator: AnyOrderEstimator with LowestConfidence is refused.*Try: "):
@@ -125,6 +154,9 @@ def test_what_it_cannot_go_with_is_refused() -> None:
         check_place(EXACT, is_shifted=True)
     check_place(EXACT, is_shifted=False)
     check_place(TraceEstimator(1, 1.0), is_shifted=True)
+    check_place(BlockELBOEstimator(2, 4, False, two_stream=False), is_shifted=True)
+    with pytest.raises(ValueError, match=r"^estimator: BlockELBOEstimator needs a network "):
+        check_place(BlockELBOEstimator(2, 4, False, two_stream=True), is_shifted=True)
     for changes in ({"block_causal": True}, {"cache": DualCache(KVCache)}):
         with pytest.raises(ValueError, match=r"^sampler\.any_order: .*Try: "):
             sampler(any_order=True, **changes)

@@ -337,9 +337,18 @@ def test_estimators_that_replay_and_other_misfits_are_refused() -> None:
             replace(RULE, **changes)
 
 
-def test_traces_do_not_mix(trainer: L.Trainer) -> None:
-    with pytest.raises(ValueError, match=r"^module\.inpainting: traces .*Try: "):
-        module_with(trainer, sampler=sampler(record_trace=True)).collect(four_prompts(), 0, 1)
+def test_what_could_not_help_or_would_end_in_the_middle_is_refused_before() -> None:
+    one_step, parts = OneStepEstimator(0.0, 1, False), {"group_size": G, "num_inner_updates": 1, "inpainting": RULE}
+    with pytest.raises(ValueError, match=r"^sampler\.record_trace: traces .* module\.inpainting.*Try: false"):
+        DiffuGRPO.check(one_step, CLIPPED, sampler(record_trace=True), **parts)
+    with pytest.raises(ValueError, match=r"^sampler\.record_trace: traces .* module\.num_refills.*Try: false"):
+        DiffuGRPO.check(one_step, CLIPPED, sampler(record_trace=True), G, 1, num_refills=1)
+    long = replace(RULE, least_chunk=99, most_chunk=99)
+    with pytest.raises(ValueError, match=r"^module\.inpainting\.least_chunk: 99 tokens are more than .*Try: 4"):
+        DiffuGRPO.check(one_step, CLIPPED, sampler(), **parts | {"inpainting": long})
+    wrong = [Verdict(0.0)] * G
+    assert RULE.helped(wrong, [[1] * 20], G, length=RULE.least_chunk).all()
+    assert not RULE.helped(wrong, [[1] * 20], G, length=RULE.least_chunk - 1).any()
 
 
 def test_replacing_longhand() -> None:

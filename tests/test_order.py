@@ -19,10 +19,11 @@ from d1lit.sampling import (
     InverseCDF,
     PlackettLuce,
     SampledLogProb,
+    Threshold,
     TokenProbability,
 )
 from d1lit.sampling.order_head import OrderScore
-from d1lit.types import Context, Rollout
+from d1lit.types import Context, OrderLaw, Rollout
 
 
 def order_logprob(scores: list[float], order: tuple[int, ...], places: list[int] | range) -> float:
@@ -112,20 +113,32 @@ def test_steps_after_the_last_valid_token_say_nothing():
 
 
 def test_an_order_is_scored_only_where_the_sampler_draws_it_so():
-    laws = {
-        "fixed": TokenProbability(),
-        "drawn": PlackettLuce(SampledLogProb(), 0.5),
-        "learnt": PlackettLuce(OrderScore(), 1.0),
-    }
-    for estimator, wants in ((OrderedTraceEstimator(2, 0.5, 1.0), "drawn"), (LearnedOrderEstimator(2, 1.0), "learnt")):
-        for law, confidence in laws.items():
-            parts = (InverseCDF(), confidence, FixedQuota(EvenSchedule()), True)
-            sampler = BlockSampler(4, 4, 2, 1.0, 0.0, *parts)
+    """By rank, by another score, at another temperature, or as many at a time as the predictions say: not so."""
+    quota, token, head = (
+        FixedQuota(EvenSchedule()),
+        PlackettLuce(SampledLogProb(), 0.5),
+        PlackettLuce(OrderScore(), 1.0),
+    )
+    laws = [
+        (TokenProbability(), quota, None),
+        (PlackettLuce(TokenProbability(), 0.5), quota, OrderLaw("other", 0.5)),
+        (token, quota, OrderLaw("token", 0.5)),
+        (PlackettLuce(SampledLogProb(), 0.3), quota, OrderLaw("token", 0.3)),
+        (head, quota, OrderLaw("head", 1.0)),
+        (PlackettLuce(OrderScore(), 0.3), quota, OrderLaw("head", 0.3)),
+        (head, Threshold(0.5), None),
+    ]
+    for estimator in (OrderedTraceEstimator(2, 0.5, 1.0), LearnedOrderEstimator(2, 1.0)):
+        accepted = []
+        for confidence, commit, law in laws:
+            sampler = BlockSampler(4, 4, 2, 1.0, 0.0, InverseCDF(), confidence, commit, True)
             assert sampler.order_law == law
-            if law == wants:
+            if law == estimator.traits.order:
                 check_trajectory(estimator, sampler)
+                accepted.append(law)
                 continue
             with pytest.raises(
-                ValueError, match=rf"^estimator: .* {wants}, and the sampler's is {law}\. Try: sampler="
+                ValueError, match=r"^estimator: \w+ scores positions drawn by .*\. Try: sampler=.*\[E207\]$"
             ):
                 check_trajectory(estimator, sampler)
+        assert accepted == [estimator.traits.order]

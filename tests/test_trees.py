@@ -10,16 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from d1lit.advantages import TreeAdvantage, group_mean, on_tokens
+from d1lit.advantages import ShuffledRewards, TreeAdvantage, group_mean, on_tokens
 from d1lit.app.build import plan_run
 from d1lit.app.composing import compose_jobs
 from d1lit.app.plan import evaluation_sampler
 from d1lit.draws import CounterDraws
 from d1lit.errors import ConfigError
 from d1lit.estimators.one_step import OneStepEstimator
+from d1lit.estimators.same_views import SameViews
 from d1lit.estimators.tree_edges import TreeEdgesEstimator
 from d1lit.losses import ClippedPolicyLoss, check_tree
 from d1lit.losses.clipped import SequenceClippedLoss
+from d1lit.losses.filters import TopEntropyLoss
 from d1lit.losses.policy_gradient import ReinforceLoss
 from d1lit.losses.terms import k2, k3, num_completion_tokens, sequence_sum, token_mean
 from d1lit.losses.tree import WithSiblingDistillation, distillation_temperature, distillation_weight
@@ -157,6 +159,7 @@ def test_a_tree_depends_on_nothing_but_its_prompt(tree: Tree) -> None:
         ({"commit": Threshold(0.5)}, "sampler.tree: edges are equal shares"),
         ({"cache": DualCache(KVCache)}, "sampler.tree: .* no cache"),
         ({"num_steps": 2, "tree": Tree(2, 3)}, "sampler.tree.height: 3 edges are more than the 2 steps"),
+        ({"num_steps": 32, "tree": Tree(2, 2)}, "sampler.tree: the steps of edge 1 fix no token"),
         ({"rows_per_forward": 7}, "sampler.rows_per_forward: no room for the 8 leaves"),
         ({"rows_per_forward": 15, "guidance": 1.0}, "sampler.rows_per_forward: no room"),
     ],
@@ -373,6 +376,7 @@ def test_rollouts_that_did_not_branch_are_refused() -> None:
 TREE, OTHER = Tree(2, 2), Tree(4, 1)
 CLIPPED = ClippedPolicyLoss(0.2, 0.2, 0.0, k3, sequence_sum)
 EDGES, ONE_STEP = TreeEdgesEstimator(TREE, 1.0), OneStepEstimator(0.0, 1, False)
+DISTILLING = WithSiblingDistillation(CLIPPED, TREE, 0.003, 2.0, 2.0, 0.7)
 SEQUENCE = SequenceClippedLoss(0.2, 0.2, 0.0, k2, num_completion_tokens)
 
 
@@ -398,6 +402,11 @@ SEQUENCE = SequenceClippedLoss(0.2, 0.2, 0.0, k2, num_completion_tokens)
         (None, ONE_STEP, TreeAdvantage(TREE), CLIPPED, 4, "advantage.tree: .* do not branch"),
         (TREE, EDGES, TreeAdvantage(OTHER), CLIPPED, 4, "advantage.tree: 4 branches over 1 levels"),
         (TREE, EDGES, TreeAdvantage(TREE), SEQUENCE, 4, "advantage: .* SequenceClippedLoss takes one a rollout"),
+        (TREE, EDGES, group_mean, DISTILLING, 4, "advantage: group_mean has no number for an edge"),
+        # what wraps a part says what the part says
+        (OTHER, SameViews(EDGES), group_mean, CLIPPED, 4, "estimator.tree: 2 branches over 2 levels"),
+        (OTHER, ONE_STEP, group_mean, TopEntropyLoss(DISTILLING, 0.5), 4, "loss.tree: 2 branches over 2 levels"),
+        (None, ONE_STEP, ShuffledRewards(TreeAdvantage(TREE), 0), CLIPPED, 4, "advantage.tree: .* do not branch"),
     ],
 )
 def test_parts_that_disagree_are_refused(tree, estimator, advantage, loss, size, line) -> None:
@@ -407,11 +416,22 @@ def test_parts_that_disagree_are_refused(tree, estimator, advantage, loss, size,
     check_tree(small.sampler(), ONE_STEP, group_mean, SEQUENCE, 6)
 
 
+SHUFFLED_TREE = "advantage.advantage={_target_: d1lit.advantages.TreeAdvantage, tree: {_target_: d1lit.types.Tree, branching: 2, height: 3}}"
+
+
 def test_the_recipe_refuses_on_one_line_and_evaluates_without_a_tree() -> None:
     (config,) = compose_jobs("train", ["recipe=d_tree_rpo", "task=sudoku"]).configs
     plan = plan_run(config)
     assert plan.sampler.tree == Tree(2, 3)
     assert evaluation_sampler(plan, None).tree is None
+    (control,) = compose_jobs(
+        "train", ["recipe=d_tree_rpo", "task=sudoku", "advantage=shuffled", SHUFFLED_TREE]
+    ).configs
+    assert plan_run(control).stages[-1].module.keywords["advantage"].tree == Tree(2, 3)
+    config.stages.grpo.module.kl_in_reward = 0.1
+    with pytest.raises(ConfigError, match=r"module.kl_in_reward: .* no KL of a completion. Try: loss.beta"):
+        plan_run(config)
+    config.stages.grpo.module.kl_in_reward = 0.0
     config.stages.grpo.module.group_size = 6
     with pytest.raises(ConfigError, match=r"module.group_size: 6, but a tree .* has 8 leaves. Try: 8") as refused:
         plan_run(config)

@@ -212,7 +212,12 @@ class ShuffledRewards:
     advantage: Advantage
     seed: int
 
-    def __call__(self, rewards: RewardBatch, group_size: int) -> Rows:
+    @property
+    def tree(self) -> Tree | None:
+        """That of the wrapped advantage, where it has one."""
+        return getattr(self.advantage, "tree", None)
+
+    def __call__(self, rewards: RewardBatch, group_size: int) -> Float[Tensor, "N ..."]:
         """Advantages of the permuted rewards; the permutation hangs on the seed and the rollout's number."""
         order = CounterDraws(self.seed).permutation("shuffled_rewards", len(rewards.value), rewards.step)
         order = order.to(rewards.value.device)

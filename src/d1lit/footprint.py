@@ -65,7 +65,8 @@ def _count(config: MaskedDiffusionConfig, lora: LoraSettings | None) -> Counts:
     block = sum(p.numel() for p in network.model.layers[0].parameters())
     matrices = sum(p.numel() for layer in network.model.layers for p in layer.parameters() if p.dim() == 2)
     head = config.vocab_size * config.hidden_size
-    trainable = body if lora is None else adapter
+    order_head = 0 if network.order_head is None else sum(p.numel() for p in network.order_head.parameters())
+    trainable = body if lora is None else adapter + order_head
     return Counts(body + adapter, trainable, adapter, adapted, block, head, matrices, names, packed)
 
 

@@ -7,7 +7,7 @@ Shape letters, used in every annotation of layers 0 to 2:
     V  vocabulary                    D  width of the network                    M  positions wanted of one view
     R  noised views                  T  length of a view (L, or 2L for two-stream views)
     K  views that score one rollout  U  units of a likelihood (C tokens, 1 sequence, K views or S steps)
-    F  reward parts                  S  denoising steps
+    F  reward parts                  S  denoising steps                         E  edges from a tree's root to a leaf
 
 Log-probabilities are in nats. Masks are boolean and True means "real", "valid" or "masked" as their name says.
 """
@@ -24,7 +24,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Unit = Literal["token", "sequence", "view", "step"]
-OrderLaw = Literal["fixed", "drawn", "learnt"]
 Outcome = Literal["ok", "unparsed", "refused", "timeout", "error", "skipped"]
 Example = Mapping[str, Any]
 Metrics = dict[str, Tensor]
@@ -126,6 +125,19 @@ class Tree:
     def edge_of(self, step: int, num_steps: int) -> int:
         """The edge that a step of `num_steps` belongs to."""
         return sum(step >= start for start in self.starts(num_steps)) - 1
+
+
+@dataclass(frozen=True)
+class OrderLaw:
+    """Positions drawn one by one from softmax(score / temperature) over those still open (Plackett-Luce)."""
+
+    score: Literal["token", "head", "other"]
+    """The log-probability of the token drawn there, what the network's order head says, or something else."""
+    temperature: float
+
+    def __str__(self) -> str:
+        scores = {"token": "the tokens' log-probs", "head": "the order head", "other": "another score"}
+        return f"drawn by {scores[self.score]} at temperature {self.temperature:g}"
 
 
 @dataclass(frozen=True)
@@ -277,9 +289,13 @@ class EstimatorTraits:
     """It scores places that see each a context of their own: no network that predicts a token at the one before."""
     needs_advantages: bool = False
     """Its likelihood depends on the advantages."""
+    attends_in_order: bool = False
+    """Its views are attended in the order of commitment, as the rollouts of such a sampler and of no other."""
     order: OrderLaw | None = None
-    """The order it scores: drawn from the predictions, or learnt: then it asks for scores of `POSITION`, and the stage
-    gives the network an order head, which learns with the policy. None: it scores none."""
+    """The law of the order that it scores. By the order head's scores: it asks for those of `POSITION`, and the stage
+    gives the network such a head, which learns with the policy. None: it scores no order."""
+    tree: Tree | None = None
+    """How the rollouts branch that it scores; None: any rollouts."""
     is_mean_field: bool = False
     """All tokens are scored in one view, as if they were independent of each other."""
     is_upper_bound: bool = False
@@ -401,6 +417,8 @@ class LossTraits:
     """Parts of the estimator's likelihood that it reads."""
     group_size: int | None = None
     """The one group size it makes sense of; None: any."""
+    tree: Tree | None = None
+    """How the rollouts branch whose edges it tells apart; None: it does not."""
     takes_unit_advantages: bool = False
     """It makes sense of one advantage a unit, [N U]; else of one a rollout, [N]."""
 

@@ -58,7 +58,9 @@ class StageParts:
     def trains_order_head(self) -> bool:
         """Whether the stage's estimator asks for a head that scores positions."""
         estimator = self.module.keywords.get("estimator") if isinstance(self.module, partial) else None
-        return isinstance(estimator, LogProbEstimator) and estimator.traits.order == "learnt"
+        if not isinstance(estimator, LogProbEstimator) or estimator.traits.order is None:
+            return False
+        return estimator.traits.order.score == "head"
 
 
 @dataclass(frozen=True)

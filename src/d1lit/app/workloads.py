@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -63,6 +64,9 @@ def stage_work(plan: Plan, parts: StageParts, world_size: int) -> Workload:
     """A stage of a plan as numbers."""
     model = plan.config.model
     config = shape_of(plan)
+    if parts.trains_order_head:
+        config = copy.deepcopy(config)
+        config.order_head = True
     counts = count_parameters(config, parts.lora)
     setting = Setting(world_size, plan.device, parts.lora is None and model.path is not None)
     strategy = build(plan.config, "strategy")(setting)
@@ -145,12 +149,16 @@ def _blank_rollout(sampler: BlockSampler, rows: int, group: int, prompt: int) ->
     ids = torch.zeros((rows, prompt), dtype=torch.int64)
     tokens = torch.zeros((rows, completion), dtype=torch.int64)
     numbers = torch.zeros((rows, completion))
-    order = torch.arange(completion).expand(rows, -1).clone()
+    # Without a quota a token a step is the most that can come.
+    quotas = sampler.commit.quotas(sampler.block_length, sampler.steps_per_block)
+    num_steps = completion if quotas is None else min(sampler.total_steps, completion)
+    place = torch.arange(completion).expand(rows, -1)
+    order = place * num_steps // completion
     everywhere = torch.ones_like(tokens, dtype=torch.bool)
     seen = torch.ones_like(ids, dtype=torch.bool)
     return Rollout(
         *(ids, seen, tokens, everywhere, torch.arange(rows), group, order, numbers, numbers, numbers),
-        edge=None if tree is None else order * tree.height // completion,
+        edge=None if tree is None else place * tree.height // completion,
     )
 
 

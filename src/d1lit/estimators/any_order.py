@@ -29,7 +29,9 @@ class AnyOrderEstimator:
     temperature: float
     exclude_mask: bool = False
     """Leave the mask token out of the softmax, as the sampler does; published code lets it take its share."""
-    traits: ClassVar[EstimatorTraits] = EstimatorTraits("token", needs_trace=True, needs_own_place=True)
+    traits: ClassVar[EstimatorTraits] = EstimatorTraits(
+        "token", needs_trace=True, needs_own_place=True, attends_in_order=True
+    )
 
     def corrupt(self, context: Context) -> Corruption:
         """One view a rollout; nothing is drawn."""

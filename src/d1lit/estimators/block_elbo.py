@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,7 +32,11 @@ class BlockELBOEstimator:
     two_stream: bool
     """Views [prompt; noised; clean] in which a noised block sees the clean blocks before it and nothing after: what a
     block-diffusion model is trained on (BD3LM, arXiv 2503.09573). False: the noised canvas alone, all of it seen."""
-    traits: ClassVar[EstimatorTraits] = EstimatorTraits("sequence")
+
+    @property
+    def traits(self) -> EstimatorTraits:
+        """A likelihood of sequences; in two streams neighbouring places may see other blocks."""
+        return EstimatorTraits("sequence", needs_own_place=self.two_stream)
 
     def corrupt(self, context: Context) -> Corruption:
         """Views in the order (rollout, view)."""

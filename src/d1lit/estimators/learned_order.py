@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from d1lit.estimators.order import OrderedTraceEstimator, plackett_luce
-from d1lit.types import POSITION, Context, Corruption, EstimatorTraits, LogProbs
+from d1lit.types import POSITION, Context, Corruption, EstimatorTraits, LogProbs, OrderLaw
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class LearnedOrderEstimator:
     exclude_mask: bool = False
     """Leave the mask token out of the softmax, as the sampler does; published code lets it take its share."""
     traits: ClassVar[EstimatorTraits] = EstimatorTraits(
-        "step", needs_trace=True, order="learnt", parts=frozenset({"tokens", "order"})
+        "step", needs_trace=True, order=OrderLaw("head", 1.0), parts=frozenset({"tokens", "order"})
     )
 
     def corrupt(self, context: Context) -> Corruption:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from d1lit.estimators.views import commit_segments, segment_views
-from d1lit.types import Context, Corruption, EstimatorTraits, LogProbs
+from d1lit.types import Context, Corruption, EstimatorTraits, LogProbs, OrderLaw
 
 
 def plackett_luce(
@@ -49,9 +48,12 @@ class OrderedTraceEstimator:
     temperature: float
     exclude_mask: bool = False
     """Leave the mask token out of the softmax, as the sampler does; published code lets it take its share."""
-    traits: ClassVar[EstimatorTraits] = EstimatorTraits(
-        "step", needs_trace=True, order="drawn", parts=frozenset({"tokens", "order"})
-    )
+
+    @property
+    def traits(self) -> EstimatorTraits:
+        """One unit a step, and the law of the order."""
+        law = OrderLaw("token", self.order_temperature)
+        return EstimatorTraits("step", needs_trace=True, order=law, parts=frozenset({"tokens", "order"}))
 
     def corrupt(self, context: Context) -> Corruption:
         """A view a step, which scores everything still hidden in the step's block, after the end too.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,9 +28,11 @@ class TreeEdgesEstimator:
     temperature: float
     exclude_mask: bool = False
     """Leave the mask token out of the softmax, as the sampler does; published code lets it take its share."""
-    traits: ClassVar[EstimatorTraits] = EstimatorTraits(
-        "token", needs_trace=True, parts=frozenset({"edge", "token_ids"})
-    )
+
+    @property
+    def traits(self) -> EstimatorTraits:
+        """One unit a token of such trees."""
+        return EstimatorTraits("token", needs_trace=True, tree=self.tree, parts=frozenset({"edge", "token_ids"}))
 
     def corrupt(self, context: Context) -> Corruption:
         """Views in the order (level, node): K = height views score a rollout.

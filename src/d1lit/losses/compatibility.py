@@ -25,13 +25,15 @@ class Ordering(Protocol):
     """A sampler that says how it chooses the positions of a step."""
 
     @property
-    def order_law(self) -> OrderLaw:
-        """By rank, drawn, or drawn from a learnt score."""
+    def order_law(self) -> OrderLaw | None:
+        """The law by which they are drawn; None where they go by rank, or in numbers that the predictions decide."""
         ...
 
 
 def check_trajectory(estimator: LogProbEstimator, sampler: Sampler) -> None:
-    """Refuse an estimator that replays commit steps on a sampler that remasks or edits, or an order it does not draw.
+    """Refuse an estimator of other trajectories than the sampler's.
+
+    Which are: those of one that remasks or edits, that draws its order otherwise, attends otherwise or is guided.
 
     The steps recorded are those of the last time each token was written; the canvases they imply never stood before the
     network, so the replayed likelihood is that of no trajectory.
@@ -47,10 +49,24 @@ def check_trajectory(estimator: LogProbEstimator, sampler: Sampler) -> None:
         )
     asked = estimator.traits.order
     if asked is not None and isinstance(sampler, Ordering) and sampler.order_law != asked:
-        cure = {"drawn": "sampler=plackett_luce_logprob", "learnt": "sampler=order_head"}[asked]
+        cure = "sampler=order_head" if asked.score == "head" else "sampler=plackett_luce_logprob"
+        found = "not drawn so many at a time" if sampler.order_law is None else sampler.order_law
         raise ValueError(
-            f"estimator: {type(estimator).__name__} scores an order that is {asked}, and the sampler's is "
-            f"{sampler.order_law}. Try: {cure} [E207]"
+            f"estimator: {type(estimator).__name__} scores positions {asked}, and the sampler's are {found}. "
+            f"Try: {cure} [E207]"
+        )
+    in_order = getattr(sampler, "any_order", False)
+    if in_order != estimator.traits.attends_in_order:
+        what = "attends in the order of commitment" if in_order else "attends to the whole canvas"
+        cure = "estimator=any_order" if in_order else "sampler=any_order"
+        raise ValueError(
+            f"estimator: {type(estimator).__name__} is refused: the sampler {what}, and it would score what another "
+            f"attention says. Try: {cure} [E207]"
+        )
+    if estimator.traits.needs_trace and getattr(sampler, "guidance", 0.0) > 0:
+        raise ValueError(
+            f"sampler.guidance: {sampler.guidance:g}, and {type(estimator).__name__} replays the steps without it. "  # type: ignore[attr-defined]
+            "Try: sampler.guidance=0, or estimator=one_step with estimator.guidance [E207]"
         )
 
 
@@ -82,15 +98,20 @@ def check_tree(
         kind = f"a tree of {there.branching} branches and {there.height} levels"
         cause = f"{group_size}, but {kind} has {there.leaves} leaves"
         raise ValueError(f"module.group_size: {cause}. Try: {there.leaves}, or another tree [E207]")
-    for key, part in (("estimator", estimator), ("advantage", advantage), ("loss", loss)):
-        asked: Tree | None = getattr(part, "tree", None)
+    edges: Tree | None = getattr(advantage, "tree", None)
+    for key, asked in (("estimator", estimator.traits.tree), ("advantage", edges), ("loss", loss.traits.tree)):
         if asked is not None and asked != there:
             found = "do not branch" if there is None else f"branch by {there.branching} over {there.height} levels"
             raise ValueError(
                 f"{key}.tree: {asked.branching} branches over {asked.height} levels, but the sampler's rollouts "
                 f"{found}. Try: sampler=tree, with scale.tree for all parts [E207]"
             )
-    if getattr(advantage, "tree", None) is None:
+    if edges is None:
+        if loss.traits.tree is not None:
+            name = getattr(advantage, "__name__", type(advantage).__name__)
+            raise ValueError(
+                f"advantage: {name} has no number for an edge, which the loss reads. Try: advantage=tree [E207]"
+            )
         return
     if estimator.traits.unit != "token":
         cause = f"{type(advantage).__name__} gives one number a token, and {type(estimator).__name__} has no tokens"

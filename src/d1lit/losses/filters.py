@@ -54,8 +54,9 @@ class GivenEntropyFilter:
 
     The policy did not write them, so most are far from what it would write. Of a rollout's given tokens int(share times
     their number) are kept, at least one; tokens that were drawn all count. Without given tokens it is the wrapped loss.
+    Entropies are asked for at every update, also where no token was given.
     Differs from the published code: the entropy is the current policy's under this update's views, not the sampling
-    one's; counts stay those of all tokens.
+    one's; a loss that divides by the tokens of the global batch divides by all of them, not by those kept.
     """
 
     loss: PolicyLoss

@@ -81,7 +81,7 @@ class WithSiblingDistillation:
         """The wrapped loss's, on edges."""
         inner = self.loss.traits
         parts = inner.needs_parts | {"edge", "token_ids"}
-        return replace(inner, units=inner.units & {"token"}, needs_parts=parts)
+        return replace(inner, units=inner.units & {"token"}, needs_parts=parts, tree=self.tree)
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """This micro-batch's share of the loss, and detached metrics."""

@@ -27,7 +27,7 @@ class OrderClippedLoss:
         -min(r_t A, clip(r_t) A) - order_weight min(r_o A, clip(r_o) A),   r = exp(sum of log-ratios / length)
 
     Clipped together, a large change of the order would stop the gradient of the tokens. Wants an estimator with both
-    parts, `ordered_trace`. Written from notes on the paper; its code was not read.
+    parts: `ordered_trace` or `learned_order`. Written from notes on the paper; its code was not read.
     """
 
     token_epsilon: float

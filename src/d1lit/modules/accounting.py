@@ -296,10 +296,9 @@ class UpdateMetrics(nn.Module):
         for outcome, share in shares.items():
             self._mean_of(f"reward/{outcome}_fraction", torch.tensor(share, device=device))
 
-    def add_inpainting(self, helped: Tensor, replaced: Tensor) -> None:
-        """Of this rank's groups which were drawn again around given tokens, and of its rollouts which were replaced."""
-        self._mean_of("rollout/inpainted_fraction", helped.to(replaced.device))
-        self._mean_of("rollout/replaced_fraction", replaced)
+    def add_shares(self, name: str, befallen: Tensor) -> None:
+        """The share of True, over this rank's groups or rollouts."""
+        self._mean_of(name, befallen.to(self._loss.device))
 
     def add_approximation(self, name: str, nats: Tensor) -> None:
         """How far the sampler's own log-probs lie from the network's, in nats."""

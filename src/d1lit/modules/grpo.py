@@ -185,6 +185,8 @@ class DiffuGRPO(L.LightningModule):
             more = self._helped(self._sample_and_judge(reserve, step), reserve, step)
             judged = refilled(judged, more, self.group_size, self.global_rank, self.trainer.world_size)
         rollout, self.verdicts = judged.rollout, judged.verdicts
+        if self.inpainting is not None:
+            self.metrics.add_shares("rollout/replaced_fraction", rollout.given.any(1))
         rewards, names = self._with_penalties(judged, step)
         advantages = self.advantage(whole_rows(rewards), self.group_size)
         here = slice(self.global_rank * len(rollout.row_ids), (self.global_rank + 1) * len(rollout.row_ids))
@@ -253,10 +255,10 @@ class DiffuGRPO(L.LightningModule):
         with self.meter("reward"):
             verdicts = self.counted(judged.rollout.completions, judged.rollout.examples)
             answers = [self.worked(example) for example in prompts.examples]
-        helped = self.inpainting.helped(verdicts, answers, self.group_size)
+        helped = self.inpainting.helped(verdicts, answers, self.group_size, judged.rollout.completion_ids.shape[1])
         if any(all_gather_objects(bool(helped.any()))):  # then every rank takes part in what all gather
             judged = self._drawn_again(judged, prompts_of(prompts, helped), compress(answers, helped.tolist()), step)
-        self.metrics.add_inpainting(helped, judged.rollout.given.any(1))
+        self.metrics.add_shares("rollout/inpainted_fraction", helped)
         return judged
 
     def _drawn_again(
@@ -408,7 +410,7 @@ class DiffuGRPO(L.LightningModule):
     def _measure_approximation(self, rollout: Rollout) -> None:
         """Where the sampler or its merged weights are not exact: by how much, on a few rows."""
         sampler = self.sampler
-        if not isinstance(sampler, ApproximateSampler):
+        if not isinstance(sampler, ApproximateSampler) or sampler.reviser is not None:
             return
         if sampler.is_approximate:
             with self.meter("replay"), self._rollout_weights(), gathered_parameters(self.policy):

@@ -131,13 +131,13 @@ class Inpainting:
         return chosen.gather(1, chunk) & (place < lengths[:, None])
 
     def helped(
-        self, verdicts: Sequence[Verdict], answers: Sequence[Sequence[int]], group_size: int
+        self, verdicts: Sequence[Verdict], answers: Sequence[Sequence[int]], group_size: int, length: int
     ) -> Bool[Tensor, " B"]:
-        """The groups whose rollouts were all judged and are all wrong, and whose answer holds a chunk."""
+        """The groups whose rollouts were all judged and are all wrong, and whose answer holds a chunk on the canvas."""
         groups = [verdicts[start : start + group_size] for start in range(0, len(verdicts), group_size)]
         return torch.tensor(
             [
-                len(answer) >= self.least_chunk and all(is_wrong(verdict) for verdict in group)
+                min(len(answer), length) >= self.least_chunk and all(is_wrong(verdict) for verdict in group)
                 for group, answer in zip(groups, answers, strict=True)
             ]
         )
@@ -213,6 +213,10 @@ def check_inpainting(rule: Inpainting, estimator: LogProbEstimator, sampler: Sam
             "the tokens, and no step drew those that were given. Try: estimator=one_step or estimator=elbo, or "
             "stages.grpo.module.inpainting=null [E207]"
         )
+    length = getattr(sampler, "completion_length", rule.least_chunk)
+    if rule.least_chunk > length:
+        cause = f"{rule.least_chunk} tokens are more than the {length} of a completion, so no chunk would be given"
+        raise ValueError(f"module.inpainting.least_chunk: {cause}. Try: 4, the paper's")
     if rule.max_replaced >= group_size:
         cause = f"{rule.max_replaced} of {group_size} rollouts would leave no wrong one to compare with"
         raise ValueError(f"module.inpainting.max_replaced: {cause}. Try: {group_size - 1} or less")

@@ -33,11 +33,7 @@ def check_grpo(
     check_pair(estimator, loss, allow=allow_unsound_pair)
     check_trajectory(estimator, sampler)
     check_tree(sampler, estimator, advantage, loss, group_size)
-    if num_refills < 0:
-        raise ValueError(f"module.num_refills: {num_refills} is below 0. Try: 0 (no dynamic sampling), or 2")
-    if kl_in_reward < 0 or (kl_in_reward and estimator.traits.needs_advantages):
-        cause = f"{kl_in_reward} is below 0" if kl_in_reward < 0 else f"{type(estimator).__name__} needs advantages"
-        raise ValueError(f"module.kl_in_reward: {cause}, which come after the reward. Try: loss.beta, or 0")
+    _check_rewards(estimator, sampler, num_refills, kl_in_reward, inpainting is not None)
     if num_inner_updates < 1:
         raise ValueError(f"module.num_inner_updates: {num_inner_updates} is below 1. Try: 1 or more")
     if reference_sync_every is not None and reference_sync_every < 1:
@@ -61,3 +57,21 @@ def check_grpo(
         )
     if inpainting is not None:
         check_inpainting(inpainting, estimator, sampler, group_size)
+
+
+def _check_rewards(
+    estimator: LogProbEstimator, sampler: Sampler, num_refills: int, kl_in_reward: float, inpaints: bool
+) -> None:
+    """Refuse what cannot be done to rollouts and their rewards before there are advantages."""
+    if num_refills < 0:
+        raise ValueError(f"module.num_refills: {num_refills} is below 0. Try: 0 (no dynamic sampling), or 2")
+    if kl_in_reward < 0 or (kl_in_reward and estimator.traits.needs_advantages):
+        cause = f"{kl_in_reward} is below 0" if kl_in_reward < 0 else f"{type(estimator).__name__} needs advantages"
+        raise ValueError(f"module.kl_in_reward: {cause}, which come after the reward. Try: loss.beta, or 0")
+    if kl_in_reward and estimator.traits.tree is not None:
+        cause = f"the tokens of {type(estimator).__name__} weigh by their edges, so their sum is no KL of a completion"
+        raise ValueError(f"module.kl_in_reward: {cause}. Try: loss.beta, or estimator=cj")
+    if (num_refills or inpaints) and getattr(sampler, "record_trace", False):
+        key = "num_refills" if num_refills else "inpainting"
+        cause = f"traces of different lengths do not mix, as module.{key} would have them"
+        raise ValueError(f"sampler.record_trace: {cause}. Try: false [E207]")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from d1lit.models import Policy
 from d1lit.sampling.cache import RolloutCache, SpanStorage
-from d1lit.sampling.confidence import PlackettLuce
+from d1lit.sampling.confidence import PlackettLuce, SampledLogProb
 from d1lit.sampling.order_head import OrderScore
 from d1lit.sampling.parts import (
     Cells,
@@ -147,11 +147,13 @@ class BlockSampler:
         return self.edit if self.remask is None else self.remask
 
     @property
-    def order_law(self) -> OrderLaw:
-        """How the positions of a step are chosen: by rank, or drawn by Plackett-Luce, perhaps from a learnt score."""
-        if not isinstance(self.confidence, PlackettLuce):
-            return "fixed"
-        return "learnt" if isinstance(self.confidence.confidence, OrderScore) else "drawn"
+    def order_law(self) -> OrderLaw | None:
+        """How the positions of a step are drawn; None where they go by rank, or the predictions decide how many."""
+        law = self.confidence
+        if not isinstance(law, PlackettLuce) or self.commit.quotas(self.block_length, self.steps_per_block) is None:
+            return None
+        head, token = (isinstance(law.confidence, kind) for kind in (OrderScore, SampledLogProb))
+        return OrderLaw("head" if head else "token" if token else "other", law.temperature)
 
     @property
     def blank_only(self) -> str | None:
@@ -238,7 +240,13 @@ class BlockSampler:
 
     def replay(self, policy: MaskPredictor, rollout: Rollout, num_rows: int) -> Float[Tensor, ""]:
         """Mean |log p of the exact network - log p recorded| of the chosen tokens, over some rows, in nats."""
-        return approximation_nats(policy, rollout, self.temperature, self.guidance, num_rows)
+        return approximation_nats(policy, rollout, self.temperature, self.guidance, num_rows, self._attended)
+
+    def _attended(self, canvas: Canvas, commit_step: Int[Tensor, "n C"]) -> Canvas:
+        """The canvas with who may attend to whom, where that is not everybody to everything."""
+        if self.block_causal:
+            canvas = block_causal(canvas, self.block_length)
+        return any_order(canvas, commit_step) if self.any_order else canvas
 
     def _fill(self, policy: MaskPredictor, rows: CanvasBatch, draws: Draws) -> None:
         """Block after block for the rows on board; a finished row makes room for one that waits."""
@@ -477,10 +485,7 @@ class BlockSampler:
         """
         attention = None if rows.attention is None else rows.attention[wave.index]
         canvas = Canvas(rows.ids[wave.index], attention, rows.prompt_length)
-        if self.block_causal:
-            canvas = block_causal(canvas, self.block_length)
-        if self.any_order:
-            canvas = any_order(canvas, rows.commit_step[wave.index])
+        canvas = self._attended(canvas, rows.commit_step[wave.index])
         keep, length = rows.prompt_length + positions, rows.ids.shape[1]
         if self.verifies:
             canvas = with_shadow(canvas, rows.prompt_length + wave.first, self.block_length, policy.mask_token_id)

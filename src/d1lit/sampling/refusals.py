@@ -39,7 +39,8 @@ def check_sampler(sampler: BlockSampler) -> None:
     if sampler.tree is not None:
         quotas = sampler.commit.quotas(sampler.block_length, sampler.steps_per_block)
         room = None if sampler.rows_per_forward is None else sampler.room_for(sampler.rows_per_forward)
-        check_tree(sampler.tree, sampler.total_steps, room, quotas is not None, sampler.cache is not None)
+        whole = None if quotas is None else quotas * sampler.num_blocks
+        check_tree(sampler.tree, whole, room, sampler.cache is not None)
 
 
 def _check_parts(sampler: BlockSampler) -> None:

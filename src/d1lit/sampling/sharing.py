@@ -24,29 +24,36 @@ class Sharing:
     """The row of the sampling call whose random numbers each row draws: the leftmost leaf below its child."""
 
 
-def check_tree(tree: Tree, num_steps: int, room: int | None, has_quota: bool, has_cache: bool) -> None:
+def check_tree(tree: Tree, quotas: Sequence[int] | None, room: int | None, has_cache: bool) -> None:
     """Refuse a sampler that a tree cannot go with.
 
     Args:
         tree: of each group.
-        num_steps: of a whole completion.
+        quotas: how many tokens each step of a whole completion fixes; None where that is not known beforehand.
         room: rows that go on together at most; None: any number.
-        has_quota: whether the number of steps is known beforehand.
         has_cache: whether rows keep keys and values.
 
     Raises:
         ValueError: naming the key, the cause and the cure.
     """
-    if not has_quota:
+    if quotas is None:
         raise ValueError(
             "sampler.tree: edges are equal shares of the steps, and this commit rule takes as many as it likes."
             " Try: FixedQuota."
         )
     if has_cache:
         raise ValueError("sampler.tree: rows that share a forward fill no cache of their own. Try: no cache.")
+    num_steps = len(quotas)
     if tree.height > num_steps:
         raise ValueError(
             f"sampler.tree.height: {tree.height} edges are more than the {num_steps} steps. Try: {num_steps} or fewer."
+        )
+    starts = [*tree.starts(num_steps), num_steps]
+    empty = [edge for edge in range(tree.height) if not sum(quotas[starts[edge] : starts[edge + 1]])]
+    if empty:
+        raise ValueError(
+            f"sampler.tree: the steps of edge {empty[0]} fix no token, so the leaves below would be copies. "
+            f"Try: sampler.num_steps of at most {sum(quotas)}, or fewer levels."
         )
     if room is not None and room < tree.leaves:
         raise ValueError(
