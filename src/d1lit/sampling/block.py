@@ -80,7 +80,8 @@ class BlockSampler:
 
     Every forward runs the last block of the network and the head only where the active block is still masked; nothing
     of the size of completion times vocabulary is kept; at temperature 0 nothing is drawn. With a quota rule the
-    step loop never reads from the device; EOS stop reads once a block. A row's result depends on nothing but the row.
+    step loop never reads from the device; EOS stop, and given tokens, read once a block. A row's result depends on
+    nothing but the row; in a tree, on its group.
     Differs from the paper's code: the mask token is never proposed (the reference would leave it in its output), and a
     finished row (`stop_at_eos`) leaves the batch for a waiting one.
     """

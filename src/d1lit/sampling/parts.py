@@ -3,7 +3,7 @@
 A sampler is put together from orthogonal parts: a proposal (which token), a confidence (how sure), a commit rule (which
 positions are fixed now), a remask rule (which are hidden again), an edit rule (which are replaced) and a cache. Letters
 as in d1lit.types; here n counts the rows of one network call, M the positions of the active block that may still be
-masked, c = n * M rows of logits.
+masked (all of it, where an edit rule reads the standing ones too), c = n * M rows of logits.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class Cells:
     positions: Int[Tensor, "n M"]
     """Place within the completion."""
     candidates: Bool[Tensor, "n M"]
-    """False where a row has fewer masked positions than the widest row, and the column only fills the rectangle."""
+    """False where a token stands: with an edit rule it is read too; else a row has fewer masked positions than the
+    widest, and the column only fills the rectangle."""
     completion_length: int
     step: int
     """Denoising step within the block."""
