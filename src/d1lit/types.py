@@ -156,8 +156,8 @@ class Rollout:
     """Index of the denoising step that last wrote each token; `UNREACHED` or `GIVEN` where none did, and then the three
     records below are 0."""
     sampled_logprobs: Float[Tensor, "N C"]
-    """Log-probability of the chosen token under the distribution it was drawn from (temperature included); of one that an
-    edit rule wrote, at temperature 1."""
+    """Log-probability of the chosen token under the distribution it was drawn from (temperature included); at
+    temperature 1 of a token that an edit rule wrote."""
     confidence: Float[Tensor, "N C"]
     """The score by which the position was chosen when it was committed, in the unit of the sampler's confidence part
     (a probability, nats, ...)."""
