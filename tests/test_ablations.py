@@ -111,6 +111,7 @@ def test_the_table_longhand():
     assert f"| 56.2 | 50.0 | 53.1 | {middle:+.1f} [{middle - half:+.1f}, {middle + half:+.1f}] | 2.00 |" in line
 
 
+@pytest.mark.slow  # for its bootstraps
 def test_the_papers_page_says_what_was_tried_and_foretold(monkeypatch):
     """Rates, cosines and their plot are written anew; the rate of the sweep is the best of every recipe."""
     monkeypatch.setattr(sys, "path", [*sys.path])
