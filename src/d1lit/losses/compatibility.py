@@ -63,9 +63,10 @@ def check_trajectory(estimator: LogProbEstimator, sampler: Sampler) -> None:
             f"estimator: {type(estimator).__name__} is refused: the sampler {what}, and it would score what another "
             f"attention says. Try: {cure} [E207]"
         )
-    if estimator.traits.needs_trace and getattr(sampler, "guidance", 0.0) > 0:
+    guidance = getattr(sampler, "guidance", 0.0)
+    if estimator.traits.needs_trace and guidance > 0:
         raise ValueError(
-            f"sampler.guidance: {sampler.guidance:g}, and {type(estimator).__name__} replays the steps without it. "  # type: ignore[attr-defined]
+            f"sampler.guidance: {guidance:g}, and {type(estimator).__name__} replays the steps without it. "
             "Try: sampler.guidance=0, or estimator=one_step with estimator.guidance [E207]"
         )
 
