@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from d1lit.draws import CounterDraws
 from d1lit.models import LoraSettings, Policy, add_lora
 from d1lit.models.cache import KVCache
 from d1lit.models.transformer import MaskedDiffusionConfig, MaskedDiffusionLM
-from d1lit.modules.accounting import Meter, StageCost, cost_metrics, peak_memory_mb, reset_peak_memory
+from d1lit.modules.accounting import Meter, StageCost, cost_metrics
 from d1lit.recipes import StageFolder, read_costs, write_cost
 from d1lit.sampling import BlockSampler, DualCache, EvenSchedule, FixedQuota, InverseCDF, PrefixCache, TokenProbability
 from d1lit.scoring import score
@@ -208,16 +210,25 @@ def test_the_meter_charges_work_to_the_open_section() -> None:
     assert {"time/rollout_s", "time/update_s", "cost/peak_memory_mb", "cost/tokens"} <= set(metrics)
 
 
+HOLD_AND_FORGET = """
+import torch
+from d1lit.modules.accounting import peak_memory_mb, reset_peak_memory
+reset_peak_memory()
+before = peak_memory_mb()
+held = torch.ones(48 * 2**20)  # 192 MB
+del held
+after = peak_memory_mb()
+reset_peak_memory()
+print(before, after, peak_memory_mb())
+"""
+
+
 def test_peak_memory_sees_what_was_held_in_between_and_forgets_it() -> None:
-    reset_peak_memory()
-    before = peak_memory_mb()
-    held = torch.ones(48 * 2**20)  # 192 MB
-    held.add_(1)
-    del held
-    after = peak_memory_mb()
+    """In a process of its own: not every system lets one forget its peak, and this one's may be high already."""
+    done = subprocess.run([sys.executable, "-c", HOLD_AND_FORGET], capture_output=True, text=True, check=True)
+    before, after, forgotten = map(float, done.stdout.split())
     assert after - before > 150
-    reset_peak_memory()
-    assert peak_memory_mb() <= after  # lower where the system lets a process forget its peak
+    assert forgotten <= after  # lower where the system forgets
 
 
 def test_a_stage_goes_on_with_its_account_and_a_run_adds_them_up(tmp_path: Path) -> None:
