@@ -7,7 +7,7 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "d1lit"
 
 LAYERS: list[set[str]] = [
-    {"errors", "types", "draws", "security", "processes"},
+    {"errors", "types", "draws", "security", "processes", "attention"},
     {"schedules", "masking", "estimators", "advantages", "losses", "rewards", "statistics", "costs", "stopping"},
     {"models"},
     {"scoring", "sampling", "footprint"},

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from d1lit.attention import block_streams
 from d1lit.draws import CounterDraws, random_subset, spread_counts
 from d1lit.masking import (
     AntitheticTimes,
@@ -19,7 +20,6 @@ from d1lit.masking import (
     StratifiedTimes,
     UniformTimes,
     apply_mask,
-    block_diffusion_attention,
     complementary_mask,
     context_adaptive_weight,
 )
@@ -185,7 +185,7 @@ def test_cart_weight_against_a_longhand_sum() -> None:
             assert float(got[b, n]) == pytest.approx(expected if masked[b, n] else 0.0, abs=1e-6)
 
 
-def test_block_diffusion_attention_of_one_block_is_a_clean_and_a_noised_half() -> None:
-    allowed = block_diffusion_attention(3, 3)
+def test_attention_of_one_block_is_a_clean_and_a_noised_half() -> None:
+    (allowed,) = block_streams(torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.bool), 0)
     half = torch.ones(3, 3, dtype=torch.bool)
     assert torch.equal(allowed, torch.block_diag(half, half).bool())

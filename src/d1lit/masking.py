@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from d1lit.attention import target_blocks
 from d1lit.draws import random_subset
 from d1lit.types import Draws, TimeSampler
 
@@ -128,11 +129,6 @@ def complementary_mask(is_masked: Tokens, allowed: Tokens) -> Tokens:
     return allowed & ~is_masked
 
 
-def block_of_position(length: int, block_length: int, device: torch.device | None = None) -> Int[Tensor, " T"]:
-    """Index of the block each position lies in."""
-    return torch.arange(length, device=device) // block_length
-
-
 @dataclass(frozen=True)
 class BernoulliMask:
     """Each token is hidden on its own with probability mask_prob (LLaDA, d1)."""
@@ -192,7 +188,7 @@ class BlockMask:
         self, draws: Draws, row_ids: Rows, is_maskable: Tokens
     ) -> tuple[Int[Tensor, "n T"], Int[Tensor, "n 1"], Int[Tensor, "n 1"]]:
         """Block of each token, counted from the row's first maskable one; the one to noise; how many there are."""
-        block = torch.where(is_maskable, (is_maskable.cumsum(1) - 1) // self.block_length, -1)
+        block = target_blocks(is_maskable, self.block_length)
         num_blocks = block.amax(1, keepdim=True).clamp(min=0) + 1
         chosen = (draws.uniform("block", row_ids, (1,)) * num_blocks).to(torch.int64)
         return block, chosen, num_blocks
@@ -217,16 +213,3 @@ def context_adaptive_weight(is_masked: Tokens, geometric_prob: float) -> Float[T
     kernel = geometric_prob * (1 - geometric_prob) ** (distance - 1).clamp(min=0).to(torch.float32)
     near = (~is_masked).to(kernel.dtype) @ kernel.fill_diagonal_(0)
     return 0.5 * near * is_masked
-
-
-def block_diffusion_attention(length: int, block_length: int) -> Bool[Tensor, "T T"]:
-    """Who may attend to whom when [noised ; clean] go through the network together (BD3LM, arXiv 2503.09573).
-
-    Noised tokens see their own noised block and strictly earlier clean blocks; clean tokens see clean blocks up to
-    and including their own.
-    """
-    block = block_of_position(length, block_length)
-    own, earlier = block[:, None] == block[None, :], block[:, None] > block[None, :]
-    noised = torch.cat([own, earlier], dim=1)
-    clean = torch.cat([torch.zeros_like(own), own | earlier], dim=1)
-    return torch.cat([noised, clean], dim=0)

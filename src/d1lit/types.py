@@ -24,6 +24,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Unit = Literal["token", "sequence", "view", "step"]
+AttentionPattern = Literal["blocks", "order"]
+"""Block by block (BD3LM, arXiv 2503.09573), or in the order of commitment (d2-AnyOrder, arXiv 2509.21474)."""
 Outcome = Literal["ok", "unparsed", "refused", "timeout", "error", "skipped"]
 Example = Mapping[str, Any]
 Metrics = dict[str, Tensor]
@@ -290,8 +292,9 @@ class EstimatorTraits:
     """It scores places that see each a context of their own: no network that predicts a token at the one before."""
     needs_advantages: bool = False
     """Its likelihood depends on the advantages."""
-    attends_in_order: bool = False
-    """Its views are attended in the order of commitment, as the rollouts of such a sampler and of no other."""
+    pattern: AttentionPattern | None = None
+    """Who may attend to whom in its views, as on the canvases of such a sampler and of no other; None: the sampler
+    says it (`AttendingSampler`)."""
     order: OrderLaw | None = None
     """The law of the order that it scores. By the order head's scores: it asks for those of `POSITION`, and the stage
     gives the network such a head, which learns with the policy. None: it scores no order."""
@@ -547,6 +550,20 @@ class OrderPredictor(MaskPredictor, Protocol):
 
     def order_scores(self, hidden: Float[Tensor, "*M D"]) -> Float[Tensor, "*M"] | None:
         """A score for each position, the higher the earlier; None without a head."""
+        ...
+
+
+@runtime_checkable
+class AttendingSampler(Protocol):
+    """A sampler that can say who attended to whom on its canvases, so that views of a rollout are scored alike."""
+
+    @property
+    def pattern(self) -> AttentionPattern | None:
+        """None: everybody to everything."""
+        ...
+
+    def attended(self, corruption: Corruption) -> Corruption:
+        """The views in that pattern, unless they bring their own."""
         ...
 
 

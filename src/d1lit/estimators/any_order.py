@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from d1lit.attention import order_streams
 from d1lit.estimators.views import commit_segments, own_views, token_logprobs
 from d1lit.types import Context, Corruption, EstimatorTraits, LogProbs
 
@@ -30,7 +31,7 @@ class AnyOrderEstimator:
     exclude_mask: bool = False
     """Leave the mask token out of the softmax, as the sampler does; published code lets it take its share."""
     traits: ClassVar[EstimatorTraits] = EstimatorTraits(
-        "token", needs_trace=True, needs_own_place=True, attends_in_order=True
+        "token", needs_trace=True, needs_own_place=True, pattern="order"
     )
 
     def corrupt(self, context: Context) -> Corruption:
@@ -40,6 +41,7 @@ class AnyOrderEstimator:
         slots = torch.full_like(rollout.completion_ids, context.mask_token_id)
         place = torch.arange(prompt + c, device=rollout.device)
         step, _ = commit_segments(context)
+        of = torch.cat([torch.full_like(rollout.prompt_ids, -1), step], dim=1)
         committed = rollout.commit_step >= 0
         return Corruption(
             noised_ids=torch.cat([rollout.prompt_ids, rollout.completion_ids, slots], dim=1),
@@ -47,7 +49,7 @@ class AnyOrderEstimator:
             target_ids=rollout.completion_ids[:, None],
             weight=(rollout.completion_mask & committed)[:, None].to(torch.float32),
             score_from=prompt + c,
-            attention=_attention(rollout.prompt_mask, step, committed),
+            attention=order_streams(of, torch.cat([rollout.prompt_mask, committed], dim=1), prompt),
             position_ids=torch.cat([place, place[prompt:]]).expand(n, -1),
             temperature=self.temperature,
             exclude_mask=self.exclude_mask,
@@ -56,23 +58,3 @@ class AnyOrderEstimator:
     def combine(self, view_logprobs: Float[Tensor, "N K C"], corruption: Corruption, context: Context) -> LogProbs:
         """Each token from its slot."""
         return token_logprobs(view_logprobs, corruption)
-
-
-def _attention(
-    prompt_mask: Bool[Tensor, "N P"], step: Int[Tensor, "N C"], committed: Bool[Tensor, "N C"]
-) -> Bool[Tensor, "N T T"]:
-    """Who sees whom in [prompt; completion; slots]; nobody sees padding or what was never committed.
-
-    The prompt sees itself; a committed token the prompt, those committed in earlier steps and those of its own step to
-    its left; a slot the prompt and those committed in earlier steps. Everyone sees itself.
-    """
-    (n, prompt), c = prompt_mask.shape, step.shape[1]
-    place = torch.arange(c, device=step.device)
-    earlier = (step[:, None, :] < step[:, :, None]) & committed[:, None, :]
-    together = (step[:, None, :] == step[:, :, None]) & committed[:, None, :] & (place < place[:, None])
-    length = prompt + 2 * c
-    attention = torch.zeros(n, length, length, dtype=torch.bool, device=step.device)
-    attention[:, :, :prompt] = prompt_mask[:, None]
-    attention[:, prompt : prompt + c, prompt : prompt + c] = earlier | together
-    attention[:, prompt + c :, prompt : prompt + c] = earlier
-    return attention | torch.eye(length, dtype=torch.bool, device=step.device)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from d1lit.attention import block_streams
 from d1lit.draws import random_subset
 from d1lit.estimators.elbo import scored_tokens, subset_views
 from d1lit.estimators.views import sequence_logprobs
@@ -36,7 +37,9 @@ class BlockELBOEstimator:
     @property
     def traits(self) -> EstimatorTraits:
         """A likelihood of sequences; in two streams neighbouring places may see other blocks."""
-        return EstimatorTraits("sequence", needs_own_place=self.two_stream)
+        return EstimatorTraits(
+            "sequence", needs_own_place=self.two_stream, pattern="blocks" if self.two_stream else None
+        )
 
     def corrupt(self, context: Context) -> Corruption:
         """Views in the order (rollout, view)."""
@@ -78,29 +81,9 @@ def _with_clean_copy(context: Context, views: Corruption, block: Int[Tensor, "N 
     rollout, k = context.rollout, views.view_of.shape[1]
     prompt, length = rollout.prompt_ids.shape[1], rollout.completion_ids.shape[1]
     clean = rollout.completion_ids.repeat_interleave(k, 0)
-    attention = _block_attention(rollout.prompt_mask, rollout.completion_mask, block).repeat_interleave(k, 0)
+    of = torch.cat([torch.full_like(rollout.prompt_ids, -1), block], 1)
+    attention = block_streams(of, torch.cat([rollout.prompt_mask, rollout.completion_mask], 1), prompt)
     place = torch.arange(prompt + length, device=rollout.device)
     positions = torch.cat([place, place[prompt:]]).expand(len(clean), -1)
     noised_ids = torch.cat([views.noised_ids, clean], 1)
-    return replace(views, noised_ids=noised_ids, attention=attention, position_ids=positions)
-
-
-def _block_attention(
-    prompt_mask: Bool[Tensor, "N P"], completion_mask: Bool[Tensor, "N C"], block: Int[Tensor, "N C"]
-) -> Bool[Tensor, "N T T"]:
-    """Who sees whom in [prompt; noised; clean]; nobody sees padding or what follows the end.
-
-    The prompt sees itself; noised tokens the prompt, their own noised block and earlier clean ones; clean tokens the
-    prompt and clean blocks up to their own.
-    """
-    n, prompt = prompt_mask.shape
-    own, earlier = block[:, :, None] == block[:, None, :], block[:, :, None] > block[:, None, :]
-    noised, clean = torch.cat([own, earlier], 2), torch.cat([torch.zeros_like(own), own | earlier], 2)
-    completion = torch.cat([noised, clean], 1)
-    seen = torch.cat([prompt_mask, completion_mask, completion_mask], 1)
-    attention = torch.ones(n, seen.shape[1], seen.shape[1], dtype=torch.bool, device=seen.device)
-    attention[:, :prompt, prompt:] = False
-    attention[:, prompt:, prompt:] = completion
-    attention = attention & seen[:, None]
-    diagonal = torch.eye(seen.shape[1], dtype=torch.bool, device=seen.device)
-    return attention | diagonal  # a query that may see nothing would turn into NaN
+    return replace(views, noised_ids=noised_ids, attention=attention.repeat_interleave(k, 0), position_ids=positions)

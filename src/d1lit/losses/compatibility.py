@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from d1lit.losses.clipped import ClippedPolicyLoss, SequenceClippedLoss
 from d1lit.losses.policy_gradient import MaskwiseBoundLoss
 from d1lit.losses.terms import k1, k3
-from d1lit.types import Advantage, LogProbEstimator, OrderLaw, PolicyLoss, Sampler, Tree
+from d1lit.types import Advantage, AttendingSampler, LogProbEstimator, OrderLaw, PolicyLoss, Sampler, Tree
 
 
 @runtime_checkable
@@ -55,20 +55,27 @@ def check_trajectory(estimator: LogProbEstimator, sampler: Sampler) -> None:
             f"estimator: {type(estimator).__name__} scores positions {asked}, and the sampler's are {found}. "
             f"Try: {cure} [E207]"
         )
-    in_order = getattr(sampler, "any_order", False)
-    if in_order != estimator.traits.attends_in_order:
-        what = "attends in the order of commitment" if in_order else "attends to the whole canvas"
-        cure = "estimator=any_order" if in_order else "sampler=any_order"
-        raise ValueError(
-            f"estimator: {type(estimator).__name__} is refused: the sampler {what}, and it would score what another "
-            f"attention says. Try: {cure} [E207]"
-        )
+    _check_pattern(estimator, sampler)
     guidance = getattr(sampler, "guidance", 0.0)
     if estimator.traits.needs_trace and guidance > 0:
         raise ValueError(
             f"sampler.guidance: {guidance:g}, and {type(estimator).__name__} replays the steps without it. "
             "Try: sampler.guidance=0, or estimator=one_step with estimator.guidance [E207]"
         )
+
+
+def _check_pattern(estimator: LogProbEstimator, sampler: Sampler) -> None:
+    """Refuse an estimator whose views are attended otherwise than the sampler's canvases."""
+    there = sampler.pattern if isinstance(sampler, AttendingSampler) else None
+    own = estimator.traits.pattern
+    if own == there or (own is None and there == "blocks"):  # the sampler's `attended` sees to blocks
+        return
+    kinds = {None: "to the whole canvas", "blocks": "block by block", "order": "in the order of commitment"}
+    cure = {"blocks": "sampler=block_diffusion", "order": "sampler=any_order", None: "estimator=any_order"}[own]
+    raise ValueError(
+        f"estimator: {type(estimator).__name__} is refused: the sampler attends {kinds[there]}, and it would score "
+        f"what another attention says. Try: {cure} [E207]"
+    )
 
 
 def check_place(estimator: LogProbEstimator, is_shifted: bool) -> None:

@@ -59,6 +59,7 @@ from d1lit.sampling.prediction import evaluation_mode
 from d1lit.scoring import score
 from d1lit.types import (
     Advantage,
+    AttendingSampler,
     Context,
     Corruption,
     LogProbEstimator,
@@ -311,10 +312,15 @@ class DiffuGRPO(L.LightningModule):
     def _likelihood(self, rollout: Rollout, advantages: Tensor, step: int, inner: int) -> tuple[LogProbs, Scores]:
         """Log-probs of a rollout under the corruption of one inner update: the same views for old, ref and current."""
         context = self._context(rollout, advantages, step, inner)
-        corruption = self.estimator.corrupt(context)
+        corruption = self._views(context)
         wants_entropy = self.loss.traits.needs_entropy
         scores = score(self.policy, rollout, corruption, wants_entropy, views_per_chunk=self.views_per_chunk)
         return self.estimator.combine(scores.logprobs, corruption, context), scores
+
+    def _views(self, context: Context) -> Corruption:
+        """The estimator's views, attended as the sampler's canvases were."""
+        corruption = self.estimator.corrupt(context)
+        return self.sampler.attended(corruption) if isinstance(self.sampler, AttendingSampler) else corruption
 
     def _context(self, rollout: Rollout, advantages: Tensor, step: int, inner: int) -> Context:
         """What the estimator may know; its draws depend on the step, the inner update and the rows alone."""
@@ -338,7 +344,7 @@ class DiffuGRPO(L.LightningModule):
             part, advantage = rollout.rows(cut.start, cut.stop), advantages[cut]
             inners = range(self.num_inner_updates)
             contexts = [self._context(part, advantage, step, inner) for inner in inners]
-            corruptions = [self.estimator.corrupt(context) for context in contexts]
+            corruptions = [self._views(context) for context in contexts]
             # At inner update 0 the policy is the old one.
             needs_old = [self.loss.traits.needs_old and (i > 0 or self.inner_index_by_micro_batch) for i in inners]
             found = iter(self._likelihoods(list(compress(contexts, needs_old)), list(compress(corruptions, needs_old))))

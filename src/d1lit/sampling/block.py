@@ -39,7 +39,7 @@ from d1lit.sampling.remask import with_shadow
 from d1lit.sampling.replay import approximation_nats
 from d1lit.sampling.rows import CanvasBatch, lay_out
 from d1lit.sampling.sharing import Sharing, edges, sharing
-from d1lit.types import Draws, MaskPredictor, OrderLaw, PromptBatch, Rollout, Tree
+from d1lit.types import AttentionPattern, Corruption, Draws, MaskPredictor, OrderLaw, PromptBatch, Rollout, Tree
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,11 @@ class BlockSampler:
         return self.edit if self.remask is None else self.remask
 
     @property
+    def pattern(self) -> AttentionPattern | None:
+        """Who may attend to whom on its canvases; None: everybody to everything."""
+        return "blocks" if self.block_causal else "order" if self.any_order else None
+
+    @property
     def order_law(self) -> OrderLaw | None:
         """How the positions of a step are drawn; None where they go by rank, or the predictions decide how many."""
         law = self.confidence
@@ -242,6 +247,14 @@ class BlockSampler:
     def replay(self, policy: MaskPredictor, rollout: Rollout, num_rows: int) -> Float[Tensor, ""]:
         """Mean |log p of the exact network - log p recorded| of the chosen tokens, over some rows, in nats."""
         return approximation_nats(policy, rollout, self.temperature, self.guidance, num_rows, self._attended)
+
+    def attended(self, corruption: Corruption) -> Corruption:
+        """Views of a rollout in which everyone sees what it saw on the canvas; an estimator's own pattern stays."""
+        seen = corruption.attention
+        if not self.block_causal or (seen is not None and seen.dim() == 3):
+            return corruption
+        canvas = block_causal(Canvas(corruption.noised_ids, seen, corruption.score_from), self.block_length)
+        return replace(corruption, attention=canvas.attention)
 
     def _attended(self, canvas: Canvas, commit_step: Int[Tensor, "n C"]) -> Canvas:
         """The canvas with who may attend to whom, where that is not everybody to everything."""

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from d1lit import attention as patterns
 from d1lit.models.head import GPU_TAIL_BYTES
 from d1lit.sampling.cache import SpanStorage
 from d1lit.sampling.parts import Cells, Choice, Confidence, Prediction, Proposal
@@ -52,14 +53,9 @@ class Canvas:
 def block_causal(canvas: Canvas, block_length: int) -> Canvas:
     """The canvas with every block seeing the prompt, the blocks before it and itself; the prompt sees itself."""
     ids, start = canvas.ids, canvas.prompt_length
-    block = (
-        (torch.arange(ids.shape[1], device=ids.device) - start).div(block_length, rounding_mode="floor").clamp(min=-1)
-    )
-    seen = block[None, :] <= block[:, None]
-    if canvas.attention is not None:
-        own = torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)  # padding sees itself, not nothing
-        return replace(canvas, attention=(seen & canvas.attention[:, None]) | own)
-    return replace(canvas, attention=seen.expand(len(ids), -1, -1))
+    place = torch.arange(ids.shape[1], device=ids.device) - start
+    block = place.div(block_length, rounding_mode="floor").clamp(min=-1)[None]
+    return replace(canvas, attention=patterns.block_causal(block, canvas.attention).expand(len(ids), -1, -1))
 
 
 def any_order(canvas: Canvas, commit_step: Int[Tensor, "n C"]) -> Canvas:

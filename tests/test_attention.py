@@ -1,0 +1,95 @@
+"""Who may attend to whom, pair by pair; and rollouts of block diffusion, scored as they were drawn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from d1lit.attention import block_streams, order_streams, target_blocks
+from d1lit.draws import CounterDraws
+from d1lit.estimators.block_elbo import BlockELBOEstimator
+from d1lit.estimators.one_step import OneStepEstimator
+from d1lit.estimators.step_merge import TraceEstimator
+from d1lit.losses import check_trajectory
+from d1lit.models.cache import KVCache
+from d1lit.sampling import DualCache
+from d1lit.scoring import score
+from d1lit.types import Context, PromptBatch
+from tests.end_to_end.small import small_policy
+from tests.test_sampling import sampler
+
+IDS = torch.tensor([[3, 4, 5, 6], [4, 4, 6, 3], [7, 9, 2, 2]])
+PROMPTS = PromptBatch(IDS, torch.tensor([[True] * 4, [False] + [True] * 3, [True] * 4]), torch.arange(3))
+BLOCK_OF = torch.tensor([[-1, -1, 0, 0, 1, 1], [-1, 0, 0, 1, 1, -1]])
+SEEN = torch.tensor([[False, True, True, True, True, True], [True] * 5 + [False]])
+"""The first row as rollouts are laid out, padded on the left; the second as d1's fine-tuning is, on the right."""
+
+
+def test_blocks_are_counted_from_the_first_target() -> None:
+    is_target = torch.tensor([[False, False, True, True, True, True], [False, True, True, True, True, False]])
+    assert torch.equal(target_blocks(is_target, 2), BLOCK_OF)
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_the_streams_of_blocks_pair_by_pair(start: int) -> None:
+    pattern = block_streams(BLOCK_OF, SEEN, start)
+    columns = [*((c, False) for c in range(6)), *((c, True) for c in range(start, 6))]
+    for n in range(2):
+        for q, (i, i_clean) in enumerate(columns):
+            for k, (j, j_clean) in enumerate(columns):
+                mine, its = int(BLOCK_OF[n, i]), int(BLOCK_OF[n, j])
+                if its < 0:
+                    allowed = not j_clean
+                elif j_clean:
+                    allowed = its < mine or (i_clean and its == mine)
+                else:
+                    allowed = not i_clean and its == mine
+                assert bool(pattern[n, q, k]) == ((allowed and bool(SEEN[n, j])) or q == k), (n, i, i_clean, j, j_clean)
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_the_streams_of_an_order_pair_by_pair(start: int) -> None:
+    step = torch.tensor([[-1, -1, 1, 0, 1, 2], [-1, 3, 0, 2, 1, -1]])
+    pattern = order_streams(step, SEEN, start)
+    columns = [*((c, False) for c in range(6)), *((c, True) for c in range(start, 6))]
+    for n in range(2):
+        for q, (i, is_slot) in enumerate(columns):
+            for k, (j, key_is_slot) in enumerate(columns):
+                mine, its = int(step[n, i]), int(step[n, j])
+                together = its == mine and j < i and not is_slot
+                allowed = not key_is_slot and (its < 0 or its < mine or together)
+                assert bool(pattern[n, q, k]) == ((allowed and bool(SEEN[n, j])) or q == k), (n, i, is_slot, j)
+
+
+@pytest.mark.parametrize("changes", [{}, {"cache": DualCache(KVCache)}, {"num_steps": 8}])
+@torch.no_grad()
+def test_block_diffusion_is_scored_as_it_was_drawn(changes: dict[str, Any]) -> None:
+    """The replayed trajectory has the log-probs that the sampler recorded; seen whole it would have others."""
+    policy = small_policy()
+    settings = {"completion_length": 8, "block_length": 4, "num_steps": 4, "temperature": 0.8, "block_causal": True}
+    drawer = sampler(**(settings | changes))
+    rollout = drawer(policy, PROMPTS, 2, CounterDraws(3))
+    context = Context(rollout, torch.zeros(6), 0, 1, policy.mask_token_id, CounterDraws(0))
+    estimator = TraceEstimator(shrink=1, temperature=0.8, exclude_mask=True)
+    whole = estimator.corrupt(context)
+    valid = rollout.completion_mask & (rollout.commit_step >= 0)
+    away = []
+    for views in (drawer.attended(whole), whole):
+        got = estimator.combine(score(policy, rollout, views).logprobs, views, context)
+        away.append(float((got.value - rollout.sampled_logprobs)[valid].abs().max()))
+    assert away[0] < 2e-5
+    assert away[1] > 1e-2
+    assert sampler(**settings | {"block_causal": False}).attended(whole) is whole
+    two_streams = BlockELBOEstimator(2, 4, False, two_stream=True).corrupt(context)
+    assert drawer.attended(two_streams) is two_streams
+
+
+def test_views_in_a_pattern_of_their_own_want_such_a_sampler() -> None:
+    two_streams = BlockELBOEstimator(2, 4, False, two_stream=True)
+    in_blocks = sampler(block_causal=True)
+    for estimator in (two_streams, TraceEstimator(1, 1.0), OneStepEstimator(0.0, 1, False)):
+        check_trajectory(estimator, in_blocks)
+    with pytest.raises(ValueError, match=r"^estimator: BlockELBO.* attends to the whole.*Try: sampler=block_diffusion"):
+        check_trajectory(two_streams, sampler())
