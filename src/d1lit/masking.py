@@ -4,6 +4,9 @@ Times and masks are separate choices, and both draw through `Draws` alone. A sam
 `row_ids`, which identify the rows for their own random numbers, and `places`, their places 0 .. num_places - 1 in the
 GLOBAL batch, which stratified samplers need; so one process and eight see the same times.
 
+What the network sees of a row (`types.RowView`) is a third choice: for most the noised row, for networks that attend
+block by block or in the order of commitment also the clean one.
+
 A mask (`types.MaskRule`) says which tokens it hides, and by its `weight` what the schedule's weight of each is
 multiplied by: so chosen that a token's weight has the expectation 1, as the likelihood bound wants it.
 """
@@ -12,14 +15,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from d1lit.attention import target_blocks
+from d1lit.attention import block_streams, order_streams, target_blocks
 from d1lit.draws import random_subset
-from d1lit.types import Draws, TimeSampler
+from d1lit.types import AttentionPattern, Draws, SeenRows, TimeSampler
 
 Rows = Int[Tensor, " n"]
 Times = Float[Tensor, " n"]
@@ -197,6 +201,121 @@ class BlockMask:
 def apply_mask(ids: Int[Tensor, "n T"], is_masked: Tokens, mask_token_id: int) -> Int[Tensor, "n T"]:
     """The ids with the hidden ones replaced by [MASK]."""
     return torch.where(is_masked, mask_token_id, ids)
+
+
+# --------------------------------------------------------------------------------------------------------- what is seen
+
+
+@dataclass(frozen=True)
+class WholeRow:
+    """The noised row, all of it seen by all of it (LLaDA, d1)."""
+
+    pattern: ClassVar[AttentionPattern | None] = None
+
+    def __call__(
+        self,
+        draws: Draws,
+        row_ids: Rows,
+        ids: Int[Tensor, "n T"],
+        is_masked: Tokens,
+        is_target: Tokens,
+        attention: Tokens | None,
+        mask_token_id: int,
+    ) -> SeenRows:
+        """Each token is predicted at its place."""
+        return SeenRows(apply_mask(ids, is_masked, mask_token_id), attention, None, _places(ids))
+
+    def length(self, prompt_length: int, num_targets: int) -> int:
+        """The row's own."""
+        return prompt_length + num_targets
+
+
+@dataclass(frozen=True)
+class BlockStreams:
+    """The noised row and its clean targets, attended as `attention.block_streams` (BD3LM, arXiv 2503.09573).
+
+    One pass learns every block given the clean ones before it, which is how a sampler with `block_causal` decodes.
+    Differs from the paper: all blocks of a row are noised at one time t, not each at its own.
+    """
+
+    block_length: int
+    pattern: ClassVar[AttentionPattern | None] = "blocks"
+
+    def __call__(
+        self,
+        draws: Draws,
+        row_ids: Rows,
+        ids: Int[Tensor, "n T"],
+        is_masked: Tokens,
+        is_target: Tokens,
+        attention: Tokens | None,
+        mask_token_id: int,
+    ) -> SeenRows:
+        """Each token is predicted at its place in the noised row."""
+        start, seen = _first_target(is_target), torch.ones_like(is_target) if attention is None else attention
+        noised = apply_mask(ids, is_masked, mask_token_id)
+        return SeenRows(
+            torch.cat([noised, ids[:, start:]], dim=1),
+            block_streams(target_blocks(is_target, self.block_length), seen, start),
+            _twice_placed(ids, start),
+            _places(ids),
+        )
+
+    def length(self, prompt_length: int, num_targets: int) -> int:
+        """The targets twice."""
+        return prompt_length + 2 * num_targets
+
+
+@dataclass(frozen=True)
+class OrderStreams:
+    """The clean row and a mask slot for each target, attended as `attention.order_streams` (d2, arXiv 2509.21474).
+
+    Each token is learnt at its turn in a random order of the targets, given those before it: with every target hidden
+    the loss is the negative log-likelihood of an order drawn at random, in one pass.
+    """
+
+    pattern: ClassVar[AttentionPattern | None] = "order"
+
+    def __call__(
+        self,
+        draws: Draws,
+        row_ids: Rows,
+        ids: Int[Tensor, "n T"],
+        is_masked: Tokens,
+        is_target: Tokens,
+        attention: Tokens | None,
+        mask_token_id: int,
+    ) -> SeenRows:
+        """Each token is predicted at its slot; targets that are not hidden come first in the order."""
+        start, seen = _first_target(is_target), torch.ones_like(is_target) if attention is None else attention
+        key = draws.uniform("order", row_ids, (ids.shape[1],)) + is_masked
+        turn = torch.where(is_target, key, torch.inf).argsort(1).argsort(1)
+        slots = torch.full_like(ids[:, start:], mask_token_id)
+        return SeenRows(
+            torch.cat([ids, slots], dim=1),
+            order_streams(torch.where(is_target, turn, -1), seen, start),
+            _twice_placed(ids, start),
+            (_places(ids) + ids.shape[1] - start).clamp(min=ids.shape[1]),
+        )
+
+    def length(self, prompt_length: int, num_targets: int) -> int:
+        """The targets twice."""
+        return prompt_length + 2 * num_targets
+
+
+def _first_target(is_target: Tokens) -> int:
+    """The first column in which a row has a target."""
+    return int(is_target.any(0).int().argmax())
+
+
+def _places(ids: Int[Tensor, "n T"]) -> Int[Tensor, " T"]:
+    return torch.arange(ids.shape[1], device=ids.device)
+
+
+def _twice_placed(ids: Int[Tensor, "n T"], start: int) -> Int[Tensor, "n S"]:
+    """Positions of a row and of its columns from `start` on, once more."""
+    place = _places(ids)
+    return torch.cat([place, place[start:]]).expand(len(ids), -1)
 
 
 # ------------------------------------------------------------------------------------------------------------- extras

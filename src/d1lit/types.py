@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -483,6 +483,42 @@ class MaskRule(Protocol):
         self, draws: Draws, row_ids: Int[Tensor, " n"], mask_prob: Float[Tensor, " n"], is_maskable: Bool[Tensor, "n T"]
     ) -> Float[Tensor, "n T"]:
         """Factor on the schedule's weight of each token; 1 where each is hidden with probability `mask_prob`."""
+        ...
+
+
+@dataclass(frozen=True)
+class SeenRows:
+    """What the network sees of noised training rows."""
+
+    ids: Int[Tensor, "n S"]
+    attention: Bool[Tensor, "n S"] | Bool[Tensor, "n S S"] | None
+    position_ids: Int[Tensor, "n S"] | None
+    slots: Int[Tensor, " T"]
+    """Where in `ids` the hidden token of each column of the row is predicted."""
+
+
+@runtime_checkable
+class RowView(Protocol):
+    """What the network sees of a training row of which some tokens are hidden."""
+
+    pattern: ClassVar[AttentionPattern | None]
+    """Who may attend to whom in it, and so in rollouts of what learns by it; None: everybody to everything."""
+
+    def __call__(
+        self,
+        draws: Draws,
+        row_ids: Int[Tensor, " n"],
+        ids: Int[Tensor, "n T"],
+        is_masked: Bool[Tensor, "n T"],
+        is_target: Bool[Tensor, "n T"],
+        attention: Bool[Tensor, "n T"] | None,
+        mask_token_id: int,
+    ) -> SeenRows:
+        """The rows, noised; `attention` leaves out padding."""
+        ...
+
+    def length(self, prompt_length: int, num_targets: int) -> int:
+        """Tokens that go through the network for a row of so many."""
         ...
 
 

@@ -18,7 +18,7 @@ from d1lit.losses import MaskedCrossEntropy
 from d1lit.losses.clipped import ClippedPolicyLoss
 from d1lit.losses.supervised import per_target_token
 from d1lit.losses.terms import k3, token_mean
-from d1lit.masking import BernoulliMask, GridTimes, UniformTimes
+from d1lit.masking import BernoulliMask, GridTimes, UniformTimes, WholeRow
 from d1lit.models import KVCache, LoraSettings, Policy, add_lora
 from d1lit.modules import DiffuGRPO, MaskedSFT
 from d1lit.modules.optimizing import constant
@@ -178,6 +178,7 @@ def sft_module(policy: Any, num_updates: int) -> MaskedSFT:
         times=UniformTimes(low=1e-3),
         validation_times=UniformTimes(low=1e-3),
         mask=BernoulliMask(),
+        view=WholeRow(),
         loss=MaskedCrossEntropy(per_target_token),
         optimizer=sgd,
         lr_schedule=partial(constant, warmup_updates=0),

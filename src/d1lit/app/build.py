@@ -34,7 +34,7 @@ from d1lit.rewards.parts import RewardParts
 from d1lit.sampling import BlockSampler
 from d1lit.strategies import fsdp
 from d1lit.tasks import AnyTask, MixedTask, Split, Task
-from d1lit.types import LogProbEstimator, MaskRule, PolicyLoss, Sampler, Schedule, TimeSampler
+from d1lit.types import LogProbEstimator, MaskRule, PolicyLoss, RowView, Sampler, Schedule, TimeSampler
 
 KINDS: dict[str, type] = {
     "sampler": Sampler,
@@ -45,6 +45,7 @@ KINDS: dict[str, type] = {
     "times": TimeSampler,
     "validation_times": TimeSampler,
     "mask": MaskRule,
+    "view": RowView,
 }
 """What the arguments of a stage's module of these names have to be."""
 
@@ -72,6 +73,7 @@ def plan_run(config: DictConfig, trains: bool = True) -> Plan:
     stages = [_stage(config, f"stages.{name}", name, world_size, task) for name in config.recipe.stages]
     for stage in stages:
         _check_stage(config, f"stages.{stage.name}", stage, world_size)
+        _check_pattern(stage, sampler)
         if trains:
             _check_selection(stage, task)
     base = None
@@ -87,6 +89,16 @@ def plan_run(config: DictConfig, trains: bool = True) -> Plan:
     for length in config.evaluation.lengths or ():
         evaluation_sampler(plan, length)
     return plan
+
+
+def _check_pattern(stage: StageParts, sampler: BlockSampler) -> None:
+    """What learns to attend in a pattern decodes in it."""
+    view = stage.module.keywords.get("view") if isinstance(stage.module, partial) else None
+    if view is None or view.pattern in (None, sampler.pattern):
+        return
+    cure = {"blocks": "sampler=block_diffusion", "order": "sampler=any_order"}[view.pattern]
+    cause = f"{type(view).__name__} teaches the network a pattern of attention that the sampler does not decode in"
+    raise ConfigError("view", cause, f"{cure}, or view=whole", "E207")
 
 
 def _check_selection(stage: StageParts, task: AnyTask) -> None:

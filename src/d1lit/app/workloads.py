@@ -100,7 +100,7 @@ def stage_work(plan: Plan, parts: StageParts, world_size: int) -> Workload:
     layout = parts.data.layout.keywords  # type: ignore[attr-defined]
     completion = layout.get("completion_length", layout.get("max_length"))
     prompt = plan.task.max_prompt_length if "completion_length" in layout else 0
-    return replace(common, length=prompt + completion, scored=completion)
+    return replace(common, length=keywords["view"].length(prompt, completion), scored=completion)
 
 
 def _rl_work(plan: Plan, parts: StageParts, common: Workload, keywords: Mapping[str, Any]) -> Workload:

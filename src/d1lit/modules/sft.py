@@ -12,7 +12,7 @@ from torch import Tensor
 from d1lit.data import CompletionBatch, EncodedRow, Layout, completion_batch, moved
 from d1lit.draws import CounterDraws
 from d1lit.losses import MaskedCrossEntropy
-from d1lit.masking import BlockMask, ExactCountMask, apply_mask, complementary_mask
+from d1lit.masking import BlockMask, ExactCountMask, complementary_mask
 from d1lit.models import Policy
 from d1lit.modules.accounting import Meter, StageCost, UpdateMetrics, close_update
 from d1lit.modules.optimizing import (
@@ -23,14 +23,14 @@ from d1lit.modules.optimizing import (
     seed_dropout,
     trainable_state,
 )
-from d1lit.types import MaskRule, Metrics, Schedule, TimeSampler
+from d1lit.types import MaskRule, Metrics, RowView, Schedule, TimeSampler
 
 
 class MaskedSFT(L.LightningModule):
     """Learns demonstrations by predicting the completion tokens that the forward process hid.
 
-    Schedule, times and masks are three separate choices. Validation uses a fixed grid of times and fixed masks, so that
-    its loss can be compared from step to step.
+    Schedule, times, masks and what the network sees of a row are separate choices. Validation uses a fixed grid of
+    times and fixed masks, so that its loss can be compared from step to step.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class MaskedSFT(L.LightningModule):
         times: TimeSampler,
         validation_times: TimeSampler,
         mask: MaskRule,
+        view: RowView,
         loss: MaskedCrossEntropy,
         optimizer: OptimizerFactory,
         lr_schedule: ScheduleFactory,
@@ -51,12 +52,14 @@ class MaskedSFT(L.LightningModule):
         complementary: bool = False,
     ) -> None:
         super().__init__()
-        self.check(schedule, mask, complementary)
+        self.check(schedule, mask, view, complementary)
+        check_own_place(view, policy.network.config.shift)
         self.policy = policy
         self.schedule = schedule
         self.times = times
         self.validation_times = validation_times
         self.mask = mask
+        self.view = view
         self.loss = loss
         self.optimizer_factory = optimizer
         self.schedule_factory = lr_schedule
@@ -79,15 +82,20 @@ class MaskedSFT(L.LightningModule):
         self.strict_loading = False  # frozen weights are not in a checkpoint: the stage starts from them
 
     @staticmethod
-    def check(schedule: Schedule, mask: MaskRule, complementary: bool = False, **others: Any) -> None:
+    def check(schedule: Schedule, mask: MaskRule, view: RowView, complementary: bool = False, **others: Any) -> None:
         """Refuse what has no meaning, before there is a network.
 
         Raises:
             ValueError: naming the key, the value and the cure.
         """
+        middle = torch.tensor([0.3])
+        if view.pattern == "order" and float(schedule.mask_prob(middle)) < 1:
+            raise ValueError(
+                f"module.schedule: {type(schedule).__name__} leaves tokens visible, and {type(view).__name__} learns "
+                "each at its turn in a random order of all. Try: schedule=constant schedule.ratio=1"
+            )
         if not complementary:
             return
-        middle = torch.tensor([0.3])
         if abs(float(schedule.mask_prob(middle) + schedule.mask_prob(1 - middle)) - 1) > 0.01:
             raise ValueError(
                 f"module.complementary: {type(schedule).__name__} does not hide at 1 - t what it shows at t, so the "
@@ -123,23 +131,25 @@ class MaskedSFT(L.LightningModule):
         t = times(draws, batch.row_ids, batch.row_ids, batch.num_rows)
         where = draws, batch.row_ids, self.schedule.mask_prob(t), batch.is_target
         is_masked, factor = self.mask(*where), self.mask.weight(*where)
-        loss, metrics = self._view_loss(batch, is_masked, t, factor)
+        loss, metrics = self._view_loss(batch, is_masked, t, factor, draws)
         if not self.complementary:
             return loss, metrics
         # 1 - t = 0 hides nothing there, but its weight must stay finite
         rest, others = self._view_loss(
-            batch, complementary_mask(is_masked, batch.is_target), (1 - t).clamp(min=1e-3), factor
+            batch, complementary_mask(is_masked, batch.is_target), (1 - t).clamp(min=1e-3), factor, draws
         )
         return (loss + rest) / 2, {**metrics, "num_scored": metrics["num_scored"] + others["num_scored"]}
 
     def _view_loss(
-        self, batch: CompletionBatch, is_masked: Tensor, t: Tensor, factor: Tensor
+        self, batch: CompletionBatch, is_masked: Tensor, t: Tensor, factor: Tensor, draws: CounterDraws
     ) -> tuple[Tensor, Metrics]:
         """The loss under one mask; the head sees the positions that are hidden and scored."""
-        noised_ids = apply_mask(batch.ids, is_masked, self.policy.mask_token_id)
-        hidden = self.policy.hidden(noised_ids, batch.attention)
+        where = batch.ids, is_masked, batch.is_target, batch.attention, self.policy.mask_token_id
+        seen = self.view(draws, batch.row_ids, *where)
+        hidden = self.policy.hidden(seen.ids, seen.attention, seen.position_ids)
         is_scored = is_masked & (factor > 0)
-        logprobs = self.policy.logprobs(hidden[is_scored], batch.ids[is_scored][:, None])[:, 0]
+        row, column = is_scored.nonzero(as_tuple=True)
+        logprobs = self.policy.logprobs(hidden[row, seen.slots[column]], batch.ids[row, column][:, None])[:, 0]
         nll = logprobs.new_zeros(batch.ids.shape).masked_scatter(is_scored, -logprobs)
         weight = (
             self.schedule.weight(t)[:, None] * factor if self.token_weight is None else self.token_weight(is_masked)
@@ -210,3 +220,16 @@ class MaskedSFT(L.LightningModule):
         """Go on with the account, and count batches as this run cuts them."""
         refit_counters(checkpoint, self.trainer.accumulate_grad_batches)
         self.cost.load(checkpoint["cost"])
+
+
+def check_own_place(view: RowView, is_shifted: bool) -> None:
+    """Refuse a view in which a place sees another context than the one before it, on a network that predicts one on.
+
+    Raises:
+        ValueError: naming the view.
+    """
+    if view.pattern is not None and is_shifted:
+        raise ValueError(
+            f"module.view: {type(view).__name__} needs a network that predicts a token at its own place, not at the "
+            "one before. Try: model=llada_8b, or view=whole [E207]"
+        )
