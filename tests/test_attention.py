@@ -14,10 +14,11 @@ from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.estimators.step_merge import TraceEstimator
 from d1lit.losses import check_trajectory
 from d1lit.models.cache import KVCache
+from d1lit.modules import DiffuGRPO
 from d1lit.sampling import DualCache
 from d1lit.scoring import score
 from d1lit.types import Context, PromptBatch
-from tests.end_to_end.small import small_policy
+from tests.end_to_end.small import fit, make_module, small_policy
 from tests.test_sampling import sampler
 
 IDS = torch.tensor([[3, 4, 5, 6], [4, 4, 6, 3], [7, 9, 2, 2]])
@@ -84,6 +85,27 @@ def test_block_diffusion_is_scored_as_it_was_drawn(changes: dict[str, Any]) -> N
     assert sampler(**settings | {"block_causal": False}).attended(whole) is whole
     two_streams = BlockELBOEstimator(2, 4, False, two_stream=True).corrupt(context)
     assert drawer.attended(two_streams) is two_streams
+
+
+@pytest.mark.parametrize("block_causal", [True, False])
+def test_policy_optimisation_scores_what_the_sampler_saw(block_causal: bool) -> None:
+    away = []
+
+    class Compared(DiffuGRPO):
+        @torch.no_grad()
+        def collect(self, *args: Any) -> Any:
+            experience = super().collect(*args)
+            for part in experience:
+                rollout = part.rollout
+                value = self._likelihood(rollout, part.advantages, part.step, 0)[0].value
+                away.append(float((value - rollout.sampled_logprobs)[rollout.completion_mask].abs().max()))
+            return experience
+
+    drawer = sampler(completion_length=8, block_length=4, num_steps=4, temperature=1.0, block_causal=block_causal)
+    estimator = TraceEstimator(shrink=1, temperature=1.0, exclude_mask=True)
+    fit(make_module(small_policy(), Compared, sampler=drawer, estimator=estimator), 2)
+    assert len(away) == 4
+    assert max(away) < 2e-5
 
 
 def test_views_in_a_pattern_of_their_own_want_such_a_sampler() -> None:

@@ -12,11 +12,12 @@ from d1lit.app.build import plan_run
 from d1lit.app.components import build, check_trainer, check_watchers
 from d1lit.app.composing import CONF, compose_jobs
 from d1lit.app.config_checks import check_values
+from d1lit.errors import ConfigError
 from d1lit.rewards.parts import RewardParts
 from d1lit.sampling import BlockSampler
 from d1lit.strategies import Setting
 from d1lit.tasks import AnyTask
-from d1lit.types import Advantage, LogProbEstimator, PolicyLoss, RewardBatch, Sampler, Schedule, Verdict
+from d1lit.types import Advantage, LogProbEstimator, PolicyLoss, RewardBatch, RowView, Sampler, Schedule, Verdict
 
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
 FILES = sorted((file.parent.name, file.stem) for file in CONF.glob("*/*.yaml"))
@@ -39,6 +40,20 @@ def test_schedule(name):
     assert ((schedule.alpha(t) + schedule.mask_prob(t)) - 1).abs().max() < 1e-6
     assert (schedule.weight(t) >= 0).all()
     assert (schedule.mask_prob(t).diff() >= 0).all()
+
+
+@pytest.mark.parametrize("name", choices("view"))
+def test_view(name):
+    sampler = {"whole": "low_confidence", "blocks": "block_diffusion", "order": "any_order"}[name]
+    schedule = ("schedule=constant", "schedule.ratio=1.0") if name == "order" else ()
+    config = config_with("recipe=sft", f"view={name}", f"sampler={sampler}", *schedule)
+    view = build(config, "view")
+    assert isinstance(view, RowView)
+    assert view.length(3, 4) in (7, 11)
+    assert plan_run(config).sampler.pattern == view.pattern
+    if view.pattern is not None:
+        with pytest.raises(ConfigError, match=r"^view: .*Try: sampler="):
+            plan_run(config_with("recipe=sft", f"view={name}", *schedule))
 
 
 @pytest.mark.parametrize("name", choices("estimator"))

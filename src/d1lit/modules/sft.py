@@ -92,7 +92,7 @@ class MaskedSFT(L.LightningModule):
         if view.pattern == "order" and float(schedule.mask_prob(middle)) < 1:
             raise ValueError(
                 f"module.schedule: {type(schedule).__name__} leaves tokens visible, and {type(view).__name__} learns "
-                "each at its turn in a random order of all. Try: schedule=constant schedule.ratio=1"
+                "each at its turn in a random order of all. Try: schedule=constant schedule.ratio=1.0"
             )
         if not complementary:
             return
