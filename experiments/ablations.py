@@ -1,4 +1,4 @@
-"""Tables and plots of the studies that share a shape: experiments/masking, inner_updates, losses, schedules and papers.
+"""Tables and plots of the studies that share a shape: experiments/masking, inner_updates, losses, papers and others.
 
 python experiments/ablations.py masking                    # README table and plot.svg from the committed results.json
 python experiments/ablations.py masking outputs/masking    # ... after making results.json from the runs of the sweep
@@ -9,21 +9,51 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from d1lit.rewards.extract import final_answer
 from d1lit.statistics import Interval, mean_over_seeds
 
 HERE = Path(__file__).resolve().parent
 EMPTIES = 8
-"""Empty cells of every test puzzle; a row's verdict is how many of them are right."""
+"""Empty cells of every test puzzle."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a row of the test is worth, kept as a digit."""
+
+    name: str
+    digit: Callable[[dict[str, Any]], int]
+    values: tuple[float, ...]
+    """Of each digit, as a share of 1."""
+
+    def percent(self, digits: str) -> float:
+        """Mean value of the rows."""
+        return 100 * sum(self.values[int(digit)] for digit in digits) / len(digits)
+
+
+def right_cells(row: dict[str, Any]) -> int:
+    """How many of the empty cells are right."""
+    return round(EMPTIES * row["extra"]["cell_accuracy"])
+
+
+def countdown_outcome(row: dict[str, Any]) -> int:
+    """No answer, a wrong one, a right one."""
+    return 2 if row["strict"]["value"] == 1.0 else int(final_answer(row["completion"]) is not None)
+
+
+CELLS = Scale("cell accuracy", right_cells, tuple(n / EMPTIES for n in range(EMPTIES + 1)))
+COUNTDOWN_REWARD = Scale("reward", countdown_outcome, (0.0, 0.1, 1.0))  # conf/reward/countdown.yaml
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What is read off a run: right cells of every test row."""
+    """What is read off a run: the digit of every test row."""
 
     name: str
     stage: str
@@ -44,6 +74,7 @@ class Study:
     """Whose cost is stated."""
     samples_otherwise: frozenset[str] = frozenset()
     """Arms with a sampler of their own: the same weights start elsewhere."""
+    scale: Scale = CELLS
 
 
 GRPO = (Measure("greedy", "grpo", None),)
@@ -129,13 +160,14 @@ STUDIES = {
 
 
 def gather(name: str, folder: Path) -> dict[str, Any]:
-    """The small record of a sweep: for every run its right cells, row by row as digits, and its cost."""
+    """The small record of a sweep: for every run its rows as digits, and its cost."""
     study, runs = STUDIES[name], []
     for file in sorted(folder.glob("*/results.json")):
         words = dict(word.split("=", 1) for word in file.parent.name.split(","))
         results = json.loads(file.read_text())
-        found = {measure.name: right_cells(results, file.parent, measure) for measure in study.measures}
-        start = {m.name: right_cells(results, file.parent, Measure(m.name, "base", m.probe)) for m in study.measures}
+        read = partial(digits, results, file.parent, scale=study.scale)
+        found = {measure.name: read(measure) for measure in study.measures}
+        start = {m.name: read(Measure(m.name, "base", m.probe)) for m in study.measures}
         cost = results["cost"]["stages"][study.stage]
         runs.append(
             {
@@ -149,31 +181,27 @@ def gather(name: str, folder: Path) -> dict[str, Any]:
         )
     environment = json.loads((file.parent / "environment.json").read_text())
     kept = {key: environment[key] for key in ("packages", "python", "platform", "processor", "threads")}
-    return {"study": name, "empties": EMPTIES, "environment": kept, "runs": runs}
+    return {"study": name, "values": study.scale.values, "environment": kept, "runs": runs}
 
 
-def right_cells(results: dict[str, Any], folder: Path, measure: Measure) -> str:
-    """Right cells of every row, one digit a row."""
+def digits(results: dict[str, Any], folder: Path, measure: Measure, scale: Scale) -> str:
+    """The rows of an evaluation, one digit a row."""
     entries = results["evaluations"] if measure.probe is None else results["probes"]
     (entry,) = [e for e in entries if e["stage"] == measure.stage and e.get("probe") == measure.probe]
     rows = [json.loads(line) for line in (folder / entry["rows_file"]).read_text().splitlines()]
     rows.sort(key=lambda row: row["index"])
-    return "".join(str(round(EMPTIES * row["extra"]["cell_accuracy"])) for row in rows)
+    return "".join(str(scale.digit(row)) for row in rows)
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def share(cells: str) -> float:
-    """Per cent of all empty cells."""
-    return 100 * sum(map(int, cells)) / (EMPTIES * len(cells))
-
-
 def reached(results: dict[str, Any], measure: str, when: str = "measures") -> dict[str, dict[int, float]]:
-    """Cell accuracy in per cent, by arm and seed; `when` is "start" or "measures", the end."""
+    """Per cent of what could be had, by arm and seed; `when` is "start" or "measures", the end."""
     found: dict[str, dict[int, float]] = {}
+    scale = STUDIES[results["study"]].scale
     for run in results["runs"]:
-        found.setdefault(run["arm"], {})[run["seed"]] = share(run[when][measure])
+        found.setdefault(run["arm"], {})[run["seed"]] = scale.percent(run[when][measure])
     return found
 
 
@@ -198,7 +226,7 @@ def write_table(results: dict[str, Any]) -> str:
             flops = [run["flops"] for run in results["runs"] if run["arm"] == arm]
             rows.append([arm, what, *_shown(own), difference, f"{sum(flops) / len(flops) / 1e12:.2f}"])
         if len(study.measures) > 1:
-            parts.append(f"Cell accuracy, {measure.name}, per cent:\n")
+            parts.append(f"{study.scale.name.capitalize()}, {measure.name}, per cent:\n")
         parts.append("\n".join([_row(head), "|" + "---|" * len(head), *map(_row, rows)]) + "\n")
     return "\n".join(parts)
 
@@ -246,8 +274,8 @@ def write_plot(results: dict[str, Any]) -> str:
         ' font-size="12">',
         f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
         f'<path d="M{at(0):.1f} 8V{height - 45}" stroke="#444"/>',
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 8}" text-anchor="middle">points of cell accuracy above'
-        f" {study.baseline}</text>",
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 8}" text-anchor="middle">points of'
+        f" {study.scale.name} above {study.baseline}</text>",
     ]
     for tick in sorted({low, 0.0, high}):
         lines.append(f'<text x="{at(tick):.1f}" y="{height - 28}" text-anchor="middle">{tick:+.1f}</text>')

@@ -15,6 +15,8 @@ import torch
 
 from d1lit.app.cli import evaluate
 from d1lit.app.task_evaluator import deal_records, versions
+from d1lit.data import EncodedRow
+from d1lit.draws import CounterDraws
 from d1lit.evaluation import (
     append_records,
     check_coverage,
@@ -23,8 +25,14 @@ from d1lit.evaluation import (
     records_by_index,
     summarise,
 )
+from d1lit.evaluation import evaluate as evaluate_rows
 from d1lit.models import build_tiny_tokenizer, export_model
+from d1lit.models.cache import KVCache
 from d1lit.models.presets import fresh_network, tiny_config
+from d1lit.rewards.parts import Grader
+from d1lit.sampling import DualCache
+from tests.end_to_end.small import EvenTokens, decode, small_policy
+from tests.test_sampling import sampler
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -119,6 +127,23 @@ def test_what_stored_texts_do_not_say_is_null_and_no_zero() -> None:
     assert summary.effective_tokens is None and summary.truncated_fraction is None
     summary = summarise([graded(0, 1.0, 1.0, length=3), graded(1, 1.0, 1.0, truncated=True)], "strict")
     assert (summary.effective_tokens, summary.truncated_fraction) == (4.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "least", "most"),
+    [({}, 8, 8), ({"guidance": 0.5}, 16, 16), ({"cache": DualCache(KVCache)}, 3, 5), ({"num_steps": 4}, 4, 4)],
+)
+def test_passes_are_those_of_the_whole_canvas(changes: dict[str, Any], least: float, most: float) -> None:
+    """Eight steps of sixteen tokens; a cache computes the block of eight in all steps but the first of each block."""
+    rows = [EncodedRow([1, 2, 3, 4, 5], {"id": n, "question": "?", "answer": "!"}) for n in range(4)]
+    grader, device = Grader(strict=EvenTokens(), d1=EvenTokens()), torch.device("cpu")
+    drawer, draws = sampler(**changes), CounterDraws(0)
+    found = evaluate_rows(small_policy(), drawer, rows, decode, grader, draws, batch_size=3, device=device)
+    passes = summarise(found, "strict").passes
+    assert passes is not None
+    assert least <= passes <= most
+    if "cache" in changes:
+        assert passes == pytest.approx((2 * 21 + 6 * 8) / 21)
 
 
 # ------------------------------------------------------------------------------------------------------------- a real one

@@ -59,6 +59,9 @@ class EvaluationSummary:
     effective_tokens: float | None
     """Mean tokens up to and including the first end-of-sequence; None where stored texts do not say."""
     truncated_fraction: float | None
+    passes: float | None
+    """Network passes over the whole canvas that a completion took, on average: what a cache leaves out is not counted,
+    a guided pass counts twice. None where stored texts do not say."""
     unparsed_fraction: float
     refused_fraction: float
     """Share of answers beyond a bound of the grader, which were not read."""
@@ -146,16 +149,25 @@ def _batch_records(
     grades = grader.grade(texts, examples)
     ended = (rollout.completion_ids == policy.eos_token_id).any(dim=1).tolist()
     lengths = rollout.completion_mask.sum(1).tolist()
+    # Of the batch: rows under a cache travel together, and padding is computed for all.
+    canvas = prompts.prompt_ids.shape[1] + rollout.completion_ids.shape[1]
+    passes = rollout.num_tokens_forward / (len(numbers) * canvas)
     return [
-        record(n, rows[n].example, text, grade, length, not end)
+        record(n, rows[n].example, text, grade, length, not end, passes)
         for n, text, grade, length, end in zip(numbers, texts, grades, lengths, ended, strict=True)
     ]
 
 
 def record(
-    index: int, example: Example, text: str, grade: Grade, length: int | None, truncated: bool | None
+    index: int,
+    example: Example,
+    text: str,
+    grade: Grade,
+    length: int | None,
+    truncated: bool | None,
+    passes: float | None = None,
 ) -> dict[str, Any]:
-    """One graded row as it is stored; length and whether it was cut off are None where they were not measured."""
+    """One graded row as it is stored; length, whether it was cut off and passes are None where nobody measured them."""
     return {
         "index": index,
         "id": example["id"],
@@ -167,6 +179,7 @@ def record(
         "extra": dict(grade.extra),
         "length": length,
         "truncated": truncated,
+        "passes": passes,
         "example": dict(example),
     }
 
@@ -296,6 +309,7 @@ def summarise(records: Sequence[Mapping[str, Any]], grader: Literal["strict", "d
         d1_out_of=sum(r["d1"]["out_of"] for r in records),
         effective_tokens=_mean_if_known([r["length"] for r in records]),
         truncated_fraction=_mean_if_known([r["truncated"] for r in records]),
+        passes=_mean_if_known([r.get("passes") for r in records]),
         unparsed_fraction=sum(r["strict"]["outcome"] == "unparsed" for r in records) / rows,
         refused_fraction=sum(r["strict"]["outcome"] == "refused" for r in records) / rows,
         timeout_fraction=sum(r["strict"]["outcome"] == "timeout" for r in records) / rows,

@@ -25,8 +25,9 @@ def show_table(results: Mapping[str, Any]) -> None:
     table = Table(title=f"{results['recipe']} on {results['task']} ({results['model']}, seed {results['seed']})")
     judges_failed = any(e["failed_fraction"] for e in results["evaluations"])
     measured = [] if any(e["effective_tokens"] is None for e in results["evaluations"]) else ["tokens", "truncated"]
+    counted = ["passes"] if all(e.get("passes") is not None for e in results["evaluations"]) else []
     counts = ("length", "n", "accuracy", "95 % interval", "d1 grader")
-    for column in ("stage", *tasks, *counts, *extra, *measured, *(["failed"] if judges_failed else [])):
+    for column in ("stage", *tasks, *counts, *extra, *measured, *counted, *(["failed"] if judges_failed else [])):
         table.add_column(column, justify="left" if column in ("stage", "task") else "right")
     for e in results["evaluations"]:
         low, high = e["interval"]
@@ -41,6 +42,7 @@ def show_table(results: Mapping[str, Any]) -> None:
             f"{100 * e['d1_correct'] / max(1.0, e['d1_out_of']):.1f}",
             *more,
             *([f"{e['effective_tokens']:.1f}", f"{100 * e['truncated_fraction']:.1f}"] if measured else []),
+            *([f"{e['passes']:.1f}"] if counted else []),
             *([f"{100 * e['failed_fraction']:.1f}"] if judges_failed else []),
         )
     console.print(table)

@@ -47,7 +47,8 @@ def accuracy_section(run: Run) -> Markup:
     tasks = len(run.tasks) > 1
     extra = sorted({name for entry in entries for name in entry.get("extra", {})})
     columns = ["stage", *(["task"] if tasks else []), "accuracy", "95 % interval", "0 to 100 %", "rows", "d1's grader"]
-    columns += [*(name.replace("_", " ") for name in extra), "tokens asked", "tokens used", "truncated", "unparsed"]
+    columns += [name.replace("_", " ") for name in extra]
+    columns += ["tokens asked", "tokens used", "truncated", "passes", "unparsed"]
     rows = [_entry_row(baseline_cells(run, name), entry, extra) for name, entry in run.baselines.items()]
     rows += [_entry_row((entry["stage"], *([entry["task"]] if tasks else [])), entry, extra) for entry in entries]
     note = (
@@ -90,6 +91,7 @@ def _entry_row(name: Sequence[str], entry: Mapping[str, Any], extra: Sequence[st
         str(entry.get("completion_length") or ""),
         "" if entry.get("effective_tokens") is None else f"{entry['effective_tokens']:.1f}",
         "" if entry.get("truncated_fraction") is None else percent(entry["truncated_fraction"]),
+        "" if entry.get("passes") is None else f"{entry['passes']:.1f}",
         percent(entry.get("unparsed_fraction", math.nan)),
     )
 
