@@ -78,6 +78,35 @@ class Study:
 
 
 GRPO = (Measure("greedy", "grpo", None),)
+PAPERS = {
+    "grpo": "d1's diffu-GRPO: one-step likelihood, mean advantage",
+    "wd1": "the same likelihood, weighted instead of clipped",
+    "dapo": "the same likelihood, z-scored, groups without spread replaced",
+    "sft_rl": "the same, the better rollouts' likelihood beside it",
+    "coupled_grpo": "a mask and its complement, leave-one-out",
+    "unigrpo": "one mask of the answer, z-scored",
+    "espo": "bound over complementary masks, one ratio a sequence",
+    "spg": "lower bound for the good, upper mixed in for the bad",
+    "stable_drl": "SPG's bound, self-normalised weights",
+    "gdpo": "bound by three quadrature nodes",
+    "bgpo": "four masks, a bound of the ratio for each",
+    "dmpo": "weighted denoising towards exp(reward)",
+    "gdsd": "the change of a score regressed on the advantage",
+    "ebpo": "bound over all blocks in one view",
+    "tracerl": "trajectory, 8 steps merged, z-scored",
+    "agrpo": "4 steps of the trajectory drawn at random",
+    "egspo": "the steps of highest entropy",
+    "drift": "4 steps drawn by surprisal, all hidden tokens scored",
+    "step_merge": "trajectory in 8 segments",
+    "cj_grpo": "every step of the trajectory, z-scored",
+    "mask_aware": "trajectory and its order, drawn by Plackett-Luce",
+    "just_grpo": "decoded left to right, every token scored given those before it, z-scored",
+    "lladou": "trajectory and its order, drawn by a head that learns too, z-scored",
+    "d_tree_rpo": "rollouts that branch, an advantage for every edge, self-distillation",
+    "igpo": "d1's likelihood; groups that all fail are drawn again around the worked answer",
+    "vrpo": "pairs of rollouts instead of eight, preference loss on bounds",
+}
+"""The recipes of experiments/papers and papers_countdown."""
 STUDIES = {
     "masking": Study(
         "arm",
@@ -123,45 +152,30 @@ STUDIES = {
         (Measure("greedy", "sft", None), Measure("forced-x", "sft", "forced")),
         "sft",
     ),
-    "papers": Study(
-        "recipe",
-        "grpo",
-        {
-            "grpo": "d1's diffu-GRPO: one-step likelihood, mean advantage",
-            "wd1": "the same likelihood, weighted instead of clipped",
-            "dapo": "the same likelihood, z-scored, groups without spread replaced",
-            "sft_rl": "the same, the better rollouts' likelihood beside it",
-            "coupled_grpo": "a mask and its complement, leave-one-out",
-            "unigrpo": "one mask of the answer, z-scored",
-            "espo": "bound over complementary masks, one ratio a sequence",
-            "spg": "lower bound for the good, upper mixed in for the bad",
-            "stable_drl": "SPG's bound, self-normalised weights",
-            "gdpo": "bound by three quadrature nodes",
-            "bgpo": "four masks, a bound of the ratio for each",
-            "dmpo": "weighted denoising towards exp(reward)",
-            "gdsd": "the change of a score regressed on the advantage",
-            "ebpo": "bound over all blocks in one view",
-            "tracerl": "trajectory, 8 steps merged, z-scored",
-            "agrpo": "4 steps of the trajectory drawn at random",
-            "egspo": "the steps of highest entropy",
-            "drift": "4 steps drawn by surprisal, all hidden tokens scored",
-            "step_merge": "trajectory in 8 segments",
-            "cj_grpo": "every step of the trajectory, z-scored",
-            "mask_aware": "trajectory and its order, drawn by Plackett-Luce",
-        },
-        (Measure("sampled", "grpo", None),),
-        "grpo",
-        frozenset({"mask_aware"}),
-    ),
+    **{
+        name: Study(
+            "recipe",
+            "grpo",
+            PAPERS,
+            (Measure("sampled", "grpo", None),),
+            "grpo",
+            frozenset({"mask_aware", "just_grpo", "lladou"}),
+            scale,
+        )
+        for name, scale in (("papers", CELLS), ("papers_countdown", COUNTDOWN_REWARD))
+    },
 }
 
 
 # ------------------------------------------------------------------------------------------------------------ gathering
 
 
-def gather(name: str, folder: Path) -> dict[str, Any]:
-    """The small record of a sweep: for every run its rows as digits, and its cost."""
-    study, runs = STUDIES[name], []
+def gather(name: str, folder: Path, before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The small record of a sweep: for every run its rows as digits, and its cost.
+
+    Runs of `before` that the folder does not have stay, if they were made with the same packages.
+    """
+    study, runs = STUDIES[name], {(run["arm"], run["seed"]): run for run in (before or {"runs": []})["runs"]}
     for file in sorted(folder.glob("*/results.json")):
         words = dict(word.split("=", 1) for word in file.parent.name.split(","))
         results = json.loads(file.read_text())
@@ -169,19 +183,21 @@ def gather(name: str, folder: Path) -> dict[str, Any]:
         found = {measure.name: read(measure) for measure in study.measures}
         start = {m.name: read(Measure(m.name, "base", m.probe)) for m in study.measures}
         cost = results["cost"]["stages"][study.stage]
-        runs.append(
-            {
-                "arm": words[study.key],
-                "seed": results["seed"],
-                "start": start,
-                "measures": found,
-                "forwards": cost["forwards"],
-                "flops": cost["flops"],
-            }
-        )
+        runs[words[study.key], results["seed"]] = {
+            "arm": words[study.key],
+            "seed": results["seed"],
+            "start": start,
+            "measures": found,
+            "forwards": cost["forwards"],
+            "flops": cost["flops"],
+        }
     environment = json.loads((file.parent / "environment.json").read_text())
     kept = {key: environment[key] for key in ("packages", "python", "platform", "processor", "threads")}
-    return {"study": name, "values": study.scale.values, "environment": kept, "runs": runs}
+    if before is not None:
+        assert before["environment"]["packages"] == kept["packages"], "made with other packages: run all arms again"
+    arms = list(study.arms)
+    ordered = [runs[key] for key in sorted(runs, key=lambda key: (arms.index(key[0]), key[1]))]
+    return {"study": name, "values": study.scale.values, "environment": kept, "runs": ordered}
 
 
 def digits(results: dict[str, Any], folder: Path, measure: Measure, scale: Scale) -> str:
@@ -306,10 +322,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("study", choices=sorted(STUDIES))
     parser.add_argument("runs", nargs="?", type=Path, help="the sweep's folder")
+    parser.add_argument("--adds", action="store_true", help="keep the runs of results.json that the folder lacks")
     given = parser.parse_args()
     folder = HERE / given.study
     if given.runs is not None:
-        (folder / "results.json").write_text(json.dumps(gather(given.study, given.runs), indent=1) + "\n")
+        file = folder / "results.json"
+        before = json.loads(file.read_text()) if given.adds else None
+        file.write_text(json.dumps(gather(given.study, given.runs, before), indent=1) + "\n")
     results = json.loads((folder / "results.json").read_text())
     table = write_table(results)
     (folder / "plot.svg").write_text(write_plot(results))

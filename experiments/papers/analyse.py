@@ -1,7 +1,7 @@
-"""The learning rates of this study, and whether the policy-gradient bench predicts its outcome.
+"""The learning rates of papers and papers_countdown, and whether the policy-gradient bench predicts their outcome.
 
-python experiments/papers/analyse.py outputs/papers-tuning    # tuning.json from the runs that tried the rates
-python experiments/papers/analyse.py                          # tables of rates and of cosines, and cosines.svg
+python experiments/papers/analyse.py papers outputs/papers-tuning    # tuning.json from the runs that tried the rates
+python experiments/papers/analyse.py papers                          # tables of rates and of cosines, and cosines.svg
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "estimators"))
 
-from ablations import Measure, reached, right_cells, share, write_page
+from ablations import STUDIES, Measure, digits, reached, write_page
 from outcome import rank_correlation
 from tables import scatter
 
-HERE = Path(__file__).resolve().parent
+EXPERIMENTS = Path(__file__).resolve().parents[1]
+TASKS = {"papers": "Sudoku", "papers_countdown": "Countdown"}
 BENCH = {
     "grpo": "d1 (one step, row)",
     "wd1": "wd1",
@@ -51,16 +52,18 @@ Row = tuple[str, float, float, dict[int, float]]
 """A recipe, its pair's cosine and alignment in the bench, and the points it gained here by seed."""
 
 Tuning = dict[str, dict[str, list[float]]]
-"""Cell accuracy on the validation rows in per cent, by recipe, rate and tuning seed."""
+"""What was reached on the validation rows in per cent, by recipe, rate and tuning seed."""
 
 
-def tried(folder: Path) -> Tuning:
+def tried(study: str, folder: Path) -> Tuning:
     """What the tuning runs reached."""
+    scale = STUDIES[study].scale
     found: dict[str, dict[float, dict[int, float]]] = {}
     for file in sorted(folder.glob("*/results.json")):
         words = dict(word.split("=", 1) for word in file.parent.name.split(","))
-        cells = right_cells(json.loads(file.read_text()), file.parent, Measure("sampled", "grpo", None))
-        found.setdefault(words["recipe"], {}).setdefault(float(words["rate"]), {})[int(words["seed"])] = share(cells)
+        rows = digits(json.loads(file.read_text()), file.parent, Measure("sampled", "grpo", None), scale)
+        by_seed = found.setdefault(words["recipe"], {}).setdefault(float(words["rate"]), {})
+        by_seed[int(words["seed"])] = scale.percent(rows)
     return {
         recipe: {
             f"{rate:g}": [round(by_seed[seed], 3) for seed in sorted(by_seed)]
@@ -89,16 +92,26 @@ def rates_table(tuning: Tuning) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cosines(results: dict[str, Any], bench: dict[str, Any]) -> list[Row]:
-    """The recipes that the bench knows; the largest mean gain first."""
-    measured = bench["gradients"][CELL]["pairs"]
+def gained(results: dict[str, Any]) -> dict[str, dict[int, float]]:
+    """Points that each recipe gained over its start, by seed."""
     (name,) = results["runs"][0]["measures"]
     ends, starts = reached(results, name), reached(results, name, "start")
-    rows = []
-    for recipe, pair in BENCH.items():
-        gains = {seed: ends[recipe][seed] - starts[recipe][seed] for seed in sorted(ends[recipe])}
-        rows.append((recipe, measured[pair]["cosine"], measured[pair]["alignment"], gains))
+    return {arm: {seed: ends[arm][seed] - starts[arm][seed] for seed in sorted(ends[arm])} for arm in ends}
+
+
+def cosines(results: dict[str, Any], bench: dict[str, Any]) -> list[Row]:
+    """The recipes that the bench knows; the largest mean gain first."""
+    measured, gains = bench["gradients"][CELL]["pairs"], gained(results)
+    rows = [
+        (recipe, measured[pair]["cosine"], measured[pair]["alignment"], gains[recipe]) for recipe, pair in BENCH.items()
+    ]
     return sorted(rows, key=lambda row: -fmean(row[3].values()))
+
+
+def agreement(first: dict[str, Any], second: dict[str, Any]) -> dict[str, float]:
+    """Rank correlation between the mean gains of the same recipes on two tasks."""
+    one, other = gained(first), gained(second)
+    return rank_correlation(*([fmean(gains[arm].values()) for arm in one] for gains in (one, other)))
 
 
 def correlation(rows: list[Row], place: int, left_out: int | None = None) -> dict[str, float]:
@@ -125,31 +138,47 @@ def cosines_table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(rows: list[Row]) -> str:
+def agreement_line(first: dict[str, Any], second: dict[str, Any]) -> str:
+    """The same as a sentence."""
+    c = agreement(first, second)
+    return (
+        f"Rank correlation of what the {c['pairs']:.0f} recipes gain on Sudoku with what they gain on Countdown: "
+        f"{c['spearman']:.2f} ({c['low']:.2f} to {c['high']:.2f}, permutation p {c['p']:.3f}).\n"
+    )
+
+
+def plot(rows: list[Row], unit: str) -> str:
     """Cosine against points gained as SVG, a point a recipe with its standard error over the seeds."""
     points = [
         (cosine, fmean(gains.values()), stdev(gains.values()) / len(gains) ** 0.5, recipe)
         for recipe, cosine, _, gains in rows
     ]
-    titles = ("cosine of the expected update with the exact gradient, in the bench", "points of cell accuracy gained")
+    titles = ("cosine of the expected update with the exact gradient, in the bench", f"points of {unit} gained")
     return scatter(points, titles, margin=2.0, digits=1)
+
+
+def results_of(name: str) -> dict[str, Any]:
+    """The committed results of an experiment."""
+    return json.loads((EXPERIMENTS / name / "results.json").read_text())
 
 
 def main() -> None:
     """The tuning runs, where given, into tuning.json; then tables and plot into the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("study", choices=sorted(TASKS))
     parser.add_argument("tuning", nargs="?", type=Path, help="the folder of the runs that tried the rates")
     given = parser.parse_args()
+    folder = EXPERIMENTS / given.study
     if given.tuning is not None:
-        (HERE / "tuning.json").write_text(json.dumps(tried(given.tuning), indent=1) + "\n")
-    tuning = json.loads((HERE / "tuning.json").read_text())
+        (folder / "tuning.json").write_text(json.dumps(tried(given.study, given.tuning), indent=1) + "\n")
+    tuning = json.loads((folder / "tuning.json").read_text())
     print("rates:", json.dumps(chosen(tuning)))
-    page = write_page((HERE / "README.md").read_text(), rates_table(tuning), "rates")
-    rows = cosines(
-        *(json.loads((HERE.parent / name / "results.json").read_text()) for name in ("papers", "estimators"))
-    )
-    (HERE / "cosines.svg").write_text(plot(rows))
-    (HERE / "README.md").write_text(write_page(page, cosines_table(rows), "cosines"))
+    page = write_page((folder / "README.md").read_text(), rates_table(tuning), "rates")
+    rows = cosines(results_of(given.study), results_of("estimators"))
+    (folder / "cosines.svg").write_text(plot(rows, STUDIES[given.study].scale.name))
+    page = write_page(page, cosines_table(rows), "cosines")
+    page = write_page(page, agreement_line(results_of("papers"), results_of("papers_countdown")), "agreement")
+    (folder / "README.md").write_text(page)
 
 
 if __name__ == "__main__":
