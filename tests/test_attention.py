@@ -11,11 +11,12 @@ from d1lit.attention import block_streams, order_streams, target_blocks
 from d1lit.draws import CounterDraws
 from d1lit.estimators.block_elbo import BlockELBOEstimator
 from d1lit.estimators.one_step import OneStepEstimator
+from d1lit.estimators.packed_trace import PackedTraceEstimator
 from d1lit.estimators.step_merge import TraceEstimator
 from d1lit.losses import check_trajectory
 from d1lit.models.cache import KVCache
 from d1lit.modules import DiffuGRPO
-from d1lit.sampling import DualCache
+from d1lit.sampling import DualCache, Threshold
 from d1lit.scoring import score
 from d1lit.types import Context, PromptBatch
 from tests.end_to_end.small import fit, make_module, small_policy
@@ -106,6 +107,29 @@ def test_policy_optimisation_scores_what_the_sampler_saw(block_causal: bool) -> 
     fit(make_module(small_policy(), Compared, sampler=drawer, estimator=estimator), 2)
     assert len(away) == 4
     assert max(away) < 2e-5
+
+
+@pytest.mark.parametrize("changes", [{}, {"stop_at_eos": True}, {"commit": Threshold(0.2)}, {"num_steps": 8}])
+def test_all_steps_in_one_pass_are_each_step_in_its_own(changes: dict[str, Any]) -> None:
+    """Values and gradients of the packed view equal those of a view a step, whatever the rollouts' numbers of steps."""
+    policy = small_policy(torch.float64)
+    settings = {"completion_length": 8, "block_length": 4, "num_steps": 4, "temperature": 0.8, "block_causal": True}
+    drawer = sampler(**(settings | changes))
+    rollout = drawer(policy, PROMPTS, 2, CounterDraws(3))
+    context = Context(rollout, torch.zeros(6), 0, 1, policy.mask_token_id, CounterDraws(0))
+    found = []
+    for estimator in (PackedTraceEstimator(4, 0.8, exclude_mask=True), TraceEstimator(1, 0.8, exclude_mask=True)):
+        views = drawer.attended(estimator.corrupt(context))
+        got = estimator.combine(score(policy, rollout, views).logprobs, views, context)
+        policy.zero_grad()
+        (got.value * torch.linspace(-1, 1, 48, dtype=torch.float64).view(6, 8)).sum().backward()
+        found.append((len(views.noised_ids), got, [p.grad.clone() for p in policy.parameters() if p.grad is not None]))
+    (packed, one, gradients), (apart, each, others) = found
+    assert packed == 6 < apart
+    assert torch.equal(one.weight, each.weight)
+    torch.testing.assert_close(one.value, each.value, atol=1e-9, rtol=1e-9)
+    for here, there in zip(gradients, others, strict=True):
+        torch.testing.assert_close(here, there, atol=1e-9, rtol=1e-7)
 
 
 def test_views_in_a_pattern_of_their_own_want_such_a_sampler() -> None:

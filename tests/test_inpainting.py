@@ -378,7 +378,7 @@ def test_of_given_tokens_the_least_certain_are_learnt_longhand() -> None:
     value = (-2 * torch.rand(n, c, generator=generator)).requires_grad_()
     old = LogProbs(value.detach() + 0.05 * torch.randn(n, c, generator=generator), torch.ones(n, c))
     mask = torch.arange(c) < torch.tensor([12, 9, 4, 12])[:, None]
-    entropy, given = torch.rand(n, 1, c, generator=generator), torch.rand(n, c, generator=generator) < 0.6
+    entropy, given = torch.rand(n, c, generator=generator), torch.rand(n, c, generator=generator) < 0.6
     given[3] = False
     weight = mask.float()
     inputs = LossInputs(
@@ -389,7 +389,7 @@ def test_of_given_tokens_the_least_certain_are_learnt_longhand() -> None:
     expected = torch.zeros(())
     for row in range(n):
         hinted = [k for k in range(c) if mask[row, k] and given[row, k]]
-        hinted.sort(key=lambda k: -float(entropy[row, 0, k]))
+        hinted.sort(key=lambda k: -float(entropy[row, k]))
         left_out = hinted[max(1, int(share * len(hinted))) :]
         for k in range(c):
             if mask[row, k] and k not in left_out:

@@ -93,7 +93,7 @@ def make_inputs(sequence: bool = False, seed: int = 0, spread: float = 0.3) -> t
         rewards=torch.rand(N, generator=generator),
         group_size=GROUP,
         completion_mask=mask,
-        entropy=torch.rand(N, 1, C, generator=generator),
+        entropy=torch.rand(N, C, generator=generator),
         num_units=float(weight.sum()),
         num_rollouts=float(N),
     )
@@ -402,8 +402,8 @@ def test_top_entropy_keeps_the_uncertain_tokens() -> None:
     loss, _ = TopEntropyLoss(clipped(beta=0.0), share=0.5)(inputs)
     kept = _gradient(loss, leaf) != 0
     counted = inputs.completion_mask
-    lowest = inputs.entropy[:, 0][kept].min()
-    assert float(lowest) >= float(inputs.entropy[:, 0][counted].median()) - 1e-6
+    lowest = inputs.entropy[kept].min()
+    assert float(lowest) >= float(inputs.entropy[counted].median()) - 1e-6
 
 
 def test_off_policy_filter_drops_only_bad_rollouts_that_were_left() -> None:

@@ -31,17 +31,31 @@ def block_causal(block: Int[Tensor, "n T"], seen: Bool[Tensor, "n T"] | None) ->
 
 
 def block_streams(block: Int[Tensor, "n T"], seen: Bool[Tensor, "n T"], start: int) -> Pattern:
-    """A noised row, and behind it its clean columns from `start` on (BD3LM, arXiv 2503.09573).
+    """A noised row, and behind it its clean columns from `start` on: every block has one noised copy, its own.
 
-    Noised tokens see the prompt, their own noised block and earlier clean ones; clean tokens the prompt and clean
-    blocks up to their own; the prompt itself.
+    As `block_copies`.
     """
     of, is_clean = _twice(block, start), _is_second(block, start)
-    query, key = of[:, :, None], of[:, None, :]
-    own, earlier = (key == query) & (query >= 0), (key < query) & (key >= 0)
-    clean = is_clean & (earlier | (own & is_clean[:, None]))
-    noised = ~is_clean & ~is_clean[:, None] & own
-    return _with_self((clean | noised | _is_prompt(of, is_clean)) & _twice(seen, start)[:, None])
+    is_copied_prompt = (of < 0) & is_clean
+    return block_copies(of, torch.where(is_clean, -1, of), _twice(seen, start) & ~is_copied_prompt)
+
+
+def block_copies(block: Int[Tensor, "n T"], copy: Int[Tensor, "n T"], seen: Bool[Tensor, "n T"]) -> Pattern:
+    """Clean blocks, and noised copies of some of them, in any order (BD3LM, arXiv 2503.09573).
+
+    A noised token sees the prompt, its own copy and earlier clean blocks; a clean one the prompt and clean blocks up to
+    its own; the prompt itself.
+
+    Args:
+        block: of each position.
+        copy: the number of the copy that a noised position belongs to; -1 of the prompt and of clean positions.
+        seen: what somebody may see.
+    """
+    of, among = block[:, :, None], block[:, None, :]
+    from_copy, to_copy = copy[:, :, None], copy[:, None, :]
+    clean = (among < of) | ((among == of) & (from_copy < 0))
+    pattern = torch.where(to_copy < 0, clean | (among < 0), to_copy == from_copy)
+    return _with_self(pattern & seen[:, None])
 
 
 def order_streams(step: Int[Tensor, "n T"], seen: Bool[Tensor, "n T"], start: int) -> Pattern:

@@ -393,8 +393,9 @@ class LossInputs:
     """Weighted sum of each rollout's reward parts."""
     group_size: int
     completion_mask: Bool[Tensor, "N C"]
-    entropy: Float[Tensor, "N K C"] | None
-    """Of the current policy's predictions, in nats; None where the loss does not ask for it."""
+    entropy: Float[Tensor, "N U"] | None
+    """Of the current policy's predictions, in nats, brought to units as the log-probs are; without gradient; None where
+    the loss does not ask for it."""
     num_units: float
     """Total unit weight in the GLOBAL batch of this update, over accumulation and ranks; tokens for token losses."""
     num_rollouts: float

@@ -73,7 +73,8 @@ def trainer() -> L.Trainer:
 def two_updates(estimator: Any, loss: Any, trainer: L.Trainer) -> None:
     """Collect one rollout and take both its inner updates, checking each."""
     policy = CountingPolicy(small_policy().network)
-    policy.train_order_head(estimator.traits.order == "learnt", seed=0)
+    order = estimator.traits.order
+    policy.train_order_head(order is not None and order.score == "head", seed=0)
     if loss.traits.needs_reference:
         policy.keep_reference()
     # Groups of two, which preference losses want; an estimator of trees wants their leaves, and has advantages of edges.

@@ -133,7 +133,7 @@ def token_inputs(t: Tensors, **changes: Any) -> tuple[LossInputs, Tensor]:
     logp = t["in.logp"].clone().requires_grad_()
     mask = t["in.completion_mask"].bool()
     weight = mask.to(logp.dtype)
-    entropy = t["in.entropies"][:, None, :] if "in.entropies" in t else None
+    entropy = t.get("in.entropies")
     values: dict[str, Any] = {
         "logprobs": LogProbs(logp, weight),
         "old": LogProbs(t["in.old_logp"], weight) if "in.old_logp" in t else None,

@@ -12,13 +12,6 @@ from d1lit.losses.terms import Scalar, log_ratio
 from d1lit.types import LossInputs, LossTraits, Metrics, PolicyLoss
 
 
-def _unit_entropy(inputs: LossInputs) -> torch.Tensor:
-    """[N U]: a unit is a token, which one view scores, or a (view, token)."""
-    assert inputs.entropy is not None
-    tokens = inputs.logprobs.weight.shape[1] == inputs.entropy.shape[2]
-    return inputs.entropy.sum(1) if tokens else inputs.entropy.flatten(1)
-
-
 def _with_weight(inputs: LossInputs, keep: torch.Tensor) -> LossInputs:
     weight = inputs.logprobs.weight * keep
     return replace(inputs, logprobs=replace(inputs.logprobs, weight=weight))
@@ -43,9 +36,9 @@ class TopEntropyLoss:
 
     def __call__(self, inputs: LossInputs) -> tuple[Scalar, Metrics]:
         """The wrapped loss, the other tokens weighing 0."""
-        counted, entropy = inputs.logprobs.weight > 0, _unit_entropy(inputs)
-        threshold = torch.quantile(entropy[counted].float(), 1 - self.share)
-        return self.loss(_with_weight(inputs, entropy >= threshold))
+        assert inputs.entropy is not None
+        threshold = torch.quantile(inputs.entropy[inputs.logprobs.weight > 0].float(), 1 - self.share)
+        return self.loss(_with_weight(inputs, inputs.entropy >= threshold))
 
 
 @dataclass(frozen=True)
@@ -77,10 +70,11 @@ class GivenEntropyFilter:
         """The wrapped loss, the other given tokens weighing 0."""
         if inputs.given is None:
             return self.loss(inputs)
-        weight, entropy = inputs.logprobs.weight, _unit_entropy(inputs).detach()
+        assert inputs.entropy is not None
+        weight = inputs.logprobs.weight
         given = inputs.given.repeat(1, weight.shape[1] // inputs.given.shape[1]) & (weight > 0)
         count = (given.sum(1, dtype=torch.float64) * self.share).long().clamp(min=1)
-        highest = random_subset(-entropy, count, given)  # those with the smallest keys
+        highest = random_subset(-inputs.entropy, count, given)  # those with the smallest keys
         return self.loss(_with_weight(inputs, ~given | highest))
 
 

@@ -72,7 +72,6 @@ from d1lit.types import (
     RewardBatch,
     Rollout,
     Sampler,
-    Scores,
     Verdict,
 )
 
@@ -204,7 +203,7 @@ class DiffuGRPO(L.LightningModule):
         """The policy loss of one micro-batch under the corruption of this inner update."""
         self.meter.start("update")  # until `on_after_backward`
         self.row_names = list(dict.fromkeys(str(example.get("id")) for example in experience.rollout.examples))
-        logprobs, scores = self._likelihood(experience.rollout, experience.advantages, experience.step, inner)
+        logprobs, entropy = self._likelihood(experience.rollout, experience.advantages, experience.step, inner)
         is_on_policy = inner == 0 and not self.inner_index_by_micro_batch
         old = detached(logprobs) if is_on_policy else experience.old[inner]
         inputs = LossInputs(
@@ -215,7 +214,7 @@ class DiffuGRPO(L.LightningModule):
             rewards=experience.rewards,
             group_size=self.group_size,
             completion_mask=experience.rollout.completion_mask,
-            entropy=scores.entropy,
+            entropy=entropy,
             given=experience.rollout.given,
             num_units=experience.num_units[inner],
             num_rollouts=experience.num_rollouts,
@@ -309,13 +308,21 @@ class DiffuGRPO(L.LightningModule):
             names.append("kl")
         return rewards, names
 
-    def _likelihood(self, rollout: Rollout, advantages: Tensor, step: int, inner: int) -> tuple[LogProbs, Scores]:
-        """Log-probs of a rollout under the corruption of one inner update: the same views for old, ref and current."""
+    def _likelihood(
+        self, rollout: Rollout, advantages: Tensor, step: int, inner: int
+    ) -> tuple[LogProbs, Tensor | None]:
+        """Log-probs of a rollout under the corruption of one inner update, the same views for old, ref and current.
+
+        With the entropies of the predictions, where the loss reads them, brought to units as the log-probs are.
+        """
         context = self._context(rollout, advantages, step, inner)
         corruption = self._views(context)
         wants_entropy = self.loss.traits.needs_entropy
         scores = score(self.policy, rollout, corruption, wants_entropy, views_per_chunk=self.views_per_chunk)
-        return self.estimator.combine(scores.logprobs, corruption, context), scores
+        logprobs = self.estimator.combine(scores.logprobs, corruption, context)
+        if scores.entropy is None:
+            return logprobs, None
+        return logprobs, self.estimator.combine(scores.entropy, corruption, context).value.detach()
 
     def _views(self, context: Context) -> Corruption:
         """The estimator's views, attended as the sampler's canvases were."""
