@@ -64,6 +64,12 @@ def test_update(run) -> None:
     assert all(max(record["gradient_difference"].values()) < 1e-5 for record in content["records"])
 
 
+def test_packed(run) -> None:
+    printed, content = run("packed")
+    assert is_table(printed, content)
+    assert all(record["gradient_difference"] < 1e-5 for record in content["records"])
+
+
 def test_step(run) -> None:
     printed, content = run("step")
     assert is_table(printed, content)
