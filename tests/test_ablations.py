@@ -85,8 +85,42 @@ def test_arms_of_a_seed_share_their_start(name):
     assert all(len(found) == 1 for found in starts.values())
 
 
-def test_the_table_longhand():
+def test_a_countdown_row_is_worth_its_reward():
+    """As conf/reward/countdown.yaml pays it."""
+    scale = ablations.COUNTDOWN_REWARD
+    row = {"completion": "<answer>1+2</answer>", "strict": {"value": 1.0}}
+    wrong = {"completion": "<answer>1+1</answer>", "strict": {"value": 0.0}}
+    none = {"completion": "1+1", "strict": {"value": 0.0}}
+    assert scale.percent("".join(str(scale.digit(one)) for one in (row, wrong, none, none))) == pytest.approx(27.5)
+
+
+def test_runs_that_a_folder_lacks_stay(tmp_path):
+    """New arms are added to a study's record where the packages are the same."""
+    before = results_of("losses")
+    kept = before["environment"]
+    run = tmp_path / "loss=reinforce,seed=21"
+    (run / "evaluations").mkdir(parents=True)
+    row = {"index": 0, "extra": {"cell_accuracy": 0.5}}
+    (run / "evaluations" / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    entries = [{"stage": stage, "rows_file": "evaluations/rows.jsonl"} for stage in ("base", "grpo")]
+    cost = {"stages": {"grpo": {"forwards": 1, "flops": 2}}}
+    (run / "results.json").write_text(json.dumps({"evaluations": entries, "seed": 21, "cost": cost}))
+    (run / "environment.json").write_text(json.dumps(kept))
+    after = ablations.gather("losses", tmp_path, before)
+    (new,) = [one for one in after["runs"] if (one["arm"], one["seed"]) == ("reinforce", 21)]
+    assert new["measures"] == {"greedy": "4"}
+    assert [one for one in after["runs"] if one is not new] == [
+        one for one in before["runs"] if one["arm"] != "reinforce" or one["seed"] != 21
+    ]
+    (run / "environment.json").write_text(json.dumps(kept | {"packages": {}}))
+    with pytest.raises(AssertionError, match="other packages"):
+        ablations.gather("losses", tmp_path, before)
+
+
+def test_the_table_longhand(monkeypatch):
     """Two seeds of two rows, by hand: 9 and 8 of 16 cells against 4 and 5."""
+    two = ablations.Study("loss", "clipped", {"clipped": "", "reinforce": ""}, ablations.GRPO, "grpo")
+    monkeypatch.setitem(ablations.STUDIES, "two", two)
     runs = [
         {
             "arm": arm,
@@ -103,7 +137,7 @@ def test_the_table_longhand():
             ("reinforce", 2, "44"),
         )
     ]
-    table = ablations.write_table({"study": "losses", "runs": runs})
+    table = ablations.write_table({"study": "two", "runs": runs})
     (line,) = [line for line in table.splitlines() if line.startswith("| reinforce ")]
     first, second = 100 * (9 - 4) / 16, 100 * (8 - 5) / 16
     half = student_quantile(0.975, 1) * abs(first - second) / 2  # standard deviation / sqrt 2 of two values
@@ -112,17 +146,21 @@ def test_the_table_longhand():
 
 
 @pytest.mark.slow  # for its bootstraps
-def test_the_papers_page_says_what_was_tried_and_foretold(monkeypatch):
-    """Rates, cosines and their plot are written anew; the rate of the sweep is the best of every recipe."""
+@pytest.mark.parametrize("name", ["papers", "papers_countdown"])
+def test_the_papers_pages_say_what_was_tried_and_foretold(name, monkeypatch):
+    """Rates, cosines and their plot are written anew; the rates of the sweep are the best of every recipe."""
     monkeypatch.setattr(sys, "path", [*sys.path])
-    analyse, folder = loaded(HERE / "papers" / "analyse.py"), HERE / "papers"
+    analyse, folder = loaded(HERE / "papers" / "analyse.py"), HERE / name
     tuning, page = json.loads((folder / "tuning.json").read_text()), (folder / "README.md").read_text()
-    rows = analyse.cosines(results_of("papers"), results_of("estimators"))
+    rows = analyse.cosines(results_of(name), results_of("estimators"))
     assert analyse.write_page(page, analyse.rates_table(tuning), "rates") == page
     assert analyse.write_page(page, analyse.cosines_table(rows), "cosines") == page
-    assert analyse.plot(rows) == (folder / "cosines.svg").read_text()
-    assert tuning.keys() == ablations.STUDIES["papers"].arms.keys()
-    assert set(analyse.chosen(tuning).values()) == {OmegaConf.load(CONF / "experiment" / "papers.yaml").rate}
+    agreement = analyse.agreement_line(results_of("papers"), results_of("papers_countdown"))
+    assert analyse.write_page(page, agreement, "agreement") == page
+    assert analyse.plot(rows, ablations.STUDIES[name].scale.name) == (folder / "cosines.svg").read_text()
+    assert tuning.keys() == ablations.STUDIES[name].arms.keys()
+    configs = compose_jobs("train", [f"experiment={name}", f"seed={results_of(name)['runs'][0]['seed']}"]).configs
+    assert {config.recipe.name: config.stages.grpo.optimizer.lr for config in configs} == analyse.chosen(tuning)
 
 
 def test_the_unified_page_says_what_its_results_say(monkeypatch):
