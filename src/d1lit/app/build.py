@@ -20,8 +20,8 @@ from d1lit.app.components import (
 )
 from d1lit.app.config_checks import check_values
 from d1lit.app.config_errors import as_config_error, under
-from d1lit.app.plan import Plan, StageParts, evaluation_rows, evaluation_sampler
-from d1lit.data import BatchPlan
+from d1lit.app.plan import Plan, StageParts, evaluation_rows, evaluation_sampler, worked_ids
+from d1lit.data import BatchPlan, EncodedRow
 from d1lit.errors import ConfigError
 from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.losses.clipped import ClippedPolicyLoss
@@ -30,6 +30,7 @@ from d1lit.models import LoraSettings, load_tokenizer
 from d1lit.models.loading import find_folder, load_config
 from d1lit.models.quantizing import check_bitsandbytes
 from d1lit.modules import Prompts
+from d1lit.modules.inpainting import Inpainting
 from d1lit.processes import place
 from d1lit.rewards.parts import RewardParts
 from d1lit.sampling import BlockSampler
@@ -273,16 +274,16 @@ def _rows_asked(plan: Plan, trains: bool) -> dict[str, StageParts | None]:
     for stage in plan.stages if trains else ():
         node = OmegaConf.to_yaml(config.stages[stage.name].data, resolve=True)
         seed = None if isinstance(stage.data, Prompts) else plan.seed
-        asked[repr((where, node, seed))] = stage
+        asked[repr((where, node, seed, _inpainting_of(stage)))] = stage
     return asked
 
 
 def _check_rows(plan: Plan, tokenizer: Any, asked: Iterable[StageParts | None]) -> None:
-    """Prompts and demonstrations are there and fit."""
+    """Prompts and demonstrations are there and fit, and with inpainting there is something to give."""
     try:
         for stage in asked:
             if stage is not None:
-                plan.rows_of(stage, tokenizer)
+                _check_answers(plan, stage, plan.rows_of(stage, tokenizer).rows, tokenizer)
             elif not evaluation_rows(plan, tokenizer):
                 cause = f"the {plan.config.evaluation.split} rows are none"
                 raise ConfigError("evaluation.split", cause, "test, or task.val_rows above 0", "E305")
@@ -290,3 +291,21 @@ def _check_rows(plan: Plan, tokenizer: Any, asked: Iterable[StageParts | None]) 
         raise
     except ValueError as error:
         raise as_config_error(error, "task") from None
+
+
+def _inpainting_of(stage: StageParts) -> Inpainting | None:
+    rule = stage.module.keywords.get("inpainting") if isinstance(stage.module, partial) else None
+    return rule if isinstance(rule, Inpainting) else None
+
+
+def _check_answers(plan: Plan, stage: StageParts, rows: Iterable[EncodedRow], tokenizer: Any) -> None:
+    """Inpainting gives chunks of worked answers: where no row has one to cut, it would never help."""
+    rule = _inpainting_of(stage)
+    if rule is None or any(len(worked_ids(plan.task, tokenizer, row.example)) >= rule.least_chunk for row in rows):
+        return
+    raise ConfigError(
+        f"stages.{stage.name}.module.inpainting",
+        f"no training row of task={plan.task.name} has a worked answer of {rule.least_chunk} or more tokens to give of",
+        f"training data with worked solutions (task.train_data), or stages.{stage.name}.module.inpainting=null",
+        "E207",
+    )
