@@ -23,8 +23,9 @@ from d1lit.models.transformer import MaskedDiffusionConfig, MaskedDiffusionLM
 from d1lit.modules.accounting import Meter, StageCost, cost_metrics
 from d1lit.recipes import StageFolder, read_costs, write_cost
 from d1lit.sampling import BlockSampler, DualCache, EvenSchedule, FixedQuota, InverseCDF, PrefixCache, TokenProbability
+from d1lit.sampling.sharing import rows_at_a_canvas
 from d1lit.scoring import score
-from d1lit.types import Corruption, PromptBatch, Rollout
+from d1lit.types import Corruption, PromptBatch, Rollout, Tree
 
 PROMPT, COMPLETION = 6, 16
 
@@ -169,6 +170,32 @@ def test_a_rollout_costs_what_its_formula_says(cache: Any) -> None:
     assert costs.rollout_flops(network.shape, replace(plan, span=span)) == network.work.flops
     assert (network.work.forwards, network.work.tokens) == (rollout.num_forwards, rollout.num_tokens_forward)
     assert network.work.flops < costs.textbook_rollout_flops(network.shape, plan)
+
+
+@pytest.mark.parametrize(
+    ("tree", "steps", "guidance"), [(Tree(2, 3), 6, 0.0), (Tree(3, 2), 16, 0.0), (Tree(2, 2), 6, 1.0)]
+)
+def test_a_rollout_that_branches_costs_what_its_formula_says(tree: Tree, steps: int, guidance: float) -> None:
+    network = policy()
+    branching = sampler(tree=tree, num_steps=steps, guidance=guidance)
+    rollout = branching(network, prompts(3), tree.leaves, CounterDraws(0))
+    rows, shared = 3 * tree.leaves * (2 if guidance else 1), [rows_at_a_canvas(tree, n, steps) for n in range(steps)]
+    plan = RolloutPlan(rows, PROMPT, COMPLETION, 8, steps // 2, None, tuple(shared))
+    assert network.work.flops == costs.rollout_flops(network.shape, plan)
+    assert rollout.num_tokens_forward == network.work.tokens == sum(rows // n * plan.length for n in shared)
+    assert network.work.flops < costs.rollout_flops(network.shape, replace(plan, rows_at_a_canvas=None))
+
+
+def test_rows_of_a_tree_of_two_levels() -> None:
+    """docs/papers.md: 1 + b S/2 + b^2 (S/2 - 1) rows a prompt."""
+    tree = Tree(4, 2)
+    assert sum(tree.leaves // rows_at_a_canvas(tree, step, 128) for step in range(128)) == 1265
+
+
+def test_steps_that_fix_nothing_cost_nothing() -> None:
+    network = policy()
+    sampler(num_steps=24)(network, prompts(1), 2, CounterDraws(0))
+    assert network.work.flops == costs.rollout_flops(network.shape, RolloutPlan(2, PROMPT, COMPLETION, 8, 12))
 
 
 def test_arithmetic_of_the_published_model() -> None:

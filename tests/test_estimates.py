@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from d1lit.app.build import plan_run
 from d1lit.app.composing import compose_jobs
@@ -21,11 +22,13 @@ from d1lit.app.micro_batches import GIB
 from d1lit.app.plan import Plan
 from d1lit.app.workloads import shape_of, stage_work
 from d1lit.costs import full
+from d1lit.draws import CounterDraws
 from d1lit.errors import ConfigError
-from d1lit.footprint import count_parameters, memory, update_flops
-from d1lit.models import LoraSettings
+from d1lit.footprint import count_parameters, cycle_flops, memory, update_flops
+from d1lit.models import LoraSettings, add_lora
 from d1lit.models.layouts import to_official_name
 from d1lit.models.presets import build_on_meta
+from d1lit.types import PromptBatch
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFLINE = ("task=gsm8k", "task.train_data=builtin", "task.test_data=builtin", "task.demonstration_data=task")
@@ -230,3 +233,43 @@ def test_memory_is_that_of_a_measured_run(name):
     error = estimated / measured - 1
     print(f"{name}: measured {measured / 2**20:.0f} MiB, estimated {estimated / 2**20:.0f}: {error:+.0%}")
     assert abs(error) <= 0.15
+
+
+SMALL = [f"model.tiny.{size}" for size in ("width=16", "num_layers=2", "num_heads=2", "mlp_width=24")]
+
+
+def small_plan(*words: str) -> Plan:
+    (config,) = compose_jobs(
+        "train", ["task=sudoku", "task.num_builtin.train=8", "task.val_rows=0", *SMALL, *words]
+    ).configs
+    return plan_run(config)
+
+
+def test_a_rollout_that_branches_is_counted_as_it_is_metered():
+    """d-TreeRPO's recipe: the dry run's operations of a rollout are those of a real one, what rows share counted once."""
+    plan = small_plan("recipe=d_tree_rpo", "sampler.stop_at_eos=false", "scale.grpo.batch_size=2")
+    work = stage_work(plan, plan.stages[0], world_size=1)
+    policy, tokenizer = plan.make_policy()
+    ids = torch.full((2, plan.task.max_prompt_length), tokenizer.eos_token_id)
+    prompts = PromptBatch(ids, torch.ones_like(ids).bool(), torch.arange(2), ({}, {}))
+    plan.sampler(policy, prompts, plan.stages[0].module.keywords["group_size"], CounterDraws(0))
+    assert cycle_flops(replace(work, passes=0)) == policy.work.flops
+    alone = cycle_flops(replace(work, passes=0, rollout=replace(work.rollout, rows_at_a_canvas=None)))
+    assert 1.2 < alone / policy.work.flops < 8
+
+
+@pytest.mark.parametrize(
+    "words", [("recipe=lladou", "loss.beta=0.04"), ("recipe=grpo", "stages.grpo.module.reference_sync_every=4")]
+)
+def test_a_reference_that_is_kept_beside_an_adapter_is_counted(words):
+    lora = "stages.grpo.lora={targets: all_linear, rank: 4, alpha: 8, dropout: 0.0, quantize: null}"
+    plan = small_plan(*words, lora, "model.dtype=bfloat16", "scale.grpo.beta=0.04")
+    (parts,) = plan.stages
+    assert parts.keeps_reference
+    policy = add_lora(plan.make_policy()[0], parts.lora, seed=0)
+    policy.train_order_head(parts.trains_order_head, seed=0)
+    before = sum(p.nbytes for p in policy.parameters())
+    policy.keep_reference()
+    kept = sum(p.nbytes for p in policy.parameters()) - before
+    work = stage_work(plan, parts, world_size=1)
+    assert memory(work).reference == kept > 0

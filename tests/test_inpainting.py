@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -17,11 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from d1lit.app import build
 from d1lit.app.build import plan_run
 from d1lit.app.composing import compose_jobs
 from d1lit.app.plan import make_stage
 from d1lit.data import prompt_batch
 from d1lit.draws import CounterDraws
+from d1lit.errors import ConfigError
 from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.estimators.step_merge import TraceEstimator
 from d1lit.losses import ClippedPolicyLoss
@@ -445,6 +448,25 @@ def test_two_processes_help_as_one_does(tmp_path: Path) -> None:
             assert torch.equal(together, value), name
         else:
             torch.testing.assert_close(together, value, msg=name)
+
+
+def test_training_rows_without_worked_answers_are_refused(tmp_path: Path) -> None:
+    """Before any model is there; one row with pieces to give is enough."""
+    file = tmp_path / "train.jsonl"
+    bare = [{"nums": [1, 1, n], "target": n + 2} for n in range(2, 6)]
+    worked = {"nums": [1, 1, 9], "target": 11, "solution_expression": "1+1+9", "worked_steps": "1+1=2\n2+9=11"}
+    words = ["recipe=igpo", "task=countdown", f"task.train_data={file}", "task.val_rows=0", "task.num_builtin.test=4"]
+    (config,) = compose_jobs("train", words).configs
+
+    def plan(*rows: dict[str, Any]) -> None:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        build._task.cache_clear()  # a process reads a task's files once
+        plan_run(config)
+
+    none = r"^stages\.grpo\.module\.inpainting: no training row .*=countdown .* of 4 or more tokens.*Try: .*\[E207\]$"
+    with pytest.raises(ConfigError, match=none):
+        plan(*bare)
+    plan(*bare, worked)
 
 
 if __name__ == "__main__":

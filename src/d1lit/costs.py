@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import product
 
 import torch
 
@@ -132,6 +133,9 @@ class RolloutPlan:
     steps_per_block: int
     span: Callable[[int, int, int], tuple[int, int]] | None = None
     """Under a cache, which positions the steps of a block after its first compute: of start, stop, canvas length."""
+    rows_at_a_canvas: tuple[int, ...] | None = None
+    """Of rollouts that branch, how many rows share each forward, step by step over the completion; None: each by
+    itself."""
 
     @property
     def length(self) -> int:
@@ -145,10 +149,10 @@ class RolloutPlan:
 
     @property
     def masked(self) -> list[int]:
-        """Masked positions of the active block before each of its steps."""
+        """Masked positions of the active block before each of its steps that fixes any."""
         whole, rest = divmod(self.block_length, self.steps_per_block)
         left, result = self.block_length, []
-        for step in range(self.steps_per_block):
+        for step in range(min(self.steps_per_block, self.block_length)):
             result.append(left)
             left -= whole + (step < rest)
         return result
@@ -161,12 +165,13 @@ def textbook_rollout_flops(shape: NetworkShape, plan: RolloutPlan) -> int:
 
 
 def exact_rollout_flops(shape: NetworkShape, plan: RolloutPlan) -> int:
-    """The last block and the head at the masked positions of the active block only."""
-    extent = full(plan.rows, plan.length)
-    return plan.num_blocks * sum(
-        body_flops(shape, replace(extent, kept=masked)) + head_flops(shape, plan.rows * masked)
-        for masked in plan.masked
-    )
+    """The last block and the head at the masked positions of the active block only, once for rows at one canvas."""
+    total = 0
+    for block, (step, masked) in product(range(plan.num_blocks), enumerate(plan.masked)):
+        shared = 1 if plan.rows_at_a_canvas is None else plan.rows_at_a_canvas[block * plan.steps_per_block + step]
+        rows = plan.rows // shared
+        total += body_flops(shape, replace(full(rows, plan.length), kept=masked)) + head_flops(shape, rows * masked)
+    return total
 
 
 def rollout_flops(shape: NetworkShape, plan: RolloutPlan) -> int:

@@ -36,6 +36,7 @@ class Counts:
     matrices: int
     """Trainable entries of the blocks' matrices, which some optimizers treat apart."""
     adapted_names: tuple[str, ...]
+    order_head: int
     base_matrices: int
     """Entries of all matrices of the blocks, adapters apart: what quantisation packs."""
 
@@ -67,7 +68,7 @@ def _count(config: MaskedDiffusionConfig, lora: LoraSettings | None) -> Counts:
     head = config.vocab_size * config.hidden_size
     order_head = 0 if network.order_head is None else sum(p.numel() for p in network.order_head.parameters())
     trainable = body if lora is None else adapter + order_head
-    return Counts(body + adapter, trainable, adapter, adapted, block, head, matrices, names, packed)
+    return Counts(body + adapter, trainable, adapter, adapted, block, head, matrices, names, order_head, packed)
 
 
 # --------------------------------------------------------------------------------------------------------- the workload
@@ -120,6 +121,16 @@ class Workload:
     def casts(self) -> int:
         """Bytes of half-precision copies of an adapter in float32, which its products keep for their backward pass."""
         return self.counts.adapter * self.itemsize if self.counts.adapter and self.itemsize < self.wide else 0
+
+    @property
+    def reference_bytes(self) -> int:
+        """A kept reference: the whole network, or beside an adapter another adapter and another order head."""
+        counts = self.counts
+        if not self.keeps_reference:
+            return 0
+        if counts.adapter == 0:
+            return counts.total * self.itemsize
+        return counts.adapter * self.wide + counts.order_head * self.itemsize
 
     @property
     def tokens(self) -> int:
@@ -181,7 +192,7 @@ def memory(work: Workload) -> MemoryNeed:
     largest = max(counts.head, counts.block // 3)
     gradients = counts.trainable * own // share
     optimizer = (int(counts.trainable * work.optimizer_slots * work.wide) + copies) // share
-    reference = base * item // share if work.keeps_reference else 0
+    reference = work.reference_bytes // share
     on_device = 0 if work.is_offloaded else 1
     looks = [_rollout_bytes(work, plan) for plan in (work.rollout, work.validation) if plan is not None]
     return MemoryNeed(
@@ -206,7 +217,7 @@ def _whole_bytes(work: Workload, shards: int) -> int:
     if not work.is_sharded:
         return base if work.is_quantized else 0
     model = base + work.counts.adapter * work.wide
-    return model + max(base if work.keeps_reference else 0, shards)
+    return model + max(work.reference_bytes, shards)
 
 
 def kept_by_block(work: Workload) -> int:
@@ -265,8 +276,10 @@ def _rollout_bytes(work: Workload, plan: RolloutPlan) -> int:
     config = work.config
     body = plan.rows * plan.length * block_scratch(work, with_gradient=False)
     logits = plan.rows * plan.block_length * config.vocab_size * work.wide
-    # Beside them two softmaxes and the tempered logits: on a GPU of many rows at a time, on a CPU of few.
-    logits += 3 * min(logits, GPU_TAIL_BYTES) if work.on_gpu else 2 * logits
+    # Beside them two softmaxes and the tempered logits: on a GPU of many rows at a time, on a CPU of few. In a tree
+    # the rows have theirs copied from those of their canvas.
+    beside = 3 * min(logits, GPU_TAIL_BYTES) if work.on_gpu else 2 * logits
+    logits += beside if plan.rows_at_a_canvas is None else max(beside, logits)
     head_width = config.hidden_size // config.num_attention_heads
     cached = 2 * plan.rows * plan.length * config.num_key_value_heads * head_width * config.num_hidden_layers
     cache = cached * work.itemsize if work.caches else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from d1lit.app.components import (
 )
 from d1lit.app.config_checks import check_values
 from d1lit.app.config_errors import as_config_error, under
-from d1lit.app.plan import Plan, StageParts, evaluation_rows, evaluation_sampler
-from d1lit.data import BatchPlan
+from d1lit.app.plan import Plan, StageParts, evaluation_rows, evaluation_sampler, worked_ids
+from d1lit.data import BatchPlan, EncodedRow
 from d1lit.errors import ConfigError
 from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.losses.clipped import ClippedPolicyLoss
@@ -29,6 +30,7 @@ from d1lit.models import LoraSettings, load_tokenizer
 from d1lit.models.loading import find_folder, load_config
 from d1lit.models.quantizing import check_bitsandbytes
 from d1lit.modules import Prompts
+from d1lit.modules.inpainting import Inpainting
 from d1lit.processes import place
 from d1lit.rewards.parts import RewardParts
 from d1lit.sampling import BlockSampler
@@ -50,12 +52,14 @@ KINDS: dict[str, type] = {
 """What the arguments of a stage's module of these names have to be."""
 
 
-def plan_run(config: DictConfig, trains: bool = True) -> Plan:
+def plan_run(config: DictConfig, trains: bool = True, checked: set[str] | None = None) -> Plan:
     """Build every part of a run that needs no network.
 
     Args:
         config: composed and resolved.
         trains: whether the stages will be run; without them, what they would train on is not asked for.
+        checked: rows that earlier jobs of the same sweep have asked for, which are not looked at again; those of this
+            one are added.
 
     Raises:
         ConfigError: for the first part that refuses its values.
@@ -83,9 +87,12 @@ def plan_run(config: DictConfig, trains: bool = True) -> Plan:
     plan = Plan(config, task, sampler, stages, base)
     for stage in stages:
         _check_quantized(config, stage)
-    tokenizer = plan.tokenizer_here()
+    checked = set() if checked is None else checked
+    unseen = {key: stage for key, stage in _rows_asked(plan, trains).items() if key not in checked}
+    tokenizer = plan.tokenizer_here() if unseen else None
     if tokenizer is not None:  # else the start of the run finds out
-        _check_rows(plan, tokenizer, trains)
+        _check_rows(plan, tokenizer, unseen.values())
+    checked.update(unseen)
     for length in config.evaluation.lengths or ():
         evaluation_sampler(plan, length)
     return plan
@@ -268,20 +275,49 @@ def check_hub_model(plan: Plan, trains: bool = True) -> None:
         tokenizer = load_tokenizer(str(folder), load_config(folder))
     except ValueError as error:
         raise as_config_error(error, "model.path") from None
-    _check_rows(plan, tokenizer, trains)
+    _check_rows(plan, tokenizer, _rows_asked(plan, trains).values())
 
 
-def _check_rows(plan: Plan, tokenizer: Any, trains: bool) -> None:
-    """Prompts and demonstrations are there and fit."""
+def _rows_asked(plan: Plan, trains: bool) -> dict[str, StageParts | None]:
+    """What a run reads rows for, None being the evaluation, each under all that decides which rows, as text."""
+    config = plan.config
+    where = (OmegaConf.to_yaml(config.task, resolve=True), config.model.path, config.model.revision)
+    asked: dict[str, StageParts | None] = {repr((where, config.evaluation.split, config.evaluation.rows)): None}
+    for stage in plan.stages if trains else ():
+        node = OmegaConf.to_yaml(config.stages[stage.name].data, resolve=True)
+        seed = None if isinstance(stage.data, Prompts) else plan.seed
+        asked[repr((where, node, seed, _inpainting_of(stage)))] = stage
+    return asked
+
+
+def _check_rows(plan: Plan, tokenizer: Any, asked: Iterable[StageParts | None]) -> None:
+    """Prompts and demonstrations are there and fit, and with inpainting there is something to give."""
     try:
-        if not evaluation_rows(plan, tokenizer):
-            split = plan.config.evaluation.split
-            raise ConfigError(
-                "evaluation.split", f"the {split} rows are none", "test, or task.val_rows above 0", "E305"
-            )
-        for stage in plan.stages if trains else ():
-            plan.rows_of(stage, tokenizer)
+        for stage in asked:
+            if stage is not None:
+                _check_answers(plan, stage, plan.rows_of(stage, tokenizer).rows, tokenizer)
+            elif not evaluation_rows(plan, tokenizer):
+                cause = f"the {plan.config.evaluation.split} rows are none"
+                raise ConfigError("evaluation.split", cause, "test, or task.val_rows above 0", "E305")
     except ConfigError:
         raise
     except ValueError as error:
         raise as_config_error(error, "task") from None
+
+
+def _inpainting_of(stage: StageParts) -> Inpainting | None:
+    rule = stage.module.keywords.get("inpainting") if isinstance(stage.module, partial) else None
+    return rule if isinstance(rule, Inpainting) else None
+
+
+def _check_answers(plan: Plan, stage: StageParts, rows: Iterable[EncodedRow], tokenizer: Any) -> None:
+    """Inpainting gives chunks of worked answers: where no row has one to cut, it would never help."""
+    rule = _inpainting_of(stage)
+    if rule is None or any(len(worked_ids(plan.task, tokenizer, row.example)) >= rule.least_chunk for row in rows):
+        return
+    raise ConfigError(
+        f"stages.{stage.name}.module.inpainting",
+        f"no training row of task={plan.task.name} has a worked answer of {rule.least_chunk} or more tokens to give of",
+        f"training data with worked solutions (task.train_data), or stages.{stage.name}.module.inpainting=null",
+        "E207",
+    )

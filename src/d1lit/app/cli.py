@@ -100,10 +100,10 @@ def train(words: Sequence[str]) -> int:
             from d1lit.app.running import run_training
             from d1lit.processes import launch
 
-            plan = None
+            plan, checked = None, set()
             for config in jobs.configs:
                 flag.raise_if_stopped()
-                plan = plan_run(config)  # the jobs of a sweep make theirs again, each in its process
+                plan = plan_run(config, checked=checked)  # the jobs of a sweep make theirs again, each in its process
             flag.raise_if_stopped()
         if jobs.is_multirun:
             return _sweep(words, jobs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep
+from hydra.core.override_parser.types import ChoiceSweep, Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -42,6 +43,8 @@ def compose_jobs(name: str, words: Sequence[str]) -> Jobs:
         ConfigError: for the first thing that is wrong.
     """
     overrides, is_multirun = _split(words)
+    _composed.cache_clear()  # files may have changed since the last command line
+    _of_choices.cache_clear()
     with _composer():
         config, experiment = _compose_with_mode(name, overrides, is_multirun)
         if experiment is None:
@@ -154,13 +157,50 @@ def _is_swept(override: str) -> bool:
 
 def _compose(name: str, overrides: Sequence[str], with_hydra: bool = False) -> DictConfig:
     try:
-        config = compose(name, list(overrides), return_hydra_config=with_hydra)
+        config = _with_values(name, overrides, with_hydra) or compose(name, list(overrides), with_hydra)
     except HydraException as error:
         raise translated(error, overrides, partial(_keys_without, name, overrides)) from None
     except OmegaConfBaseException as error:
         raise ConfigError(str(error.full_key or "configuration"), one_line(error), "another value", "E201") from None
     check_leaves(config, name, overrides)
     return config
+
+
+def _with_values(name: str, overrides: Sequence[str], with_hydra: bool = False) -> DictConfig | None:
+    """What Hydra composes, the part that the choices decide made once: the jobs of a sweep mostly differ in values.
+
+    None where that might not be the same, or something is wrong: Hydra then composes the whole, and says what.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        # Deletions, additions and blocks in the place of a choice act in the order in which they are said.
+        if any(o.type != OverrideType.CHANGE or o.is_sweep_override() or isinstance(o.value(), dict) for o in parsed):
+            return None
+        has_own_groups = any(override.key_or_group == "hydra.searchpath" for override in parsed)
+        values = [override for override in parsed if _is_value(override, has_own_groups)]
+        choices = [str(o.input_line) for o in parsed if not _is_value(o, has_own_groups)]
+        config = copy.deepcopy(_of_choices(name, tuple(choices)))
+        for override in values:
+            OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+    except (HydraException, OmegaConfBaseException):
+        return None
+    if not with_hydra:
+        with open_dict(config):
+            del config["hydra"]
+    return config
+
+
+def _is_value(override: Override, has_own_groups: bool) -> bool:
+    """Whether an override of the plain form sets a key, and surely chooses no file."""
+    key = override.key_or_group
+    if override.package is not None or "/" in key or key.startswith("hydra."):
+        return False
+    return "." in key or not (has_own_groups or (CONF / key).is_dir())  # a group may have a name of one word
+
+
+@lru_cache(maxsize=32)
+def _of_choices(name: str, choices: tuple[str, ...]) -> DictConfig:
+    return compose(name, list(choices), return_hydra_config=True)
 
 
 def check_leaves(config: DictConfig, name: str, overrides: Sequence[str]) -> None:
@@ -176,16 +216,17 @@ def check_leaves(config: DictConfig, name: str, overrides: Sequence[str]) -> Non
         if defaults is not None:
             for key in keys:
                 _check_kind(key, config, defaults)
-    for key, node in _leaves(config):
-        if key.startswith("hydra"):
+    for key, value in _leaves(config):
+        if key.startswith("hydra") or not isinstance(value, str):
             continue
-        try:
-            if OmegaConf.is_missing(config if "." not in key else OmegaConf.select(config, key.rpartition(".")[0]),
-                                    key.rpartition(".")[2]):  # fmt: skip
-                raise ConfigError(key, "has no value", f"{key}=VALUE", "E108")
-            OmegaConf.select(config, key, throw_on_resolution_failure=True)
-        except OmegaConfBaseException as error:
-            raise ConfigError(key, f"refers to a value that is not there ({node})", one_line(error), "E109") from None
+        if value == "???":
+            raise ConfigError(key, "has no value", f"{key}=VALUE", "E108")
+        if "${" in value:
+            try:
+                OmegaConf.select(config, key, throw_on_resolution_failure=True)
+            except OmegaConfBaseException as error:
+                cause = f"refers to a value that is not there ({value})"
+                raise ConfigError(key, cause, one_line(error), "E109") from None
 
 
 def _keys_without(name: str, overrides: Sequence[str], key: str) -> list[str]:
@@ -198,7 +239,7 @@ def _keys_without(name: str, overrides: Sequence[str], key: str) -> list[str]:
 def _composed(name: str, overrides: tuple[str, ...]) -> DictConfig | None:
     """What the choices alone give, to compare single values with; None where they give nothing."""
     try:
-        return compose(name, list(overrides))
+        return _with_values(name, overrides) or compose(name, list(overrides))
     except (HydraException, OmegaConfBaseException):
         return None
 

@@ -58,7 +58,7 @@ def estimate_stage(plan: Plan, parts: StageParts, world_size: int, peak: float, 
     own = work.itemsize if work.counts.adapter == 0 else work.wide
     copies = work.wide if half and work.counts.adapter == 0 else 0
     kept = work.counts.trainable * (own + copies + work.wide * work.optimizer_slots)
-    kept += work.counts.total * own if work.keeps_reference else 0
+    kept += work.reference_bytes
     return StageEstimate(
         name=parts.name,
         work=work,

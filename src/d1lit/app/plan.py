@@ -62,6 +62,19 @@ class StageParts:
             return False
         return estimator.traits.order.score == "head"
 
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether the stage compares with a policy of before that has to be kept beside the one that trains.
+
+        With an adapter that stays put, it is the adapter switched off; only one that moves is kept. An order head
+        cannot be switched off.
+        """
+        arguments = self.module.keywords if isinstance(self.module, partial) else {}
+        loss = arguments.get("loss")
+        reads = isinstance(loss, PolicyLoss) and loss.traits.needs_reference
+        moves = self.lora is None or self.trains_order_head or arguments.get("reference_sync_every") is not None
+        return moves and (reads or bool(arguments.get("kl_in_reward")))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -165,16 +178,10 @@ def make_stage(
             micro_batch_size=parts.micro_batch_size,
         )
 
-    arguments = parts.module.keywords if isinstance(parts.module, partial) else {}
-    loss = arguments.get("loss")
-    reads_reference = isinstance(loss, PolicyLoss) and loss.traits.needs_reference
-    # With an adapter that stays put, the reference is the adapter switched off; only one that moves is kept. An order
-    # head cannot be switched off.
-    moves = parts.lora is None or parts.trains_order_head or arguments.get("reference_sync_every") is not None
     return Stage(
         name=parts.name,
         lora=parts.lora,
-        keeps_reference=moves and (reads_reference or bool(arguments.get("kl_in_reward"))),
+        keeps_reference=parts.keeps_reference,
         selects_best=parts.select == "best_val",
         make_module=make_module,
         make_data=make_data,

@@ -27,6 +27,7 @@ from d1lit.models.presets import tiny_config
 from d1lit.modules import Prompts
 from d1lit.modules.muon import MuonWithAdamW
 from d1lit.sampling import BlockSampler
+from d1lit.sampling.sharing import rows_at_a_canvas
 from d1lit.strategies import FullySharded, Setting
 from d1lit.types import Context, PolicyLoss, Rollout
 
@@ -120,7 +121,7 @@ def _rl_work(plan: Plan, parts: StageParts, common: Workload, keywords: Mapping[
         views=views,
         length=length,
         scored=completion,
-        keeps_reference=(needs_reference or bool(keywords.get("kl_in_reward"))) and parts.lora is None,
+        keeps_reference=parts.keeps_reference,
         rollout=_rollout_plan(sampler, rows, prompt),
         rollout_rows=rows * (2 if sampler.guidance else 1),
         passes=(inner - 1 if needs_old else 0) + (inner if needs_reference else 0),
@@ -134,7 +135,10 @@ def _rollout_plan(sampler: BlockSampler, rows: int, prompt_length: int) -> Rollo
     rows *= 2 if sampler.guidance else 1
     at_once, span = min(rows, sampler.rows_per_forward or rows), None if sampler.cache is None else sampler.cache.span
     canvas = (sampler.completion_length, sampler.block_length, sampler.steps_per_block)
-    return RolloutPlan(at_once, prompt_length, *canvas, span)
+    shared = None
+    if (tree := sampler.tree) is not None:
+        shared = tuple(rows_at_a_canvas(tree, step, sampler.total_steps) for step in range(sampler.total_steps))
+    return RolloutPlan(at_once, prompt_length, *canvas, span, shared)
 
 
 def evaluation_plan(plan: Plan, length: int | None) -> RolloutPlan:

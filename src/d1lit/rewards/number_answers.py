@@ -33,8 +33,12 @@ _DENIED = re.compile(r"[!<>~/:\u2248\u2260\u2264\u2265]\s?=|\.{3}|\u2026")
 _PRODUCT_SIGN = re.compile(r"(?<=[0-9])\s?[xX]\s?(?=[$0-9])")
 _UNSOLVED = re.compile(
     r"[-0-9+*/^|{]\s?[b-fi-kn-rt-zB-HJ-Z](?![A-Za-z])|(?<![A-Za-z])[b-fi-kn-rt-zB-HJ-Z]\s?[-+*/^'|]|\\(?:sqrt|frac|log|ln|bar)"
+    r"|(?<![A-Za-z/])(?:d|(?:sin|cos|tan|cot|sec|csc|exp|sqrt|log|ln|lg)[\s({]+)[t-z](?![A-Za-z])"
 )
-"""Left of an equals sign: not the name of what is asked for, but something done to it (`2x = 18`)."""
+"""Left of an equals sign: not the name of what is asked for, but something done to it (`2x = 18`, `dx = 18`).
+
+`$4/dz`, a price for a dozen, is none.
+"""
 _BRACKETED_AFTER_MINUS = re.compile(r"(?<=-)\s?(\$?)[(\[]\s?([$0-9.,]+)\s?[)\]]")
 _FREE_MINUS = re.compile(r"(?<![A-Za-z])-|-(?![A-Za-z])")
 _CALLED = re.compile(

@@ -80,7 +80,7 @@ def sharing(
     first: dict[int, int] = {}  # leftmost leaf of a canvas -> its number
     places, canvas, drawn_by = [], [], []
     for place, (row, step) in enumerate(zip(rows, steps, strict=True)):
-        width = tree.width(tree.edge_of(step - 1, num_steps) + 1)  # before step 0 that is the root, at level 0
+        width = rows_at_a_canvas(tree, step, num_steps)
         leftmost = row - row % width
         if leftmost not in first:
             first[leftmost] = len(places)
@@ -88,6 +88,11 @@ def sharing(
         canvas.append(first[leftmost])
         drawn_by.append(row - row % tree.width(tree.edge_of(step, num_steps) + 1))
     return Sharing(*(torch.tensor(numbers, device=device) for numbers in (places, canvas, drawn_by)))
+
+
+def rows_at_a_canvas(tree: Tree, step: int, num_steps: int) -> int:
+    """How many leaves stand at one canvas when a step begins: those below the node that the step before led to."""
+    return tree.width(tree.edge_of(step - 1, num_steps) + 1)  # before step 0 that is the root, at level 0
 
 
 def edges(tree: Tree, commit_step: Int[Tensor, "N C"], num_steps: int) -> Int[Tensor, "N C"]:
