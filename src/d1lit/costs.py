@@ -132,6 +132,8 @@ class RolloutPlan:
     steps_per_block: int
     span: Callable[[int, int, int], tuple[int, int]] | None = None
     """Under a cache, which positions the steps of a block after its first compute: of start, stop, canvas length."""
+    looks_ahead: bool = False
+    """Whether every forward predicts the masks behind the active block too."""
 
     @property
     def length(self) -> int:
@@ -153,6 +155,17 @@ class RolloutPlan:
             left -= whole + (step < rest)
         return result
 
+    @property
+    def predicted(self) -> list[int]:
+        """Positions whose tokens each step of the whole completion predicts."""
+        behind = range(self.completion_length - self.block_length, -1, -self.block_length)
+        return [masked + (rest if self.looks_ahead else 0) for rest in behind for masked in self.masked]
+
+    @property
+    def most_predicted(self) -> int:
+        """Positions of a row that the largest forward predicts."""
+        return self.completion_length if self.looks_ahead else self.block_length
+
 
 def textbook_rollout_flops(shape: NetworkShape, plan: RolloutPlan) -> int:
     """Every position through every block and the head in every step, as the published samplers do."""
@@ -161,11 +174,11 @@ def textbook_rollout_flops(shape: NetworkShape, plan: RolloutPlan) -> int:
 
 
 def exact_rollout_flops(shape: NetworkShape, plan: RolloutPlan) -> int:
-    """The last block and the head at the masked positions of the active block only."""
+    """The last block and the head at the masked positions only, of the active block or of all."""
     extent = full(plan.rows, plan.length)
-    return plan.num_blocks * sum(
+    return sum(
         body_flops(shape, replace(extent, kept=masked)) + head_flops(shape, plan.rows * masked)
-        for masked in plan.masked
+        for masked in plan.predicted
     )
 
 
