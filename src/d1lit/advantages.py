@@ -157,10 +157,9 @@ class StepAdvantage:
         raw_k = R_k - R_(k-1) + mean of R_(k+1) ... R_S,   A_k = (raw_k - mean) / (std + eps) over the group at step k
 
     R_k judges the text that step k predicts, every mask filled. The first step counts its own reward as its gain, the
-    last one its own as its future.
-    Differs from the paper: the constant 1 that it adds to every gain is left out, for it cancels in the group. Steps that
-    a rollout did not take (it had ended) and those that no judge could judge are in no gain, mean or spread, and have
-    advantage 0.
+    last one its own as its future. Steps that a rollout did not take (it had ended) and those that no judge could judge
+    are in no gain, mean or spread, and have advantage 0.
+    Differs from the paper: the 1 that it adds to every gain is left out, for it cancels in the group.
     """
 
     eps: float = 1e-4

@@ -201,8 +201,8 @@ class Rollout:
     edge: Int[Tensor, "N C"] | None = None
     """The edge of the group's tree on which each token was fixed, its height where none was; None without a tree."""
     predictions: Int[Tensor, "S N C"] | None = None
-    """What each denoising step proposed wherever the canvas was still masked, in the active block and behind it; -1 where
-    a token stood, or where the row took no such step. On request, together with the trace."""
+    """What each denoising step proposed wherever the canvas was still masked, in the active block and behind it; -1
+    where a token stood, or where the row took no such step. On request, together with the trace."""
     prediction_logprobs: Float[Tensor, "S N C"] | None = None
     """Of those proposals, as `sampled_logprobs`."""
 

@@ -234,7 +234,7 @@ def step_merge_loss(case: Case, t: Tensors) -> None:
 def mdpo_loss(case: Case, t: Tensors) -> None:
     """Through the estimator: one step, whose canvas hides the stored tokens and whose proposals were so confident."""
     s, masked = case["settings"], t["in.masked"]
-    n, length = masked.shape
+    n = len(masked)
     ids, prompt, mask = torch.zeros_like(masked, dtype=torch.int64), torch.zeros(n, 1, dtype=torch.int64), 9
     everywhere, zeros = torch.ones_like(masked), torch.zeros(masked.shape)
     rollout = Rollout(

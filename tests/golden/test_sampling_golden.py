@@ -431,7 +431,9 @@ def _check_mdpo_steps(case: dict[str, Any], tensors: dict[str, Tensor], made: Ro
         return  # there the code weighs a token by minus an entropy
     logits = torch.stack([tensors[f"call{k}.logits"][0, -hidden.shape[1] :] for k in range(len(hidden))])
     of_mask = logits.softmax(-1)[..., case["settings"]["mask_id"]]  # which takes its share of the softmax there
-    assert_near("confidence", (steps.logprobs[:, 0].exp() * (1 - of_mask))[hidden], tensors["out.step_confidence"][hidden])
+    assert_near(
+        "confidence", (steps.logprobs[:, 0].exp() * (1 - of_mask))[hidden], tensors["out.step_confidence"][hidden]
+    )
 
 
 def check_klass_baseline(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:

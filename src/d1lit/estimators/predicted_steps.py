@@ -1,4 +1,4 @@
-"""The estimator of whole predictions: at some denoising steps, every token that the sampler proposed there is scored."""
+"""The estimator of whole predictions: at some denoising steps all tokens that the sampler proposed are scored."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ GUARD = 1e-4
 class PredictedStepsEstimator:
     """MDPO (arXiv 2508.13148): the steps of largest |advantage|, each scored on all tokens its prediction filled in.
 
-    One view a step, the canvas as the step found it; one unit a (step, token). A token weighs its probability when it
-    was drawn over the step's masked tokens, so that `sequence_sum` is the sum over the chosen steps of the mean over
-    masked tokens, as in the authors' code. The part `step` says which step a unit belongs to, and `scale` multiplies
-    its advantage: lambda = length / masked tokens. The steps are chosen before the network is asked: what is not
-    chosen costs no pass. Of equal |advantages| the earlier step is taken; with one advantage a rollout, the first ones.
+    One view a step, the canvas as the step found it; one unit a (step, token). Steps are chosen before the network is
+    asked, so what is not chosen costs no pass. Of |advantages| equal to four digits the earlier step is taken; with one
+    advantage a rollout, the first ones.
+    A token weighs its probability when it was drawn over the step's masked tokens: with `sequence_sum` the loss is the
+    sum over the chosen steps of the mean over masked tokens, as in the authors' code. The part `step` says which step a
+    unit belongs to, and `scale` what its advantage is multiplied by, lambda = length / masked tokens.
     Tokens after a predicted end of sequence count too, as in the authors' code, though no judge has read them.
     """
 
@@ -73,7 +74,7 @@ class PredictedStepsEstimator:
         taken, advantages = context.rollout.steps.taken.T, context.advantages
         size = torch.ones_like(taken, dtype=advantages.dtype)
         if advantages.ndim == 2:  # which may know of longer rollouts, of other processes
-            size = advantages[:, : taken.shape[1]].abs()
+            size = advantages[:, : taken.shape[1]].abs().round(decimals=4)  # rounding errors are no reason to choose
         size = pad(torch.where(taken, size, -1.0), (0, max(0, self.num_steps - taken.shape[1])), value=-1.0)
         size, chosen = size.sort(dim=1, descending=True, stable=True)
         return torch.where(size >= 0, chosen, -1)[:, : self.num_steps]

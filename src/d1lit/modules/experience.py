@@ -114,7 +114,7 @@ def _joined(parts: Sequence[Experience]) -> Experience:
     rollout = replace(
         rollouts[0],
         **tensors,
-        **{name: _joined_steps([vars(r)[name] for r in rollouts], *fill) for name, fill in _BY_STEP.items()},
+        **{name: _joined_steps([vars(r)[name] for r in rollouts], untaken) for name, untaken in _BY_STEP.items()},
         completions=tuple(text for r in rollouts for text in r.completions),
         examples=tuple(example for r in rollouts for example in r.examples),
     )
@@ -128,18 +128,21 @@ def _joined(parts: Sequence[Experience]) -> Experience:
     )
 
 
-_BY_STEP: dict[str, tuple[float, ...]] = {"trace": (), "predictions": (-1,), "prediction_logprobs": (0.0,)}
-"""Records [S N C], and what a step holds that a rollout did not take; in the trace that is its last canvas."""
+_BY_STEP: dict[str, int | None] = {"trace": None, "predictions": -1, "prediction_logprobs": 0}
+"""Records [S N C], and what they hold of a step that a rollout did not take; None: its last canvas."""
 
 
-def _joined_steps(records: Sequence[Tensor | None], *fill: float) -> Tensor | None:
+def _joined_steps(records: Sequence[Tensor | None], untaken: int | None) -> Tensor | None:
     """Records of steps side by side, the shorter ones made as long as the longest."""
     there = [record for record in records if record is not None]
     if not there:
         return None
     longest = max(map(len, there))
-    rests = [(record[-1:].expand(longest - len(record), -1, -1), record) for record in there]
-    return torch.cat([torch.cat([r, rest.new_full(rest.shape, *fill) if fill else rest]) for rest, r in rests], dim=1)
+    whole = []
+    for record in there:
+        rest = record[-1:].expand(longest - len(record), -1, -1)
+        whole.append(torch.cat([record, rest if untaken is None else torch.full_like(rest, untaken)]))
+    return torch.cat(whole, dim=1)
 
 
 def _joined_logprobs(column: Sequence[LogProbs | None]) -> LogProbs | None:

@@ -106,6 +106,6 @@ def _check_recording(sampler: BlockSampler) -> None:
     for key, part in parts.items():
         if part is not None:
             raise ValueError(
-                f"sampler.{key}: {type(part).__name__} sees the active block alone, and the predictions of every step are"
-                " asked for on the whole canvas. Try: sampler=low_confidence, or sampler=rcr."
+                f"sampler.{key}: {type(part).__name__} looks at the active block alone, and what every step predicts"
+                " is asked for on the whole canvas. Try: sampler=low_confidence, or sampler=rcr."
             )

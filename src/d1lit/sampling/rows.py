@@ -65,7 +65,7 @@ class CanvasBatch:
         logprobs: Float[Tensor, " c"],
         mask_token_id: int,
     ) -> None:
-        """Keep what the step proposes for some positions, where they are masked; nothing where that is not asked for."""
+        """Keep what the step proposes for some positions, where they are masked; nothing if that is not wanted."""
         if self.predictions is None or self.prediction_logprobs is None:
             return
         is_masked = self.ids[index[:, None], self.prompt_length + positions] == mask_token_id
