@@ -15,13 +15,14 @@ from d1lit.app.build import plan_run
 from d1lit.app.composing import compose_jobs
 from d1lit.app.plan import evaluation_sampler
 from d1lit.app.workloads import stage_work
-from d1lit.costs import Work
+from d1lit.costs import RolloutPlan, Work, rollout_flops
 from d1lit.data import prompt_batch
 from d1lit.draws import CounterDraws
 from d1lit.errors import ConfigError
 from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.estimators.predicted_steps import GUARD, PredictedStepsEstimator
 from d1lit.estimators.step_merge import TraceEstimator
+from d1lit.footprint import network_shape
 from d1lit.losses import ClippedPolicyLoss
 from d1lit.losses.clipped import SequenceClippedLoss
 from d1lit.losses.terms import k2, k3, num_completion_tokens, sequence_sum, view_mean
@@ -71,7 +72,10 @@ def network(seed: int = 0) -> SmallNetwork:
     return made.eval()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+QUICK = ("quota", "rcr", "few", "guided")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in QUICK else pytest.mark.slow) for k in KINDS])
 def test_every_step_keeps_its_whole_prediction_and_the_rollout_is_the_same(kind: str) -> None:
     policy, batch, temperature = network(), prompts(3, padded=True, vocabulary=11), 0.8
     plain = sampler(temperature=temperature, **KINDS[kind])
@@ -362,19 +366,24 @@ def test_a_whole_update_is_that_of_loops(kind: str) -> None:
         optimizer.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes", [{}, {"sampler": small.sampler(**RCR)}, {"loss": replace(LOSS, aggregate=view_mean)}]
+    "changes",
+    [{"sampler": small.sampler(**RCR)}, {}, {"loss": ClippedPolicyLoss(0.2, 0.2, 0.0, k2, view_mean)}],
+    ids=["rcr", "quota", "view_mean"],
 )
 def test_it_trains_and_micro_batches_change_nothing(changes: dict[str, Any]) -> None:
     start = {name: value.clone() for name, value in small.small_policy().state_dict().items()}
-    if "loss" in changes:
-        changes = {"loss": replace(changes["loss"], beta=0.0)}
     whole = small.fit(mdpo(**changes))
     assert small.largest_shift(start, whole) > 1e-3
     assert small.largest_shift(whole, small.fit(mdpo(**changes), num_micro=2)) < 1e-5
-    if not changes:
-        assert small.largest_shift(whole, small.fit(mdpo(views_per_chunk=1))) < 1e-5
-        assert small.largest_shift(whole, small.fit(mdpo(advantage=ShuffledRewards(StepAdvantage(), 0)))) > 1e-4
+
+
+@pytest.mark.slow
+def test_chunks_change_nothing_and_the_rewards_of_steps_do() -> None:
+    whole = small.fit(mdpo())
+    assert small.largest_shift(whole, small.fit(mdpo(views_per_chunk=1))) < 1e-5
+    assert small.largest_shift(whole, small.fit(mdpo(advantage=ShuffledRewards(StepAdvantage(), 0)))) > 1e-4
 
 
 def test_predictions_survive_a_checkpoint_and_another_world() -> None:
@@ -451,6 +460,7 @@ def test_what_does_not_go_together_is_refused_on_one_line(changes: dict[str, Any
 # ---------------------------------------------------------------------------------------------------------------- recipe
 
 
+@pytest.mark.slow
 def test_the_recipe_asks_for_predictions_in_training_alone_and_a_dry_run_counts_them() -> None:
     (config,) = compose_jobs("train", ["recipe=mdpo", "task=sudoku", "evaluation.rows=4"]).configs
     plan = plan_run(config)
@@ -470,9 +480,6 @@ def test_the_recipe_asks_for_predictions_in_training_alone_and_a_dry_run_counts_
 
 def test_a_plan_counts_what_the_sampler_computes() -> None:
     """Operations of a rollout with predictions, as planned and as the policy counted them."""
-    from d1lit.costs import RolloutPlan, rollout_flops
-    from d1lit.footprint import network_shape
-
     policy = small.small_policy()
     made = small.sampler(stop_at_eos=False).with_predictions()
     before = Work().plus(policy.work)
