@@ -180,7 +180,7 @@ def test_a_rollout_that_branches_costs_what_its_formula_says(tree: Tree, steps: 
     branching = sampler(tree=tree, num_steps=steps, guidance=guidance)
     rollout = branching(network, prompts(3), tree.leaves, CounterDraws(0))
     rows, shared = 3 * tree.leaves * (2 if guidance else 1), [rows_at_a_canvas(tree, n, steps) for n in range(steps)]
-    plan = RolloutPlan(rows, PROMPT, COMPLETION, 8, steps // 2, None, tuple(shared))
+    plan = RolloutPlan(rows, PROMPT, COMPLETION, 8, steps // 2, None, rows_at_a_canvas=tuple(shared))
     assert network.work.flops == costs.rollout_flops(network.shape, plan)
     assert rollout.num_tokens_forward == network.work.tokens == sum(rows // n * plan.length for n in shared)
     assert network.work.flops < costs.rollout_flops(network.shape, replace(plan, rows_at_a_canvas=None))

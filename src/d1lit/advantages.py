@@ -1,4 +1,4 @@
-"""Advantages: from the rewards of whole groups to one number a rollout.
+"""Advantages: from the rewards of whole groups to one number a rollout, or one for each edge or step of it.
 
 Rows of one group are adjacent. A row no judge could judge (all its parts invalid) is left out of means and spreads
 and gets advantage 0, so a crashed grader neither rewards nor punishes.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from d1lit.draws import CounterDraws
-from d1lit.types import Advantage, RewardBatch, Rollout, Tree
+from d1lit.types import Advantage, LogProbs, RewardBatch, Rollout, Tree
 
 Rows = Float[Tensor, " N"]
 
@@ -28,12 +29,12 @@ def _grouped(rewards: RewardBatch, group_size: int) -> tuple[Float[Tensor, "B G"
     return rewards.total.view(-1, group_size), rewards.valid.any(-1).view(-1, group_size)
 
 
-def judged_mean(value: Float[Tensor, "B G"], counts: Bool[Tensor, "B G"]) -> Float[Tensor, "B 1"]:
+def judged_mean(value: Float[Tensor, "B G *S"], counts: Bool[Tensor, "B G *S"]) -> Float[Tensor, "B 1 *S"]:
     """Mean of each group over the entries that count; 0 where none does."""
     return (value * counts).sum(1, keepdim=True) / counts.sum(1, keepdim=True).clamp(min=1)
 
 
-def judged_std(value: Float[Tensor, "B G"], counts: Bool[Tensor, "B G"]) -> Float[Tensor, "B 1"]:
+def judged_std(value: Float[Tensor, "B G *S"], counts: Bool[Tensor, "B G *S"]) -> Float[Tensor, "B 1 *S"]:
     """Unbiased (n - 1) standard deviation over the entries that count; 0 where fewer than two do."""
     squares = ((value - judged_mean(value, counts)) ** 2 * counts).sum(1, keepdim=True)
     return (squares / (counts.sum(1, keepdim=True) - 1).clamp(min=1)).sqrt()
@@ -149,18 +150,39 @@ def has_spread(rewards: RewardBatch, group_size: int, tolerance: float = 1e-6) -
     return judged_std(value, counts)[:, 0] > tolerance
 
 
-def step_advantages(step_rewards: Float[Tensor, "N S"], group_size: int, eps: float = 1e-4) -> Float[Tensor, "N S"]:
-    """MDPO (arXiv 2508.13148): gain of each step plus the mean of later rewards, z-scored over the group at each step.
+@dataclass(frozen=True)
+class StepAdvantage:
+    """MDPO (arXiv 2508.13148): of each denoising step, what its prediction gained and how good the later ones are.
 
-    The last step counts its own reward as its future; the first counts its own reward as its gain.
+        raw_k = R_k - R_(k-1) + mean of R_(k+1) ... R_S,   A_k = (raw_k - mean) / (std + eps) over the group at step k
+
+    R_k judges the text that step k predicts, every mask filled. The first step counts its own reward as its gain, the
+    last one its own as its future. Steps that a rollout did not take (it had ended) and those that no judge could judge
+    are in no gain, mean or spread, and have advantage 0.
+    Differs from the paper: the 1 that it adds to every gain is left out, for it cancels in the group.
     """
-    num_steps = step_rewards.shape[1]
-    gain = torch.diff(step_rewards, dim=1, prepend=torch.zeros_like(step_rewards[:, :1]))
-    later = step_rewards.flip(1).cumsum(1).flip(1) - step_rewards
-    left = torch.arange(num_steps - 1, -1, -1, device=step_rewards.device)
-    future = torch.where(left > 0, later / left.clamp(min=1), step_rewards)
-    raw = (gain + future).view(-1, group_size, num_steps)
-    return ((raw - raw.mean(1, keepdim=True)) / (raw.std(1, keepdim=True) + eps)).view_as(step_rewards)
+
+    eps: float = 1e-4
+    of_steps: ClassVar[bool] = True
+
+    def __call__(self, rewards: RewardBatch, group_size: int) -> Float[Tensor, "N S"]:
+        """[N S]; rewards of whole completions count as those of a single step."""
+        num_rows = len(rewards.value)
+        value, counts = (x.reshape(num_rows, -1) for x in (rewards.total, rewards.valid.any(-1)))
+        steps = torch.arange(value.shape[1], device=value.device)
+        latest = torch.where(counts, steps, -1).cummax(1).values.roll(1, dims=1)  # the step before that counts
+        latest[:, 0] = -1
+        gain = value - torch.where(latest >= 0, value.gather(1, latest.clamp(min=0)), 0.0)
+        later, left = (_after(x) for x in (value * counts, counts.to(value.dtype)))
+        raw = gain + torch.where(left > 0, later / left.clamp(min=1), value)
+        raw, counts = (x.view(-1, group_size, len(steps)) for x in (raw, counts))
+        centred = (raw - judged_mean(raw, counts)) * counts
+        return (centred / (judged_std(raw, counts) + self.eps)).view(num_rows, -1)
+
+
+def _after(value: Float[Tensor, "N S"]) -> Float[Tensor, "N S"]:
+    """The sum over later steps."""
+    return value.flip(1).cumsum(1).flip(1) - value
 
 
 @dataclass(frozen=True)
@@ -202,6 +224,18 @@ def on_tokens(advantages: Float[Tensor, "N ..."], rollout: Rollout) -> Float[Ten
     return torch.where(rollout.edge < height, spread, 0.0)
 
 
+def on_units(advantages: Float[Tensor, "N ..."], logprobs: LogProbs) -> Float[Tensor, "N ..."]:
+    """Advantages of steps as those of the units scored at them, [N U]; others as they are.
+
+    The part `step` of a likelihood says which step each unit belongs to, and `scale` what its advantage is multiplied
+    by; a KL beside it is not.
+    """
+    step = logprobs.parts.get("step")
+    if advantages.ndim == 1 or step is None:
+        return advantages
+    return advantages.gather(1, step) * logprobs.parts["scale"]
+
+
 @dataclass(frozen=True)
 class ShuffledRewards:
     """A control: another advantage on rewards permuted over all rollouts, so that nothing true is left to learn.
@@ -216,6 +250,11 @@ class ShuffledRewards:
     def tree(self) -> Tree | None:
         """That of the wrapped advantage, where it has one."""
         return getattr(self.advantage, "tree", None)
+
+    @property
+    def of_steps(self) -> bool:
+        """Whether the wrapped advantage asks for the rewards of steps."""
+        return getattr(self.advantage, "of_steps", False)
 
     def __call__(self, rewards: RewardBatch, group_size: int) -> Float[Tensor, "N ..."]:
         """Advantages of the permuted rewards; the permutation hangs on the seed and the rollout's number."""

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import product
 
 import torch
 
@@ -133,6 +132,8 @@ class RolloutPlan:
     steps_per_block: int
     span: Callable[[int, int, int], tuple[int, int]] | None = None
     """Under a cache, which positions the steps of a block after its first compute: of start, stop, canvas length."""
+    looks_ahead: bool = False
+    """Whether every forward predicts the masks behind the active block too."""
     rows_at_a_canvas: tuple[int, ...] | None = None
     """Of rollouts that branch, how many rows share each forward, step by step over the completion; None: each by
     itself."""
@@ -157,6 +158,17 @@ class RolloutPlan:
             left -= whole + (step < rest)
         return result
 
+    @property
+    def predicted(self) -> list[int]:
+        """Positions whose tokens each step of the whole completion predicts."""
+        behind = range(self.completion_length - self.block_length, -1, -self.block_length)
+        return [masked + (rest if self.looks_ahead else 0) for rest in behind for masked in self.masked]
+
+    @property
+    def most_predicted(self) -> int:
+        """Positions of a row that the largest forward predicts."""
+        return self.completion_length if self.looks_ahead else self.block_length
+
 
 def textbook_rollout_flops(shape: NetworkShape, plan: RolloutPlan) -> int:
     """Every position through every block and the head in every step, as the published samplers do."""
@@ -165,9 +177,11 @@ def textbook_rollout_flops(shape: NetworkShape, plan: RolloutPlan) -> int:
 
 
 def exact_rollout_flops(shape: NetworkShape, plan: RolloutPlan) -> int:
-    """The last block and the head at the masked positions of the active block only, once for rows at one canvas."""
+    """The last block and the head at the masked positions only, of the active block or of all; once for rows at one
+    canvas."""
     total = 0
-    for block, (step, masked) in product(range(plan.num_blocks), enumerate(plan.masked)):
+    for number, masked in enumerate(plan.predicted):
+        block, step = divmod(number, len(plan.masked))
         shared = 1 if plan.rows_at_a_canvas is None else plan.rows_at_a_canvas[block * plan.steps_per_block + step]
         rows = plan.rows // shared
         total += body_flops(shape, replace(full(rows, plan.length), kept=masked)) + head_flops(shape, rows * masked)

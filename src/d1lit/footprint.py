@@ -275,7 +275,7 @@ def _update_bytes(work: Workload) -> int:
 def _rollout_bytes(work: Workload, plan: RolloutPlan) -> int:
     config = work.config
     body = plan.rows * plan.length * block_scratch(work, with_gradient=False)
-    logits = plan.rows * plan.block_length * config.vocab_size * work.wide
+    logits = plan.rows * plan.most_predicted * config.vocab_size * work.wide
     # Beside them two softmaxes and the tempered logits: on a GPU of many rows at a time, on a CPU of few. In a tree
     # the rows have theirs copied from those of their canvas.
     beside = 3 * min(logits, GPU_TAIL_BYTES) if work.on_gpu else 2 * logits

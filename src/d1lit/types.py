@@ -143,6 +143,32 @@ class OrderLaw:
 
 
 @dataclass(frozen=True)
+class StepRecord:
+    """The denoising steps of some rollouts, each with the network's whole prediction."""
+
+    standing: Int[Tensor, "S N C"]
+    """The tokens that a step found on the canvas; of no meaning where it was masked, or was no step."""
+    predictions: Int[Tensor, "S N C"]
+    """As in `Rollout`."""
+    logprobs: Float[Tensor, "S N C"]
+
+    @property
+    def masked(self) -> Bool[Tensor, "S N C"]:
+        """Where the canvas was masked; nowhere in a step that a row did not take."""
+        return self.predictions >= 0
+
+    @property
+    def taken(self) -> Bool[Tensor, "S N"]:
+        """Which steps each row took: those that found a mask."""
+        return self.masked.any(-1)
+
+    @property
+    def clean(self) -> Int[Tensor, "S N C"]:
+        """The canvas with every mask filled by its proposal, the clean text as the step saw it (x0-hat)."""
+        return torch.where(self.masked, self.predictions, self.standing)
+
+
+@dataclass(frozen=True)
 class Rollout:
     """Completions of a batch of prompts, group by group, with what the sampler saw when it committed each token."""
 
@@ -176,6 +202,11 @@ class Rollout:
     """Token positions those calls computed, over all rows (what the FLOP counters need)."""
     edge: Int[Tensor, "N C"] | None = None
     """The edge of the group's tree on which each token was fixed, its height where none was; None without a tree."""
+    predictions: Int[Tensor, "S N C"] | None = None
+    """What each denoising step proposed wherever the canvas was still masked, in the active block and behind it; -1
+    where a token stood, or where the row took no such step. On request, together with the trace."""
+    prediction_logprobs: Float[Tensor, "S N C"] | None = None
+    """Of those proposals, as `sampled_logprobs`."""
 
     @property
     def device(self) -> torch.device:
@@ -187,6 +218,21 @@ class Rollout:
         """True for tokens that stood on the canvas before sampling: the sampler drew the others around them."""
         return self.commit_step == GIVEN
 
+    @property
+    def steps(self) -> StepRecord:
+        """What every denoising step saw and proposed.
+
+        Raises:
+            ValueError: if the sampler did not record it.
+        """
+        if self.trace is None or self.predictions is None or self.prediction_logprobs is None:
+            raise ValueError(
+                "rollout: the predictions of its denoising steps were not recorded. Try: a sampler `with_predictions()`"
+            )
+        # A token that stands at the first step was given, and stands at the end.
+        before = torch.cat([self.completion_ids[None], self.trace])[: len(self.trace)]
+        return StepRecord(before, self.predictions, self.prediction_logprobs)
+
     def rows(self, start: int, stop: int) -> Rollout:
         """The rollouts from `start` up to, not including, `stop`, as views; the cost counters stay with the whole."""
         cut = slice(start, stop)
@@ -195,6 +241,8 @@ class Rollout:
             **{name: getattr(self, name)[cut] for name in _ROW_TENSORS},
             trace=None if self.trace is None else self.trace[:, cut],
             edge=None if self.edge is None else self.edge[cut],
+            predictions=None if self.predictions is None else self.predictions[:, cut],
+            prediction_logprobs=None if self.prediction_logprobs is None else self.prediction_logprobs[:, cut],
             completions=self.completions[cut],
             examples=self.examples[cut],
             num_forwards=0,
@@ -292,6 +340,8 @@ class EstimatorTraits:
     """It scores places that see each a context of their own: no network that predicts a token at the one before."""
     needs_advantages: bool = False
     """Its likelihood depends on the advantages."""
+    needs_predictions: bool = False
+    """It scores what every denoising step proposed (`Rollout.predictions`), whatever the sampler made of it."""
     pattern: AttentionPattern | None = None
     """Who may attend to whom in its views, as on the canvases of such a sampler and of no other; None: the sampler
     says it (`AttendingSampler`)."""
@@ -356,24 +406,28 @@ class Reward(Protocol):
 class RewardBatch:
     """Reward parts as tensors, gathered over all ranks of an update."""
 
-    value: Float[Tensor, "N F"]
-    valid: Bool[Tensor, "N F"]
-    """False where a judge failed (timeout, error)."""
+    value: Float[Tensor, "N *S F"]
+    """[N F] of completions; [N S F] of what each denoising step predicted."""
+    valid: Bool[Tensor, "N *S F"]
+    """False where a judge failed (timeout, error), or where a rollout took no such step."""
     weights: Float[Tensor, " F"]
     step: int = 0
     """Which rollout of the run this is, for the rare advantage that draws."""
-    asked: Bool[Tensor, "N F"] | None = None
+    asked: Bool[Tensor, "N *S F"] | None = None
     """False where a part judges another task than the row's, and its value is 0; None: every part judges every row."""
 
     @property
-    def total(self) -> Float[Tensor, " N"]:
+    def total(self) -> Float[Tensor, "N *S"]:
         """Weighted sum of the valid parts."""
         return (torch.where(self.valid, self.value, 0.0) * self.weights).sum(-1)
 
 
 @runtime_checkable
 class Advantage(Protocol):
-    """From the rewards of whole groups to one number a rollout, or one for each edge of its tree."""
+    """From the rewards of whole groups to one number a rollout, or one for each edge of its tree or denoising step.
+
+    One that has an attribute `of_steps`, and it is true, is given the rewards of what every step predicted.
+    """
 
     def __call__(self, rewards: RewardBatch, group_size: int) -> Float[Tensor, "N ..."]:
         """Advantages of all N rollouts; rows of one group are adjacent."""

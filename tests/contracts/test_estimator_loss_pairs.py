@@ -10,7 +10,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from d1lit.advantages import TreeAdvantage, group_mean
+from d1lit.advantages import StepAdvantage, TreeAdvantage, group_mean
 from d1lit.app.components import build
 from d1lit.app.composing import CONF, compose_jobs
 from d1lit.data import prompt_batch
@@ -77,14 +77,17 @@ def two_updates(estimator: Any, loss: Any, trainer: L.Trainer) -> None:
     policy.train_order_head(order is not None and order.score == "head", seed=0)
     if loss.traits.needs_reference:
         policy.keep_reference()
-    # Groups of two, which preference losses want; an estimator of trees wants their leaves, and has advantages of edges.
-    tree = getattr(estimator, "tree", None)
-    of_edges = tree is not None and loss.traits.takes_unit_advantages
+    # Groups of two, which preference losses want; an estimator of trees wants their leaves, and has advantages of edges;
+    # one of steps has advantages of those.
+    tree, advantage = getattr(estimator, "tree", None), group_mean
+    if loss.traits.takes_unit_advantages:
+        of_steps = "step" in estimator.traits.parts
+        advantage = TreeAdvantage(tree) if tree is not None else StepAdvantage() if of_steps else group_mean
     module: DiffuGRPO = make_module(
         policy,
         sampler=sampler(tree=tree),
         estimator=estimator,
-        advantage=TreeAdvantage(tree) if of_edges else group_mean,
+        advantage=advantage,
         loss=loss,
         group_size=2 if tree is None else tree.leaves,
     )

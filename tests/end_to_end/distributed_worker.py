@@ -77,7 +77,7 @@ def case(name: str) -> tuple[str, ...]:
 
     With `-val` at its end it looks at three validation rows before every second update, one at a time; with `-back` an
     alarm takes the weights of step 3 before update 6; with `-muon` matrices learn by Muon; with `-order` a head learns
-    the order in which positions are fixed.
+    the order in which positions are fixed; with `-steps` what single denoising steps predicted is judged and trained.
     """
     stage, trains, strategy, dtype, updates = name.split("-")[:5]
     words = [*(SFT if stage == "sft" else GRPO), f"model.dtype={dtype}", f"strategy={strategy}"]
@@ -96,6 +96,9 @@ def case(name: str) -> tuple[str, ...]:
         words += [f"{here}._target_=d1lit.modules.muon.MuonWithAdamW", f"{here}.matrix_lr=0.02"]
     if name.endswith("-order"):
         words += ["estimator=learned_order", "sampler=order_head"]
+    if name.endswith("-steps"):
+        words += ["estimator=mdpo", "advantage=steps", "loss=mdpo", "estimator.num_steps=2"]
+        words += [f"stages.{stage}.module.num_inner_updates=2"]
     return tuple(words)
 
 

@@ -180,6 +180,18 @@ def test_an_order_is_learnt_in_two_processes_as_in_one(tmp_path):
 
 
 @pytest.mark.slow
+def test_steps_are_judged_and_chosen_in_two_processes_as_in_one(tmp_path):
+    """Advantages and choice are those of one process, also for one that goes on where two stopped within a rollout."""
+    names = ("grpo-lora-ddp-float64-4-steps", "grpo-full-fsdp-float64-4-steps")
+    together(2, tmp_path, names[0], f"{names[1]}@3")
+    alone(tmp_path, names[1], *(name.replace("ddp", "single").replace("fsdp", "single") for name in names))
+    lora, full = (read(tmp_path / name.replace("ddp", "single").replace("fsdp", "single")) for name in names)
+    check_same(lora, read(tmp_path / names[0]), names[0], 1e-12)
+    assert {value.shape[1:] for key, value in lora.rollouts.items() if key.endswith("advantages")} == {(4,)}
+    assert difference(full.weights, read(tmp_path / names[1]).weights) <= 1e-12
+
+
+@pytest.mark.slow
 def test_four_processes_are_one(singles, tmp_path):
     names = ("grpo-full-ddp-float64-20", "grpo-lora-fsdp-float64-20")
     together(4, tmp_path, *names)

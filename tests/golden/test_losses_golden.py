@@ -6,14 +6,20 @@ Cases are discovered from the manifests; a case without a counterpart fails.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from d1lit import advantages as adv
+from d1lit.app.composing import CONF
+from d1lit.draws import CounterDraws
+from d1lit.estimators.predicted_steps import PredictedStepsEstimator
 from d1lit.losses import ClippedPolicyLoss, SequenceClippedLoss, terms
 from d1lit.losses.filters import OffPolicyFilter, TopEntropyLoss
 from d1lit.losses.policy_gradient import (
@@ -37,7 +43,7 @@ from d1lit.losses.weighted import (
     negative_centering,
     no_centering,
 )
-from d1lit.types import LogProbs, LossInputs, RewardBatch, Tree
+from d1lit.types import Context, LogProbs, LossInputs, RewardBatch, Rollout, Tree
 from tests.golden.reading import d1_entries, d1_tensors, method_cases, method_tensors, needs_golden
 from tests.golden.replay import StoredCalls, assert_near, completion_corruption, longhand_scores
 
@@ -109,8 +115,9 @@ def verl_advantages(case: Case, t: Tensors) -> None:
 
 
 def mdpo_advantages(case: Case, t: Tensors) -> None:
-    rewards = t["in.step_rewards"]
-    got = adv.step_advantages(rewards, group_size=len(rewards), eps=case["settings"]["eps"])
+    value = t["in.step_rewards"][:, :, None]
+    rewards = RewardBatch(value, torch.ones_like(value, dtype=torch.bool), torch.ones(1))
+    got = adv.StepAdvantage(eps=case["settings"]["eps"])(rewards, len(value))
     assert_near(case["name"], got, t["out.advantages"])
 
 
@@ -225,15 +232,34 @@ def step_merge_loss(case: Case, t: Tensors) -> None:
 
 
 def mdpo_loss(case: Case, t: Tensors) -> None:
-    s, masked = case["settings"], t["in.masked"].float()
-    count = masked.sum(1, keepdim=True) + 1e-4
-    leaf = t["in.logp"].clone().requires_grad_()
-    weight = masked * t["in.confidence"]
-    scaled = t["in.advantages"][:, None] * (s["L"] / count)  # the KL does not get this factor
-    inputs, _ = token_inputs(
-        t, logprobs=LogProbs(leaf, weight), advantages=scaled, num_units=float(masked.sum() + 1e-4)
+    """Through the estimator: one step, whose canvas hides the stored tokens and whose proposals were so confident."""
+    s, masked = case["settings"], t["in.masked"]
+    n = len(masked)
+    ids, prompt, mask = torch.zeros_like(masked, dtype=torch.int64), torch.zeros(n, 1, dtype=torch.int64), 9
+    everywhere, zeros = torch.ones_like(masked), torch.zeros(masked.shape)
+    rollout = Rollout(
+        *(prompt, prompt == 0, ids, everywhere, torch.arange(n), n, ids, zeros, zeros, zeros),
+        trace=ids[None],
+        predictions=torch.where(masked, 0, -1)[None],
+        prediction_logprobs=t["in.confidence"].log()[None],
     )
-    loss = ClippedPolicyLoss(s["epsilon"], s["epsilon"], s["beta"], terms.k2, terms.token_mean)
+    estimator = PredictedStepsEstimator(num_steps=1, temperature=1.0)
+    context = Context(rollout, t["in.advantages"][:, None], 0, 1, mask, CounterDraws(0))
+    corruption = estimator.corrupt(context)
+    assert torch.equal(corruption.noised_ids[:, 1:] == mask, masked)
+    leaf = t["in.logp"].clone().requires_grad_()
+    logprobs = estimator.combine(leaf[:, None], corruption, context)
+    # In the stored case a process holds six rollouts and divides by the masked tokens of all; in the script it holds one.
+    share = (masked.sum(1, keepdim=True) + 1e-4) / (masked.sum() + 1e-4)
+    inputs, _ = token_inputs(
+        t,
+        logprobs=replace(logprobs, weight=logprobs.weight * share),
+        advantages=adv.on_units(context.advantages, logprobs),
+        num_rollouts=1.0,
+    )
+    config = OmegaConf.load(CONF / "loss" / "mdpo.yaml")
+    assert (config.epsilon_low, config.epsilon_high) == (s["epsilon"], s["epsilon"])
+    loss = instantiate(config, beta=s["beta"])
     _check(case, loss, inputs, leaf, t["out.loss"], t["out.grad_logp"])
 
 

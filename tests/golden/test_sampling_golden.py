@@ -52,6 +52,7 @@ from d1lit.sampling.parts import Cells, Choice, Confidence, Memory, Prediction
 from d1lit.sampling.proposal import greedy
 from d1lit.types import PromptBatch, Rollout
 from tests.golden.reading import d1_entries, d1_model_folder, d1_tensors, entry_id, method_cases, method_tensors
+from tests.golden.replay import assert_near
 
 DREAM_CONFIDENCE: dict[str, Confidence] = {
     "origin": TokenProbability(),
@@ -412,12 +413,27 @@ def check_fastdllm(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
 
 def check_mdpo_plain(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     confidence = {"low_confidence": TokenProbability(), "topk_margin": Margin()}[case["settings"]["conf_alg"]]
-    made = sampler(case["settings"], confidence=confidence, record_trace=True)(
+    made = sampler(case["settings"], confidence=confidence, record_predictions=True)(
         StoredNetwork(tensors), prompts(tensors["in.prompt_ids"]), 1, CounterDraws(0)
     )
+    _check_mdpo_steps(case, tensors, made)
+
+
+def _check_mdpo_steps(case: dict[str, Any], tensors: dict[str, Tensor], made: Rollout) -> None:
+    """The canvas each step found, the whole of what it predicted there, and how sure it was."""
     assert torch.equal(made.completion_ids, tensors["out.completion"])
     assert made.trace is not None
     assert torch.equal(made.trace[:-1, 0], tensors["out.step_inputs"][1:])
+    steps, hidden = made.steps, tensors["out.step_inputs"] == case["settings"]["mask_id"]
+    assert torch.equal(steps.masked[:, 0], hidden)
+    assert torch.equal(steps.clean[:, 0], tensors["out.step_predictions"])
+    if case["name"] == "mdpo_sampler_rcr_entropy":
+        return  # there the code weighs a token by minus an entropy
+    logits = torch.stack([tensors[f"call{k}.logits"][0, -hidden.shape[1] :] for k in range(len(hidden))])
+    of_mask = logits.softmax(-1)[..., case["settings"]["mask_id"]]  # which takes its share of the softmax there
+    assert_near(
+        "confidence", (steps.logprobs[:, 0].exp() * (1 - of_mask))[hidden], tensors["out.step_confidence"][hidden]
+    )
 
 
 def check_klass_baseline(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -443,11 +459,9 @@ def check_rcr(case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         confidence=confidence,
         commit=CommitAll(),
         remask=LowestConfidence(EvenSchedule()),
-        record_trace=True,
+        record_predictions=True,
     )(network, prompts(tensors["in.prompt_ids"]), 1, CounterDraws(0))
-    assert torch.equal(made.completion_ids, tensors["out.completion"])
-    assert made.trace is not None
-    assert torch.equal(made.trace[:-1, 0], tensors["out.step_inputs"][1:])
+    _check_mdpo_steps(case, tensors, made)
     assert network.answered == len(network.ids)
 
 

@@ -19,6 +19,7 @@ from d1lit.draws import CounterDraws
 from d1lit.errors import ConfigError
 from d1lit.footprint import Workload, count_parameters
 from d1lit.joint_scoring import corruptions_at_once
+from d1lit.losses import recording
 from d1lit.models import MaskedDiffusionConfig, build_tiny_tokenizer
 from d1lit.models.layouts import read_config
 from d1lit.models.loading import load_config
@@ -105,7 +106,9 @@ def stage_work(plan: Plan, parts: StageParts, world_size: int) -> Workload:
 
 
 def _rl_work(plan: Plan, parts: StageParts, common: Workload, keywords: Mapping[str, Any]) -> Workload:
-    sampler, group, inner = plan.sampler, keywords["group_size"], keywords["num_inner_updates"]
+    group, inner = keywords["group_size"], keywords["num_inner_updates"]
+    sampler = recording(plan.sampler, keywords["estimator"], keywords["advantage"])
+    assert isinstance(sampler, BlockSampler)
     loss: PolicyLoss = keywords["loss"]
     prompt, completion = plan.task.max_prompt_length, sampler.completion_length
     rows = parts.batch_size // common.world_size * group
@@ -138,7 +141,7 @@ def _rollout_plan(sampler: BlockSampler, rows: int, prompt_length: int) -> Rollo
     shared = None
     if (tree := sampler.tree) is not None:
         shared = tuple(rows_at_a_canvas(tree, step, sampler.total_steps) for step in range(sampler.total_steps))
-    return RolloutPlan(at_once, prompt_length, *canvas, span, shared)
+    return RolloutPlan(at_once, prompt_length, *canvas, span, sampler.looks_ahead, shared)
 
 
 def evaluation_plan(plan: Plan, length: int | None) -> RolloutPlan:
@@ -160,9 +163,19 @@ def _blank_rollout(sampler: BlockSampler, rows: int, group: int, prompt: int) ->
     order = place * num_steps // completion
     everywhere = torch.ones_like(tokens, dtype=torch.bool)
     seen = torch.ones_like(ids, dtype=torch.bool)
-    return Rollout(
+    rollout = Rollout(
         *(ids, seen, tokens, everywhere, torch.arange(rows), group, order, numbers, numbers, numbers),
         edge=None if tree is None else place * tree.height // completion,
+    )
+    if not sampler.record_predictions:
+        return rollout
+    masked = order >= torch.arange(num_steps)[:, None, None]
+    predictions = torch.where(masked, 0, -1)
+    return replace(
+        rollout,
+        trace=torch.zeros_like(predictions),
+        predictions=predictions,
+        prediction_logprobs=torch.zeros(predictions.shape),
     )
 
 

@@ -1,7 +1,15 @@
 """Losses: supervised (masked cross-entropy) and policy losses. Pure tensors in, tensors out."""
 
 from d1lit.losses.clipped import ClippedPolicyLoss, SequenceClippedLoss
-from d1lit.losses.compatibility import check_pair, check_place, check_trajectory, check_tree
+from d1lit.losses.compatibility import (
+    check_pair,
+    check_place,
+    check_steps,
+    check_trajectory,
+    check_tree,
+    of_steps,
+    recording,
+)
 from d1lit.losses.supervised import MaskedCrossEntropy
 
 __all__ = [
@@ -10,6 +18,9 @@ __all__ = [
     "SequenceClippedLoss",
     "check_pair",
     "check_place",
+    "check_steps",
     "check_trajectory",
     "check_tree",
+    "of_steps",
+    "recording",
 ]

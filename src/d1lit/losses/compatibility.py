@@ -30,6 +30,55 @@ class Ordering(Protocol):
         ...
 
 
+@runtime_checkable
+class Recording(Protocol):
+    """A sampler that can keep what every denoising step predicts."""
+
+    def with_predictions(self) -> Sampler:
+        """The same sampler, keeping it."""
+        ...
+
+
+def of_steps(advantage: Advantage | None) -> bool:
+    """Whether an advantage asks for the rewards of what every denoising step predicted."""
+    return getattr(advantage, "of_steps", False)
+
+
+def recording(sampler: Sampler, estimator: LogProbEstimator, advantage: Advantage | None) -> Sampler:
+    """The sampler, keeping the predictions of every step where estimator or advantage want them.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    if not (of_steps(advantage) or estimator.traits.needs_predictions):
+        return sampler
+    if not isinstance(sampler, Recording):
+        raise ValueError(
+            f"sampler: {type(sampler).__name__} keeps no predictions of its steps (no `with_predictions`). "
+            "Try: sampler=low_confidence [E207]"
+        )
+    return sampler.with_predictions()
+
+
+def check_steps(
+    sampler: Sampler, estimator: LogProbEstimator, advantage: Advantage | None, loss: PolicyLoss
+) -> Sampler:
+    """Refuse an advantage of denoising steps where nobody tells steps apart; the sampler, keeping what is wanted.
+
+    Raises:
+        ValueError: naming the key, the value and the cure.
+    """
+    if of_steps(advantage):
+        cause = f"{type(advantage).__name__} gives one number a denoising step"
+        if "step" not in estimator.traits.parts:
+            told = f"{type(estimator).__name__} does not say which step a unit belongs to"
+            raise ValueError(f"advantage: {cause}, and {told}. Try: estimator=mdpo [E207]")
+        if not loss.traits.takes_unit_advantages:
+            told = f"{type(loss).__name__} takes one a rollout"
+            raise ValueError(f"advantage: {cause}, and {told}. Try: loss=mdpo, loss=clipped or loss=reinforce [E207]")
+    return recording(sampler, estimator, advantage)
+
+
 def check_trajectory(estimator: LogProbEstimator, sampler: Sampler) -> None:
     """Refuse an estimator of other trajectories than the sampler's.
 
@@ -57,7 +106,7 @@ def check_trajectory(estimator: LogProbEstimator, sampler: Sampler) -> None:
         )
     _check_pattern(estimator, sampler)
     guidance = getattr(sampler, "guidance", 0.0)
-    if estimator.traits.needs_trace and guidance > 0:
+    if (estimator.traits.needs_trace or estimator.traits.needs_predictions) and guidance > 0:
         raise ValueError(
             f"sampler.guidance: {guidance:g}, and {type(estimator).__name__} replays the steps without it. "
             "Try: sampler.guidance=0, or estimator=one_step with estimator.guidance [E207]"

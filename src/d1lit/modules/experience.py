@@ -59,7 +59,7 @@ def reward_batch(
 
 
 def is_judged(rewards: RewardBatch) -> Tensor:
-    """[N]: whether every part that weighs anything could judge the completion."""
+    """[N], or [N S] of steps: whether every part that weighs anything could judge the text."""
     return (rewards.valid | (rewards.weights == 0)).all(-1)
 
 
@@ -68,7 +68,7 @@ def whole_rows(rewards: RewardBatch) -> RewardBatch:
 
     What the other parts sum up to would hold a silent zero for the failed one.
     """
-    return replace(rewards, valid=rewards.valid & is_judged(rewards)[:, None])
+    return replace(rewards, valid=rewards.valid & is_judged(rewards)[..., None])
 
 
 def neutral_totals(rewards: RewardBatch, group_size: int) -> Tensor:
@@ -109,13 +109,12 @@ def dealt(saved: Sequence[Sequence[Experience]], world_size: int, num_micro: int
 def _joined(parts: Sequence[Experience]) -> Experience:
     """Experiences of one rollout below each other: the inverse of `_cut`."""
     rollouts = [part.rollout for part in parts]
-    names = [name for name, value in vars(rollouts[0]).items() if isinstance(value, Tensor) and name != "trace"]
+    names = [name for name, value in vars(rollouts[0]).items() if isinstance(value, Tensor) and name not in _BY_STEP]
     tensors: dict[str, Any] = {name: torch.cat([vars(r)[name] for r in rollouts]) for name in names}
-    traces = [r.trace for r in rollouts if r.trace is not None]
     rollout = replace(
         rollouts[0],
         **tensors,
-        trace=torch.cat(traces, dim=1) if traces else None,
+        **{name: _joined_steps([vars(r)[name] for r in rollouts], untaken) for name, untaken in _BY_STEP.items()},
         completions=tuple(text for r in rollouts for text in r.completions),
         examples=tuple(example for r in rollouts for example in r.examples),
     )
@@ -127,6 +126,23 @@ def _joined(parts: Sequence[Experience]) -> Experience:
         old=tuple(_joined_logprobs(column) for column in zip(*(part.old for part in parts), strict=True)),
         ref=tuple(_joined_logprobs(column) for column in zip(*(part.ref for part in parts), strict=True)),
     )
+
+
+_BY_STEP: dict[str, int | None] = {"trace": None, "predictions": -1, "prediction_logprobs": 0}
+"""Records [S N C], and what they hold of a step that a rollout did not take; None: its last canvas."""
+
+
+def _joined_steps(records: Sequence[Tensor | None], untaken: int | None) -> Tensor | None:
+    """Records of steps side by side, the shorter ones made as long as the longest."""
+    there = [record for record in records if record is not None]
+    if not there:
+        return None
+    longest = max(map(len, there))
+    whole = []
+    for record in there:
+        rest = record[-1:].expand(longest - len(record), -1, -1)
+        whole.append(torch.cat([record, rest if untaken is None else torch.full_like(rest, untaken)]))
+    return torch.cat(whole, dim=1)
 
 
 def _joined_logprobs(column: Sequence[LogProbs | None]) -> LogProbs | None:

@@ -12,12 +12,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from d1lit.advantages import LengthPenalty, on_tokens, with_part
+from d1lit.advantages import LengthPenalty, on_tokens, on_units, with_part
 from d1lit.data import InnerUpdate
 from d1lit.draws import CounterDraws
 from d1lit.errors import RunError
 from d1lit.joint_scoring import likelihoods
-from d1lit.losses import check_place
+from d1lit.losses import check_place, of_steps, recording
 from d1lit.losses.terms import KLEstimator, k1
 from d1lit.models import Policy
 from d1lit.models.sharding import gathered_parameters
@@ -52,6 +52,7 @@ from d1lit.modules.optimizing import (
 )
 from d1lit.modules.refilling import JudgedRollout, lacks_spread, refilled
 from d1lit.modules.refusals import check_grpo
+from d1lit.modules.step_rewards import step_rewards
 from d1lit.processes import all_gather_objects, gathered_rows
 from d1lit.rewards.parts import RewardParts, outcome_fraction
 from d1lit.sampling import ApproximateSampler
@@ -125,7 +126,7 @@ class DiffuGRPO(L.LightningModule):
         check_place(estimator, policy.network.config.shift)
         self.policy = policy
         self.decode = decode
-        self.sampler = sampler
+        self.sampler = recording(sampler, estimator, advantage)
         self.reward = reward
         self.advantage = advantage
         self.estimator = estimator
@@ -188,7 +189,7 @@ class DiffuGRPO(L.LightningModule):
         if self.inpainting is not None:
             self.metrics.add_shares("rollout/replaced_fraction", rollout.given.any(1))
         rewards, names = self._with_penalties(judged, step)
-        advantages = self.advantage(whole_rows(rewards), self.group_size)
+        advantages = self.advantage(whole_rows(self._asked_rewards(rollout, rewards, step)), self.group_size)
         here = slice(self.global_rank * len(rollout.row_ids), (self.global_rank + 1) * len(rollout.row_ids))
         eos = self.policy.eos_token_id
         self.metrics.add_rollout(rollout, rewards, advantages, names, self.group_size, eos)
@@ -210,7 +211,7 @@ class DiffuGRPO(L.LightningModule):
             logprobs=logprobs,
             old=old,
             ref=experience.ref[inner],
-            advantages=experience.advantages,
+            advantages=on_units(experience.advantages, logprobs),
             rewards=experience.rewards,
             group_size=self.group_size,
             completion_mask=experience.rollout.completion_mask,
@@ -307,6 +308,13 @@ class DiffuGRPO(L.LightningModule):
             rewards = with_part(rewards, gathered_rows(-kl), self.kl_in_reward)
             names.append("kl")
         return rewards, names
+
+    def _asked_rewards(self, rollout: Rollout, rewards: RewardBatch, step: int) -> RewardBatch:
+        """The rewards of the completions, or those of every step's prediction for an advantage that asks for them."""
+        if not of_steps(self.advantage):
+            return rewards
+        with self.meter("reward"):
+            return step_rewards(rollout, self.reward, self.decode, step)
 
     def _likelihood(
         self, rollout: Rollout, advantages: Tensor, step: int, inner: int

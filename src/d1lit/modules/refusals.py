@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from d1lit.losses import check_pair, check_trajectory, check_tree
+from d1lit.advantages import LengthPenalty
+from d1lit.losses import check_pair, check_steps, check_trajectory, check_tree, of_steps
 from d1lit.modules.inpainting import Inpainting, check_inpainting
 from d1lit.types import Advantage, LogProbEstimator, PolicyLoss, Sampler
 
@@ -20,6 +21,7 @@ def check_grpo(
     views_per_chunk: int | None = None,
     allow_unsound_pair: bool = False,
     num_refills: int = 0,
+    length_penalty: LengthPenalty | None = None,
     kl_in_reward: float = 0.0,
     advantage: Advantage | None = None,
     inpainting: Inpainting | None = None,
@@ -33,6 +35,11 @@ def check_grpo(
     check_pair(estimator, loss, allow=allow_unsound_pair)
     check_trajectory(estimator, sampler)
     check_tree(sampler, estimator, advantage, loss, group_size)
+    sampler = check_steps(sampler, estimator, advantage, loss)
+    if of_steps(advantage) and (length_penalty is not None or kl_in_reward):
+        key = "kl_in_reward" if kl_in_reward else "length_penalty"
+        cause = f"{type(advantage).__name__} reads the rewards of every step's text, and this part judges no text"
+        raise ValueError(f"module.{key}: {cause}. Try: {'loss.beta, or 0' if kl_in_reward else 'null'} [E207]")
     _check_rewards(estimator, sampler, num_refills, kl_in_reward, inpainting is not None)
     if num_inner_updates < 1:
         raise ValueError(f"module.num_inner_updates: {num_inner_updates} is below 1. Try: 1 or more")
@@ -71,7 +78,10 @@ def _check_rewards(
     if kl_in_reward and estimator.traits.tree is not None:
         cause = f"the tokens of {type(estimator).__name__} weigh by their edges, so their sum is no KL of a completion"
         raise ValueError(f"module.kl_in_reward: {cause}. Try: loss.beta, or estimator=cj")
-    if (num_refills or inpaints) and getattr(sampler, "record_trace", False):
-        key = "num_refills" if num_refills else "inpainting"
+    key = "num_refills" if num_refills else "inpainting" if inpaints else None
+    if key is not None and getattr(sampler, "record_trace", False):
         cause = f"traces of different lengths do not mix, as module.{key} would have them"
         raise ValueError(f"sampler.record_trace: {cause}. Try: false [E207]")
+    if key is not None and getattr(sampler, "record_predictions", False):
+        cause = "the predictions that advantage or estimator ask for are of the rollouts as they were drawn"
+        raise ValueError(f"module.{key}: {cause}. Try: {'0' if num_refills else 'null'} [E207]")

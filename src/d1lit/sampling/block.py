@@ -80,8 +80,8 @@ class BlockSampler:
 
     Every forward runs the last block of the network and the head only where the active block is still masked; nothing
     of the size of completion times vocabulary is kept; at temperature 0 nothing is drawn. With a quota rule the
-    step loop never reads from the device; EOS stop, and given tokens, read once a block. A row's result depends on
-    nothing but the row; in a tree, on its group.
+    step loop never reads from the device; EOS stop, and given tokens, read once a block, recorded predictions once a
+    step. A row's result depends on nothing but the row; in a tree, on its group.
     Differs from the paper's code: the mask token is never proposed (the reference would leave it in its output), and a
     finished row (`stop_at_eos`) leaves the batch for a waiting one.
     """
@@ -113,6 +113,9 @@ class BlockSampler:
     """Attention in the order of commitment (d2-AnyOrder, arXiv 2509.21474), see `prediction.any_order`. For networks
     trained so."""
     record_trace: bool = False
+    record_predictions: bool = False
+    """Keep what every step proposes for ALL masks, those behind the active block too, which costs the last block of the
+    network and the head there; and the trace. The rollout is the same. A stage whose method asks for them sets it."""
     rows_per_forward: int | None = None
     """Most rows in one network call (a guided row counts twice); None: all of them."""
     tree: Tree | None = None
@@ -230,14 +233,28 @@ class BlockSampler:
                 group_size,
                 self.completion_length,
                 policy.mask_token_id,
-                most_steps if self.record_trace else 0,
+                most_steps if self.record_trace or self.record_predictions else 0,
                 given,
+                self.record_predictions,
             )
             self._fill(policy, rows, draws)
         rollout = rows.rollout(policy.eos_token_id)
         if self.tree is None:
             return rollout
         return replace(rollout, edge=edges(self.tree, rollout.commit_step, self.total_steps))
+
+    def with_predictions(self) -> BlockSampler:
+        """The same sampler, recording what every step proposes.
+
+        Raises:
+            ValueError: if a part does not go with that.
+        """
+        return replace(self, record_predictions=True)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a forward predicts the masks behind the active block too."""
+        return self.record_predictions or (self.memory is not None and self.memory.looks_ahead)
 
     @property
     def is_approximate(self) -> bool:
@@ -361,7 +378,7 @@ class BlockSampler:
     ) -> Cells:
         """The positions that the step predicts: the `width` leftmost masked ones of the block, or all masked ones."""
         masked, first = self._masked(policy, rows, wave), wave.first[:, None]
-        if self.memory is not None and self.memory.looks_ahead:
+        if self.looks_ahead:
             first = torch.zeros_like(first)
             masked = rows.block_ids(wave.index, first[:, 0], self.completion_length) == policy.mask_token_id
             width = int(masked.sum(1).max())
@@ -403,17 +420,18 @@ class BlockSampler:
         choice, scores = choose(
             logits, cells, policy.mask_token_id, self.temperature, self.proposal, self.confidence, order
         )
+        rows.note_predictions(wave.index, cells.positions, choice.tokens, choice.logprobs, policy.mask_token_id)
         selected = self.commit.select(scores.masked_fill(~cells.candidates, -torch.inf), cells)
         if self.edit is not None:
             choice, scores, edited = self._edit(self.edit, policy, rows, cells, (logits, order), choice, scores)
             selected = selected | edited
+        width = cells.positions.shape[1]
         # The flat places of the fixed cells: known in number with one quota, so no read from the device.
         if not isinstance(moment.quota, int):
             places = selected.flatten().nonzero()[:, 0]
         else:
             columns = selected.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, : moment.quota]
             places = (torch.arange(len(wave.index), device=columns.device)[:, None] * width + columns).flatten()
-        width = cells.positions.shape[1]
         who, where = wave.index[places // width], cells.positions.flatten()[places]
         rows.ids[who, rows.prompt_length + where] = choice.tokens[places].to(rows.ids.dtype)
         rows.commit_step[who, where] = rows.steps_taken[who]

@@ -76,6 +76,8 @@ def _check_parts(sampler: BlockSampler) -> None:
         )
     if sampler.cache is not None and sampler.memory is not None and sampler.memory.looks_ahead:
         raise ValueError("sampler.cache: a memory that looks beyond the block needs all of it. Try: no cache.")
+    if sampler.record_predictions:
+        _check_recording(sampler)
 
 
 def _check_edit(sampler: BlockSampler) -> None:
@@ -95,3 +97,15 @@ def _check_edit(sampler: BlockSampler) -> None:
             "sampler.edit: how far an approximate cache strays is told by replaying the commit steps, which edits"
             " undo. Try: no cache, or block_causal=true for a network trained so."
         )
+
+
+def _check_recording(sampler: BlockSampler) -> None:
+    """Refuse parts that predict the active block alone, or more than its masks."""
+    narrow = sampler.memory is not None and not sampler.memory.looks_ahead
+    parts = {"cache": sampler.cache, "edit": sampler.edit, "memory": sampler.memory if narrow else None}
+    for key, part in parts.items():
+        if part is not None:
+            raise ValueError(
+                f"sampler.{key}: {type(part).__name__} looks at the active block alone, and what every step predicts"
+                " is asked for on the whole canvas. Try: sampler=low_confidence, or sampler=rcr."
+            )

@@ -35,6 +35,9 @@ class CanvasBatch:
     """Whether tokens may stand on the canvas from the beginning: then rows differ in how much of a block is masked."""
     memory: Memory | None = None
     """What the sampler's memory keeps from step to step."""
+    predictions: Int[Tensor, "S N C"] | None = None
+    """What each step proposes for all masks; -1 elsewhere."""
+    prediction_logprobs: Float[Tensor, "S N C"] | None = None
     num_forwards: int = 0
     num_tokens_forward: int = 0
 
@@ -53,6 +56,22 @@ class CanvasBatch:
         if self.trace is not None:
             self.trace[self.steps_taken[index], index] = self.ids[index, self.prompt_length :]
         self.steps_taken[index] += 1
+
+    def note_predictions(
+        self,
+        index: Int[Tensor, " n"],
+        positions: Int[Tensor, "n M"],
+        tokens: Int[Tensor, " c"],
+        logprobs: Float[Tensor, " c"],
+        mask_token_id: int,
+    ) -> None:
+        """Keep what the step proposes for some positions, where they are masked; nothing if that is not wanted."""
+        if self.predictions is None or self.prediction_logprobs is None:
+            return
+        is_masked = self.ids[index[:, None], self.prompt_length + positions] == mask_token_id
+        place = (self.steps_taken[index][:, None], index[:, None], positions)
+        self.predictions[place] = torch.where(is_masked, tokens.view_as(positions), -1).to(self.predictions.dtype)
+        self.prediction_logprobs[place] = torch.where(is_masked, logprobs.view_as(positions), 0.0).float()
 
     def remask(
         self,
@@ -90,6 +109,8 @@ class CanvasBatch:
         kept = {name: value.clone() for name, value in values.items() if isinstance(value, Tensor)}
         completion_ids = kept["ids"][:, self.prompt_length :].contiguous()
         ends = (completion_ids == eos).to(torch.int64)
+        predictions, logprobs = kept.get("predictions"), kept.get("prediction_logprobs")
+        taken = int(kept["steps_taken"].max()) if predictions is not None else 0
         return Rollout(
             prompt_ids=kept["ids"][:, : self.prompt_length].contiguous(),
             prompt_mask=self.prompts.prompt_mask.repeat_interleave(self.group_size, 0),
@@ -105,6 +126,8 @@ class CanvasBatch:
             examples=tuple(example for example in self.prompts.examples for _ in range(self.group_size)),
             num_forwards=self.num_forwards,
             num_tokens_forward=self.num_tokens_forward,
+            predictions=None if predictions is None else predictions[:taken].clone(),
+            prediction_logprobs=None if logprobs is None else logprobs[:taken].clone(),
         )
 
 
@@ -115,6 +138,7 @@ def lay_out(
     mask_token_id: int,
     trace_steps: int,
     given: Int[Tensor, "N C"] | None = None,
+    records_predictions: bool = False,
 ) -> CanvasBatch:
     """Every row with its prompt and a masked completion, or one on which tokens stand already.
 
@@ -125,6 +149,7 @@ def lay_out(
         mask_token_id: what stands there.
         trace_steps: steps that the trace holds; 0 for no trace.
         given: the completions to begin with, masks where the sampler is to write; None: masks all over.
+        records_predictions: whether the predictions of as many steps are kept too.
     """
     prompt_ids = prompts.prompt_ids.repeat_interleave(group_size, 0)
     shape, device = (len(prompt_ids), completion_length), prompt_ids.device
@@ -148,6 +173,8 @@ def lay_out(
         checks=torch.zeros(len(prompt_ids), dtype=torch.int64, device=device),
         trace=canvas.expand(trace_steps, *shape).clone() if trace_steps else None,
         has_given=given is not None,
+        predictions=prompt_ids.new_full((trace_steps, *shape), -1) if records_predictions else None,
+        prediction_logprobs=torch.zeros(trace_steps, *shape, device=device) if records_predictions else None,
     )
 
 
