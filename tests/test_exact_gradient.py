@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from d1lit.draws import CounterDraws
 from d1lit.estimators.left_to_right import LeftToRightEstimator
+from d1lit.estimators.packed_trace import PackedTraceEstimator
 from d1lit.estimators.step_merge import TraceEstimator
 from d1lit.exact import CanvasLaw, canvas_laws, completion_law
 from d1lit.losses.policy_gradient import ReinforceLoss
@@ -59,9 +60,12 @@ class ToyNetwork(nn.Module):
     def hidden(
         self, ids: Tensor, attention: Any = None, position_ids: Any = None, keep: Any = None, cache: Any = None
     ) -> Tensor:
-        place = torch.arange(ids.shape[1])
-        gap = (place[:, None] - place[None, :]).double()
-        mixed = torch.einsum("qk,rkd->rqd", torch.exp(-0.4 * gap.abs()) * torch.cos(1.3 * gap + 0.4), self.table[ids])
+        place = torch.arange(ids.shape[1]).expand_as(ids) if position_ids is None else position_ids
+        gap = (place[:, :, None] - place[:, None, :]).double()
+        kernel = torch.exp(-0.4 * gap.abs()) * torch.cos(1.3 * gap + 0.4)
+        if attention is not None and attention.dim() == 3:
+            kernel = kernel * attention
+        mixed = kernel @ self.table[ids]
         hidden = torch.tanh(mixed)
         return hidden if keep is None else hidden.gather(1, keep[..., None].expand(-1, -1, 6))
 
@@ -107,6 +111,8 @@ CASES = {
     "random_two_a_step": sampler(RandomOrder(), num_steps=2, temperature=0.9),
     "left_to_right": sampler(LeftToRight()),
     "guided": sampler(TokenProbability(), num_steps=2, guidance=0.5),
+    "block_causal": sampler(TokenProbability(), block_length=2, block_causal=True),
+    "block_causal_random": sampler(RandomOrder(), block_length=2, block_causal=True, temperature=0.9),
 }
 every = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
@@ -259,20 +265,24 @@ def assert_mean_is(samples: Tensor, exact: Tensor) -> None:
     assert abs(projected) < 4
 
 
-def likelihood(network: ToyNetwork, rollout: Rollout, estimator: Any) -> LogProbs:
-    """What an estimator says of a rollout, through the project's own scoring."""
+def likelihood(network: ToyNetwork, rollout: Rollout, estimator: Any, made: BlockSampler) -> LogProbs:
+    """What an estimator says of a sampler's rollout, through the project's own scoring."""
     context = Context(rollout, torch.zeros(len(rollout.row_ids)), 0, 1, MASK, CounterDraws(0))
-    corruption = estimator.corrupt(context)
+    corruption = made.attended(estimator.corrupt(context))
     return estimator.combine(score(network, rollout, corruption).logprobs, corruption, context)
 
 
-@pytest.mark.parametrize("name", ["random", "random_two_a_step", "left_to_right"])
-def test_trajectory_likelihood_is_exact_where_the_order_is_not_learnt(name):
+BLIND_ORDER = ["random", "random_two_a_step", "left_to_right", "block_causal_random"]
+
+
+@pytest.mark.parametrize(("name", "packed"), [*((name, False) for name in BLIND_ORDER), ("block_causal_random", True)])
+def test_trajectory_likelihood_is_exact_where_the_order_is_not_learnt(name, packed):
     """The estimator, `score` and the recorded commit steps together give the policy gradient under a blind order."""
     network, case = ToyNetwork(eos=NEVER), CASES[name]
+    estimator = PackedTraceEstimator(2, case.temperature) if packed else TraceEstimator(1, case.temperature)
     rollout = draw(network, case, 6000, seed=3)
     rewards = rewards_of(rollout.completion_ids)
-    logprobs = likelihood(network, rollout, TraceEstimator(shrink=1, temperature=case.temperature))
+    logprobs = likelihood(network, rollout, estimator, case)
     terms = (rewards - rewards.mean()) * (logprobs.value * logprobs.weight).sum(1)
     assert_mean_is(per_row_gradient(terms, network), exact_gradient(network, case)[1])
 
@@ -310,7 +320,7 @@ def left_to_right_update(network: ToyNetwork, temperature: float, exclude_mask: 
     )
     rewards = rewards_of(law.canvases)
     inputs = LossInputs(
-        logprobs=likelihood(network, rollout, LeftToRightEstimator(1.0, temperature, exclude_mask)),
+        logprobs=likelihood(network, rollout, LeftToRightEstimator(1.0, temperature, exclude_mask), case),
         old=None,
         ref=None,
         advantages=law.probability.detach() * (rewards - value),

@@ -23,7 +23,7 @@ from torch import Tensor
 from d1lit.sampling.block import BlockSampler
 from d1lit.sampling.confidence import PlackettLuce, RandomOrder
 from d1lit.sampling.parts import Choice, Prediction
-from d1lit.sampling.prediction import Canvas, evaluation_mode, predict
+from d1lit.sampling.prediction import Canvas, block_causal, evaluation_mode, predict
 from d1lit.sampling.proposal import tempered_logits
 from d1lit.types import MaskPredictor
 
@@ -102,8 +102,10 @@ def _check(sampler: BlockSampler) -> tuple[int, ...]:
             f" be enumerated, not {type(sampler.commit).__name__} with {type(sampler.confidence).__name__}."
             " Try: sampler=low_confidence or sampler=random"
         )
-    if sampler.any_order or sampler.block_causal:
-        raise ValueError("sampler: only one whose network sees the whole canvas can be enumerated. Try: sampler=random")
+    if sampler.any_order:
+        raise ValueError(
+            "sampler.any_order: what a token sees hangs on the order, which a canvas does not tell. Try: false"
+        )
     if sampler.temperature <= 0:
         raise ValueError("sampler.temperature: at 0 nothing is drawn, so there is no law. Try: 1")
     return quotas
@@ -168,6 +170,8 @@ def _draws(
     positions = active.start + masked.nonzero()[:, 1].view(len(canvases), width)
     ids = torch.cat([prompt_ids.expand(len(canvases), -1), canvases], 1)
     canvas = Canvas(ids, None, len(prompt_ids))
+    if sampler.block_causal:
+        canvas = block_causal(canvas, sampler.block_length)
     with evaluation_mode(policy):
         logits = predict(policy, canvas, len(prompt_ids) + positions, sampler.guidance).flatten(0, 1)
     tokens = torch.arange(logits.shape[1], device=logits.device)
