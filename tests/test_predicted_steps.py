@@ -467,7 +467,8 @@ def test_the_recipe_asks_for_predictions_in_training_alone_and_a_dry_run_counts_
     keywords = plan.stages[-1].module.keywords  # type: ignore[attr-defined]
     assert keywords["estimator"].num_steps == 4
     assert not plan.sampler.record_predictions
-    assert not evaluation_sampler(plan, None).record_predictions
+    recording = replace(plan, sampler=plan.sampler.with_predictions())
+    assert evaluation_sampler(recording, None) == evaluation_sampler(plan, None)
     work = stage_work(plan, plan.stages[-1], 1)
     assert work.views == 8 * 8 * 4, "prompts, group, chosen steps"
     assert work.rollout is not None and work.rollout.looks_ahead

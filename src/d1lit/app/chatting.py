@@ -137,7 +137,8 @@ def answer(run: OpenRun, text: str, turn: int, temperature: float | None, consol
     """Sample one completion of a question and print it; with `live`, the canvas is drawn before every forward."""
     prompt = prompt_ids(run, text)
     heat = run.plan.config.evaluation.temperature if temperature is None else temperature
-    sampler = replace(run.plan.sampler, temperature=heat, record_trace=False, tree=None)
+    recorded = {"record_trace": False, "record_predictions": False}
+    sampler = replace(run.plan.sampler, temperature=heat, tree=None, **recorded)
     batch = prompt_batch([EncodedRow(prompt, {"id": f"chat-{turn}"})], [turn], run.policy.pad_token_id)
     batch = batch.to(run.plan.device)
     draws: Draws = CounterDraws(run.plan.seed, step=turn)

@@ -242,7 +242,8 @@ def _dataset(
 
 def evaluation_sampler(plan: Plan, completion_length: int | None) -> BlockSampler:
     """The training sampler at the evaluation's temperature, scaled to another length at equal tokens a step."""
-    sampler = replace(plan.sampler, temperature=plan.config.evaluation.temperature, record_trace=False, tree=None)
+    recorded = {"record_trace": False, "record_predictions": False}
+    sampler = replace(plan.sampler, temperature=plan.config.evaluation.temperature, tree=None, **recorded)
     if completion_length is None or completion_length == sampler.completion_length:
         return sampler
     block = min(sampler.block_length, completion_length)

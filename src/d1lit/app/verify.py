@@ -183,6 +183,7 @@ def verify_task(
         guidance=0.0,
         stop_at_eos=False,  # d1 always denoises to the end
         record_trace=False,
+        record_predictions=False,
         tree=None,
     )
     examples = [published_row(dict(row))[1] for row in published]
