@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from d1lit.losses import check_pair, check_trajectory, check_tree
+from d1lit.losses import SteppingSampler, check_pair, check_trajectory, check_tree
 from d1lit.modules.inpainting import Inpainting, check_inpainting
 from d1lit.types import Advantage, LogProbEstimator, PolicyLoss, Sampler
 
@@ -71,7 +71,7 @@ def _check_rewards(
     if kl_in_reward and estimator.traits.tree is not None:
         cause = f"the tokens of {type(estimator).__name__} weigh by their edges, so their sum is no KL of a completion"
         raise ValueError(f"module.kl_in_reward: {cause}. Try: loss.beta, or estimator=cj")
-    if (num_refills or inpaints) and getattr(sampler, "record_trace", False):
+    if (num_refills or inpaints) and isinstance(sampler, SteppingSampler) and sampler.record_trace:
         key = "num_refills" if num_refills else "inpainting"
         cause = f"traces of different lengths do not mix, as module.{key} would have them"
         raise ValueError(f"sampler.record_trace: {cause}. Try: false [E207]")
