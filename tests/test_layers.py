@@ -42,6 +42,7 @@ LAYERS: list[set[str]] = [
     },
     {"app.artifacts"},
     {"app.running", "app.sweeps"},
+    {"app.refusing"},
     {"app.commands"},
     {"app.cli"},
 ]

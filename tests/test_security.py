@@ -19,9 +19,9 @@ from omegaconf import OmegaConf
 
 import d1lit
 from d1lit.app.cli import _ITSELF, _job_name, _own_packages, evaluate
-from d1lit.app.commands import refused
 from d1lit.app.foreign import stored_words
 from d1lit.app.open_run import plan_of_run
+from d1lit.app.refusing import refused
 from d1lit.app.running import without_secrets
 from d1lit.app.sweeps import FOLDER, blank_secrets, notes_of, run_job, show_sweep
 from d1lit.errors import ConfigError

@@ -36,11 +36,11 @@ def test_demonstrations_times_and_masks_are_those_of_one_process(world_size):
         for plan in plans:
             data = CompletionRows(rows(), plan, 3, partial(canvas_layout, completion_length=6), EOS, PAD, seed=3)
             for batch in (data[n] for n in range(len(data))):
-                draws = CounterDraws(7).at(step=batch.step)
+                draws = CounterDraws(7).at(step=batch.update)
                 t = UniformTimes(low=1e-3)(draws, batch.row_ids, batch.row_ids, batch.num_rows)
                 masks = BernoulliMask()(draws, batch.row_ids, LinearSchedule().mask_prob(t), batch.is_target)
                 for n, row in enumerate(batch.row_ids.tolist()):
-                    found[batch.step, row] = [x[n].tolist() for x in (batch.ids, t, masks)]
+                    found[batch.update, row] = [x[n].tolist() for x in (batch.ids, t, masks)]
                 assert (batch.num_rows, batch.num_targets) == (8, 48)
         return found
 

@@ -72,9 +72,9 @@ class RowOrder:
     def _epoch(self, epoch: int) -> list[int]:
         return CounterDraws(self.seed).permutation(self.stream, self.num_rows, epoch).tolist()
 
-    def batch(self, step: int, batch_size: int) -> list[int]:
-        """Row numbers of global batch `step`."""
-        positions = range(step * batch_size, (step + 1) * batch_size)
+    def batch(self, number: int, batch_size: int) -> list[int]:
+        """Row numbers of global batch `number`."""
+        positions = range(number * batch_size, (number + 1) * batch_size)
         return [self._epoch(p // self.num_rows)[p % self.num_rows] for p in positions]
 
 
@@ -117,6 +117,7 @@ class InnerUpdate:
     """Which part of the diffu-GRPO cycle a batch is: rollout `step`, inner update `inner`, micro-batch `micro`."""
 
     step: int
+    """Of the run as draws count it: the number of the rollout, not of the optimizer step."""
     inner: int
     micro: int
     num_micro: int
@@ -182,7 +183,8 @@ class CompletionBatch:
     attention: Bool[Tensor, "B T"] | None
     row_ids: Int[Tensor, " B"]
     """Place of each row in the global batch; draws hang on it."""
-    step: int
+    update: int
+    """Which optimizer step of the stage; draws hang on it."""
     num_targets: int
     """Target positions in the GLOBAL batch, over ranks and micro-batches."""
     num_rows: int
@@ -271,13 +273,13 @@ class CompletionRows(Dataset):
         return self.num_updates * self.plan.num_micro
 
     def __getitem__(self, index: int) -> CompletionBatch:
-        step, micro = divmod(index, self.plan.num_micro)
-        rows = [self.rows[n] for n in self.order.batch(step, self.plan.batch_size)]
-        return completion_batch(rows, self.plan.micro_slice(micro), step, self.layout, self.eos_id, self.pad_id)
+        update, micro = divmod(index, self.plan.num_micro)
+        rows = [self.rows[n] for n in self.order.batch(update, self.plan.batch_size)]
+        return completion_batch(rows, self.plan.micro_slice(micro), update, self.layout, self.eos_id, self.pad_id)
 
 
 def completion_batch(
-    rows: Sequence[EncodedRow], part: slice, step: int, layout: Layout, eos_id: int, pad_id: int
+    rows: Sequence[EncodedRow], part: slice, update: int, layout: Layout, eos_id: int, pad_id: int
 ) -> CompletionBatch:
     """The rows of `part`, laid out together with the whole global batch `rows`."""
     ids, is_target, attention = layout(rows, eos_id, pad_id)
@@ -286,7 +288,7 @@ def completion_batch(
         is_target[part],
         None if attention is None else attention[part],
         torch.arange(len(rows))[part],
-        step,
+        update,
         int(is_target.sum()),
         len(rows),
         tuple(str(row.example.get("id")) for row in rows[part]),

@@ -7,6 +7,7 @@ SLURM's `srun`, whose variables are translated.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import faulthandler
 import os
@@ -133,10 +134,17 @@ def join_world(accelerator: str) -> Place:
     # A communication library that gives up ends the process from a thread of its own: then say where each one stood.
     faulthandler.enable(sys.__stderr__ or sys.stderr)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device)
+    if not on_gpu:  # gloo's threads abort a process that ends while they run; to leave NCCL may mean to wait
+        atexit.register(_leave_world)
     if here.rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
         warnings.filterwarnings("ignore")
     return here
+
+
+def _leave_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def world() -> Place:

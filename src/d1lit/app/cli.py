@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d1lit.app.commands import COMMANDS, no_such_command, refused
+from d1lit.app.commands import COMMANDS
+from d1lit.app.refusing import no_such_command, refused
 from d1lit.security import redact, redact_text
 from d1lit.stopping import StopFlag, requeued
 

@@ -3,78 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from d1lit.errors import ConfigError, RunError, explained, from_system, out_of_memory
-from d1lit.security import redact_text
+from d1lit.app.refusing import Parser, guarded
+from d1lit.errors import ConfigError, explained
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells everybody, when imported, what it lacks on a CPU
 
 
-class _Parser(argparse.ArgumentParser):
-    """One whose complaints are of the catalogue."""
-
-    def error(self, message: str) -> NoReturn:
-        """Say it in one line; exit status 2."""
-        match = re.match(r"argument (\S+?)(?:/\S+)*: (.*)", message)
-        key, cause, code = (match[1], match[2], "E110") if match else (self.prog.split()[-1], message, "E101")
-        sys.exit(refused(ConfigError(key, cause, f"{self.prog} --help", code)))
-
-
 def _parser(name: str, text: str) -> argparse.ArgumentParser:
-    return _Parser(prog=f"d1lit {name}", description=text, allow_abbrev=False)
-
-
-def no_such_command(word: str, known: Sequence[str]) -> ConfigError:
-    """For a first word that is no command."""
-    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return ConfigError(word, "no such command", f"d1lit {nearest[0] if nearest else '--help'}", "E101")
-
-
-def refused(error: Exception) -> int:
-    """Say what is wrong in one line; an error that is no user's keeps its traceback.
-
-    Returns:
-        Exit status: 2 for what was refused, 1 for what broke off.
-    """
-    from d1lit.app.config_errors import as_config_error, is_about_configuration
-
-    rank = 0
-    if {"RANK", "SLURM_PROCID"} & os.environ.keys():
-        from d1lit.processes import place
-
-        rank = place().rank
-    if isinstance(error, ValueError) and is_about_configuration(error):
-        if rank == 0:
-            print(f"error: {redact_text(str(as_config_error(error)))}", file=sys.stderr)
-        return 2
-    said = error if isinstance(error, RunError) else out_of_memory(error)
-    if isinstance(error, OSError):
-        said = from_system(error)
-    if said is None:
-        raise error
-    said = redact_text(str(said))
-    print(f"error: {said}" if rank == 0 else f"error in process {rank}: {said}", file=sys.stderr)
-    return 1
-
-
-def _guarded(act: Callable[[], int]) -> int:
-    """What a user can cause is one line and an exit status."""
-    try:
-        return act()
-    except BrokenPipeError:
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        return refused(error)
+    return Parser(prog=f"d1lit {name}", description=text, allow_abbrev=False)
 
 
 def compare(words: Sequence[str]) -> int:
@@ -128,7 +70,7 @@ def compare(words: Sequence[str]) -> int:
             console.print(tables.as_rich(table))
         return 0
 
-    return _guarded(act)
+    return guarded(act)
 
 
 def _finished(folders: Sequence[Path]) -> list[Path]:
@@ -159,7 +101,7 @@ def report(words: Sequence[str]) -> int:
         print(write_page(given.output or default, page))
         return 0
 
-    return _guarded(act)
+    return guarded(act)
 
 
 def play(words: Sequence[str]) -> int:
@@ -193,7 +135,7 @@ def play(words: Sequence[str]) -> int:
         print("\n".join(map(str, files)))
         return 0
 
-    return _guarded(act)
+    return guarded(act)
 
 
 def _add_open(parser: argparse.ArgumentParser) -> None:
@@ -240,7 +182,7 @@ def chat(words: Sequence[str]) -> int:
             raise ConfigError("--temperature", f"{given.temperature} is below 0", "--temperature 0", "E110")
         return talk(given.run, temperature=given.temperature, words=given.words, trusted=given.trust)
 
-    return _guarded(act)
+    return guarded(act)
 
 
 def doctor(words: Sequence[str]) -> int:
@@ -271,7 +213,7 @@ def doctor(words: Sequence[str]) -> int:
         console = Console(highlight=False)
         return tell(findings, console if console.is_terminal else Console(highlight=False, width=160))
 
-    return _guarded(act)
+    return guarded(act)
 
 
 def push(words: Sequence[str]) -> int:
@@ -291,7 +233,7 @@ def push(words: Sequence[str]) -> int:
         print(send(given.run, given.repository, yes=given.yes, private=not given.public))
         return 0
 
-    return _guarded(act)
+    return guarded(act)
 
 
 def export(words: Sequence[str]) -> int:
@@ -310,7 +252,7 @@ def export(words: Sequence[str]) -> int:
         print(write(given.run, given.folder, given.layout, given.trust, _searched(given.config_dir)))
         return 0
 
-    return _guarded(act)
+    return guarded(act)
 
 
 def consolidate(words: Sequence[str]) -> int:
@@ -341,7 +283,7 @@ def consolidate(words: Sequence[str]) -> int:
         )
         return 0
 
-    return _guarded(act)
+    return guarded(act)
 
 
 def harness(words: Sequence[str]) -> int:
@@ -374,7 +316,7 @@ def harness(words: Sequence[str]) -> int:
         )
         return 0
 
-    return _guarded(act)
+    return guarded(act)
 
 
 def verify(words: Sequence[str]) -> int:
@@ -408,7 +350,7 @@ def verify(words: Sequence[str]) -> int:
         )
         return 0
 
-    return _guarded(act)
+    return guarded(act)
 
 
 def explain(words: Sequence[str]) -> int:
@@ -421,7 +363,7 @@ def explain(words: Sequence[str]) -> int:
         print(explained(given.code))
         return 0
 
-    return _guarded(act)
+    return guarded(act)
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {

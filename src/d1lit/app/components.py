@@ -19,6 +19,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from d1lit.app.config_errors import as_config_error
 from d1lit.errors import ConfigError
+from d1lit.losses import BranchingAdvantage
 from d1lit.types import RewardBatch
 
 GIVEN_BY_HYDRA = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
@@ -142,7 +143,8 @@ def check_advantage(key: str, advantage: Any) -> None:
     Raises:
         ConfigError: if what comes out is not a number for each rollout.
     """
-    size = getattr(getattr(advantage, "tree", None), "leaves", 2)
+    tree = advantage.tree if isinstance(advantage, BranchingAdvantage) else None
+    size = 2 if tree is None else tree.leaves
     value = torch.tensor([[1.0], [0.0], [0.5], [0.0]]).repeat(size // 2 + 1, 1)[: 2 * size]
     rewards = RewardBatch(value, torch.ones(2 * size, 1, dtype=torch.bool), torch.ones(1))
     try:

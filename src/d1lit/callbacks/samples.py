@@ -75,14 +75,14 @@ class SampleTable(L.Callback):
         if self.console is not None:
             self.console.print(_table(records, f"{self.stage}, update {trainer.global_step}"))
 
-    def _records(self, module: DiffuGRPO, step: int) -> list[dict[str, Any]]:
+    def _records(self, module: DiffuGRPO, number: int) -> list[dict[str, Any]]:
         rollout = module.experience[0].rollout
         spread = range(0, len(rollout.completions), max(1, len(rollout.completions) // self.rows))
         return [
             {
                 "kind": "rollout",
                 "stage": self.stage,
-                "rollout": step,
+                "rollout": number,
                 "id": rollout.examples[i].get("id"),
                 "question": rollout.examples[i].get("question"),
                 "answer": rollout.examples[i].get("answer"),

@@ -2,6 +2,7 @@
 
 from d1lit.losses.clipped import ClippedPolicyLoss, SequenceClippedLoss
 from d1lit.losses.compatibility import (
+    SteppingSampler,
     check_pair,
     check_place,
     check_steps,
@@ -13,9 +14,11 @@ from d1lit.losses.compatibility import (
 from d1lit.losses.supervised import MaskedCrossEntropy
 
 __all__ = [
+    "BranchingAdvantage",
     "ClippedPolicyLoss",
     "MaskedCrossEntropy",
     "SequenceClippedLoss",
+    "SteppingSampler",
     "check_pair",
     "check_place",
     "check_steps",

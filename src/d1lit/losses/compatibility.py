@@ -11,22 +11,47 @@ from d1lit.types import Advantage, AttendingSampler, LogProbEstimator, OrderLaw,
 
 
 @runtime_checkable
-class Revising(Protocol):
-    """A sampler that may hide a token again, or replace it."""
+class SteppingSampler(Sampler, Protocol):
+    """A sampler that says what its steps do; one that does not is taken for a plain one, in whatever order."""
 
     @property
     def reviser(self) -> Any:
-        """The part that does so; None where there is none."""
+        """The part that may hide a token again, or replace it; None where there is none."""
+        ...
+
+    @property
+    def order_law(self) -> OrderLaw | None:
+        """How the positions of a step are drawn; None where they go by rank, or in numbers that predictions decide."""
+        ...
+
+    @property
+    def guidance(self) -> float:
+        """Classifier-free guidance scale; 0 for none."""
+        ...
+
+    @property
+    def tree(self) -> Tree | None:
+        """How the rollouts of a group branch off each other; None where they are independent."""
+        ...
+
+    @property
+    def record_trace(self) -> bool:
+        """Whether it keeps the canvas after every step."""
+        ...
+
+    @property
+    def record_predictions(self) -> bool:
+        """Whether it keeps what every step proposes."""
         ...
 
 
 @runtime_checkable
-class Ordering(Protocol):
-    """A sampler that says how it chooses the positions of a step."""
+class BranchingAdvantage(Advantage, Protocol):
+    """An advantage that may have a number for each edge of a tree."""
 
     @property
-    def order_law(self) -> OrderLaw | None:
-        """The law by which they are drawn; None where they go by rank, or in numbers that the predictions decide."""
+    def tree(self) -> Tree | None:
+        """Whose edges; None where it has one number a rollout."""
         ...
 
 
@@ -90,25 +115,26 @@ def check_trajectory(estimator: LogProbEstimator, sampler: Sampler) -> None:
     Raises:
         ValueError: naming both.
     """
-    if estimator.traits.needs_trace and isinstance(sampler, Revising) and sampler.reviser is not None:
+    steps = sampler if isinstance(sampler, SteppingSampler) else None
+    if estimator.traits.needs_trace and steps is not None and steps.reviser is not None:
         raise ValueError(
-            f"estimator: {type(estimator).__name__} with {type(sampler.reviser).__name__} is refused: it replays the "
+            f"estimator: {type(estimator).__name__} with {type(steps.reviser).__name__} is refused: it replays the "
             "rollout's commit steps, and a sampler that remasks or edits passes through other canvases. "
             "Try: estimator=one_step or estimator=elbo, or a sampler without a remask or edit rule [E207]"
         )
     asked = estimator.traits.order
-    if asked is not None and isinstance(sampler, Ordering) and sampler.order_law != asked:
+    if asked is not None and steps is not None and steps.order_law != asked:
         cure = "sampler=order_head" if asked.score == "head" else "sampler=plackett_luce_logprob"
-        found = "not drawn so many at a time" if sampler.order_law is None else sampler.order_law
+        found = "not drawn so many at a time" if steps.order_law is None else steps.order_law
         raise ValueError(
             f"estimator: {type(estimator).__name__} scores positions {asked}, and the sampler's are {found}. "
             f"Try: {cure} [E207]"
         )
     _check_pattern(estimator, sampler)
-    guidance = getattr(sampler, "guidance", 0.0)
-    if (estimator.traits.needs_trace or estimator.traits.needs_predictions) and guidance > 0:
+    replays = estimator.traits.needs_trace or estimator.traits.needs_predictions
+    if replays and steps is not None and steps.guidance > 0:
         raise ValueError(
-            f"sampler.guidance: {guidance:g}, and {type(estimator).__name__} replays the steps without it. "
+            f"sampler.guidance: {steps.guidance:g}, and {type(estimator).__name__} replays the steps without it. "
             "Try: sampler.guidance=0, or estimator=one_step with estimator.guidance [E207]"
         )
 
@@ -150,12 +176,12 @@ def check_tree(
     Raises:
         ValueError: naming the key, the value and the cure.
     """
-    there: Tree | None = getattr(sampler, "tree", None)
+    there = sampler.tree if isinstance(sampler, SteppingSampler) else None
     if there is not None and there.leaves != group_size:
         kind = f"a tree of {there.branching} branches and {there.height} levels"
         cause = f"{group_size}, but {kind} has {there.leaves} leaves"
         raise ValueError(f"module.group_size: {cause}. Try: {there.leaves}, or another tree [E207]")
-    edges: Tree | None = getattr(advantage, "tree", None)
+    edges = advantage.tree if isinstance(advantage, BranchingAdvantage) else None
     for key, asked in (("estimator", estimator.traits.tree), ("advantage", edges), ("loss", loss.traits.tree)):
         if asked is not None and asked != there:
             found = "do not branch" if there is None else f"branch by {there.branching} over {there.height} levels"

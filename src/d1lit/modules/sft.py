@@ -112,7 +112,7 @@ class MaskedSFT(L.LightningModule):
         self.meter.start("update")  # until `optimizer_step` is over: the backward pass is part of it
         self.row_names = batch.names
         self._names_of_update += batch.names
-        loss, metrics = self.masked_loss(batch, self.draws.at(step=batch.step), self.times)
+        loss, metrics = self.masked_loss(batch, self.draws.at(step=batch.update), self.times)
         self._num_scored = self._num_scored.to(loss.device) + metrics.pop("num_scored")
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
             num_scored, self._num_scored = self._num_scored, torch.zeros(())
@@ -202,7 +202,7 @@ class MaskedSFT(L.LightningModule):
 
     def on_train_batch_start(self, batch: CompletionBatch, batch_idx: int) -> None:
         """Dropout is the one reader of the global generator."""
-        seed_dropout(self.policy, self.draws.at(step=batch.step).torch_seed(f"dropout.{int(batch.row_ids[0])}"))
+        seed_dropout(self.policy, self.draws.at(step=batch.update).torch_seed(f"dropout.{int(batch.row_ids[0])}"))
 
     def on_train_batch_end(self, outputs: Any, batch: CompletionBatch, batch_idx: int) -> None:
         """Log once an optimizer step, over all its micro-batches."""
