@@ -2,6 +2,7 @@
 
 from d1lit.losses.clipped import ClippedPolicyLoss, SequenceClippedLoss
 from d1lit.losses.compatibility import (
+    BranchingAdvantage,
     SteppingSampler,
     check_pair,
     check_place,
