@@ -47,7 +47,7 @@ def samplers() -> list[str]:
 def measured(run: Path, sampler: str) -> dict[str, Any]:
     """Right cells of every row, and passes, of one network decoded by one sampler."""
     with TemporaryDirectory() as folder:
-        words = [f"run='{run}'", f"sampler={sampler}", f"output={folder}", "evaluation.forced_prefixes=[]"]
+        words = [f"run={run}", f"sampler={sampler}", f"output={folder}", "evaluation.forced_prefixes=[]"]
         assert evaluate(words) == 0, sampler
         results = json.loads((Path(folder) / "results.json").read_text())
         (entry,) = results["evaluations"]

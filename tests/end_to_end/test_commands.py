@@ -218,6 +218,12 @@ def test_evaluate_a_run(run, tmp_path, monkeypatch, capsys):
     (entry,) = results_of(capsys.readouterr().out)["evaluations"]
     assert (entry["task"], entry["n"]) == ("countdown", 3)
     check_entry(entry)
+    job = tmp_path / "recipe=d1,seed=1"  # what a sweep calls the folder of a job
+    job.symlink_to(folder)
+    for word in (f"run={job}", f"run='{job}'"):
+        assert evaluate([word, "evaluation.rows=2", "output=again"]) == 0
+        (entry,) = results_of(capsys.readouterr().out)["evaluations"]
+        assert entry["n"] == 2
 
 
 PUBLISHED = {

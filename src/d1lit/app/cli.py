@@ -127,8 +127,8 @@ def evaluate(words: Sequence[str]) -> int:
 
     _see_user_code(words)
     try:
-        run = next((word.split("=", 1)[1] for word in words if word.startswith("run=")), None)
-        said_by_run = [] if run is None else stored_words(Path(run), words)
+        run, words = _named_run(words)
+        said_by_run = [] if run is None else stored_words(run, words)
         jobs = compose_jobs("evaluate", [*said_by_run, *words])
         for config in jobs.configs:
             check_values(config)
@@ -145,6 +145,20 @@ def evaluate(words: Sequence[str]) -> int:
     except Exception as error:
         return refused(error)
     return 0
+
+
+def _named_run(words: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The folder that `run=` names, and the words with its path quoted: a sweep's jobs have folders like `a=1,b=2`."""
+    from d1lit.app.sweeps import quoted
+
+    run, result = None, list(words)
+    for place, word in enumerate(words):
+        if word.startswith("run="):
+            typed = word.removeprefix("run=")
+            is_quoted = len(typed) > 1 and typed[0] == typed[-1] and typed[0] in "'\""
+            run = Path(typed[1:-1] if is_quoted else typed)
+            result[place] = f"run={quoted(run)}"
+    return run, result
 
 
 def _sweep(words: Sequence[str], jobs: Jobs) -> int:
