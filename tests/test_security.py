@@ -496,3 +496,10 @@ def test_sweeps_show_and_keep_no_secret(tmp_path: Path, monkeypatch: pytest.Monk
     assert {file.name for file in files} == {"multirun.yaml", "job-0.json"}
     for text in (out, err, name, *files.values()):
         assert "secret" not in text
+
+
+def test_a_target_of_null_calls_nothing_and_is_no_fault() -> None:
+    """What a run with logger=none has kept."""
+    check_config({"logger": {"_target_": None}})
+    with pytest.raises(ValueError, match=r"^logger\._target_: 5 is not a string"):
+        check_config({"logger": {"_target_": 5}})

@@ -100,7 +100,7 @@ def check_config(config: Mapping[str, Any], trusted: Sequence[str] = ()) -> None
         ValueError: naming key, value, reason and cure.
     """
     for key, value in _leaves(config, ""):
-        if key.rsplit(".", 1)[-1] == "_target_":
+        if key.rsplit(".", 1)[-1] == "_target_" and value is not None:  # of null nothing is made (logger=none)
             reason = why_refused(value, trusted) if isinstance(value, str) else "is not a string"
             if reason is not None:
                 raise ValueError(
