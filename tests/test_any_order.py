@@ -61,7 +61,7 @@ def longhand(policy: Policy, rollout: Rollout, n: int, token: int) -> Tensor:
 
 @torch.no_grad()
 def test_one_pass_is_the_loop_over_tokens() -> None:
-    policy = small_policy()
+    policy = small_policy(num_layers=3)
     rollout = made(policy, stop_at_eos=True)
     got = likelihood(policy, rollout)
     assert torch.equal(got.weight > 0, rollout.completion_mask & (rollout.commit_step >= 0))
@@ -73,7 +73,7 @@ def test_one_pass_is_the_loop_over_tokens() -> None:
 @torch.no_grad()
 def test_one_pass_is_what_the_sampler_drew_from(changes: dict[str, Any]) -> None:
     """The recorded log-probs of the sampler that attends so, whatever the network; those of the plain one are others."""
-    policy = small_policy()
+    policy = small_policy(num_layers=3)
     rollout = made(policy, **changes)
     got = likelihood(policy, rollout)
     valid = got.weight > 0
@@ -86,7 +86,7 @@ def test_one_pass_is_what_the_sampler_drew_from(changes: dict[str, Any]) -> None
 
 @torch.no_grad()
 def test_neither_padding_nor_the_length_of_the_canvas_moves_a_draw() -> None:
-    policy = small_policy()
+    policy = small_policy(num_layers=3)
     alone = PromptBatch(IDS[1:2, 1:], PROMPTS.prompt_mask[1:2, 1:], torch.tensor([1]))
     whole = made(policy)
     assert torch.equal(made(policy, alone).completion_ids, whole.completion_ids[2:4])
@@ -99,7 +99,7 @@ def test_neither_padding_nor_the_length_of_the_canvas_moves_a_draw() -> None:
 @torch.no_grad()
 def test_nobody_sees_later_tokens() -> None:
     """A token committed last may change without a trace in the likelihood of all others."""
-    policy = small_policy()
+    policy = small_policy(num_layers=3)
     rollout = made(policy, num_steps=8, stop_at_eos=False)
     last = rollout.commit_step == 7
     other = torch.where(last, (rollout.completion_ids + 1) % 20, rollout.completion_ids)
@@ -113,7 +113,7 @@ def test_nobody_sees_later_tokens() -> None:
 @torch.no_grad()
 def test_one_step_is_the_one_step_likelihood_where_masks_see_each_other_not() -> None:
     """With all tokens in one step every slot sees the prompt and itself, as if the completion were one token long."""
-    policy = small_policy()
+    policy = small_policy(num_layers=3)
     rollout = made(policy, block_length=8, num_steps=1, stop_at_eos=False)
     alone = replace(rollout, commit_step=torch.where(torch.arange(8) == 5, 0, 1).expand(6, -1))
     torch.testing.assert_close(likelihood(policy, alone).value[:, 5], likelihood(policy, rollout).value[:, 5])
@@ -121,7 +121,7 @@ def test_one_step_is_the_one_step_likelihood_where_masks_see_each_other_not() ->
 
 @torch.no_grad()
 def test_what_was_drawn_is_replayed_under_the_same_attention() -> None:
-    policy = small_policy()
+    policy = small_policy(num_layers=3)
     for changes in ({"any_order": True}, {"block_causal": True}, {}):
         drawer = sampler(temperature=1.0, **changes)
         drawn = drawer(policy, PROMPTS, 2, CounterDraws(3))
@@ -133,10 +133,12 @@ def test_what_was_drawn_is_replayed_under_the_same_attention() -> None:
 def test_attention_in_order_and_to_all_do_not_mix(wrong: Any) -> None:
     check_trajectory(EXACT, sampler(any_order=True))
     with pytest.raises(
-        ValueError, match=r"^estimator: .* attends in the order of commitment.*Try: estimator=any_order"
+        ValueError, match=r"^estimator: .*, which here is in the order of commitment.*Try: estimator=any_order"
     ):
         check_trajectory(wrong, sampler(any_order=True))
-    with pytest.raises(ValueError, match=r"^estimator: AnyOrder.* attends to the whole canvas.*Try: sampler=any_order"):
+    with pytest.raises(
+        ValueError, match=r"^estimator: AnyOrder.* which here is to the whole canvas.*Try: sampler=any_order"
+    ):
         check_trajectory(EXACT, sampler())
 
 
@@ -161,8 +163,8 @@ def test_what_it_cannot_go_with_is_refused() -> None:
         with pytest.raises(ValueError, match=r"^sampler\.any_order: .*Try: "):
             sampler(any_order=True, **changes)
     with pytest.raises(ValueError, match=r"^sampler\.any_order: what a token sees hangs on the order.*Try: false"):
-        completion_law(small_policy(), sampler(any_order=True, temperature=1.0), IDS[0])
-    shifted = small_policy()
+        completion_law(small_policy(num_layers=3), sampler(any_order=True, temperature=1.0), IDS[0])
+    shifted = small_policy(num_layers=3)
     shifted.network.config.shift = True
     with pytest.raises(ValueError, match=r"^sampler\.any_order: it needs a network .*Try: "):
         made(shifted)

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +32,7 @@ from d1lit.losses.filters import GivenEntropyFilter
 from d1lit.losses.terms import k3, token_mean
 from d1lit.models.cache import KVCache
 from d1lit.modules import DiffuGRPO
-from d1lit.modules.experience import restored
+from d1lit.modules.experience import as_tree, restored
 from d1lit.modules.inpainting import Inpainting, replaced
 from d1lit.processes import join_world, launch
 from d1lit.rewards.parts import RewardParts
@@ -276,7 +276,7 @@ def test_two_updates_and_a_checkpoint_between_them(trainer: L.Trainer) -> None:
     (experience,) = module.collect(four_prompts(), 0, 1)
     optimizer = torch.optim.SGD(module.policy.parameters(), lr=0.1)
     for inner in range(2):
-        kept = restored(asdict(experience), torch.device("cpu"))
+        kept = restored(as_tree(experience), torch.device("cpu"))
         assert bool(kept.rollout.given.any()) and torch.equal(kept.rollout.given, experience.rollout.given)
         value = module.update(experience, inner, 1)
         assert torch.equal(value, module.update(kept, inner, 1))

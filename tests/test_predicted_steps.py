@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from d1lit.advantages import ShuffledRewards, StepAdvantage, group_mean, on_units
+from d1lit.advantages import ShuffledRewards, StepAdvantage, TreeAdvantage, group_mean, on_units
 from d1lit.app.build import plan_run
 from d1lit.app.composing import compose_jobs
 from d1lit.app.plan import evaluation_sampler
@@ -23,12 +23,12 @@ from d1lit.estimators.one_step import OneStepEstimator
 from d1lit.estimators.predicted_steps import GUARD, PredictedStepsEstimator
 from d1lit.estimators.step_merge import TraceEstimator
 from d1lit.footprint import network_shape
-from d1lit.losses import ClippedPolicyLoss
+from d1lit.losses import ClippedPolicyLoss, check_steps, check_trajectory, check_tree
 from d1lit.losses.clipped import SequenceClippedLoss
 from d1lit.losses.terms import k2, k3, num_completion_tokens, sequence_sum, view_mean
 from d1lit.models import KVCache, Policy
 from d1lit.modules import DiffuGRPO
-from d1lit.modules.experience import Experience, dealt, restored
+from d1lit.modules.experience import Experience, as_tree, dealt, restored
 from d1lit.sampling import (
     CommitAll,
     DreamSchedule,
@@ -412,7 +412,7 @@ def test_predictions_survive_a_checkpoint_and_another_world() -> None:
         )
         for part in (short, rollout.rows(4, 8), rollout.rows(8, 12))
     ]
-    back = [restored(asdict(part), torch.device("cpu")) for part in parts]
+    back = [restored(as_tree(part), torch.device("cpu")) for part in parts]
     ((whole,),) = dealt([[part] for part in back], 1, 1)
     steps = whole.rollout.steps
     assert torch.equal(steps.predictions, rollout.predictions)
@@ -489,3 +489,34 @@ def test_a_plan_counts_what_the_sampler_computes() -> None:
     plan = RolloutPlan(3 * len(rows), 4, 8, 4, 2, None, looks_ahead=True)
     assert policy.work.since(before).flops == rollout_flops(network_shape(policy.network.config), plan)
     assert plan.predicted == [8, 6, 4, 2]
+
+
+def test_steps_and_edges_do_not_mix() -> None:
+    """Either would be read as the other: both are numbers of a rollout's tokens."""
+    clipped = ClippedPolicyLoss(0.2, 0.2, 0.0, k2, sequence_sum)
+    branching, by_steps = sampler(tree=Tree(2, 2)), PredictedStepsEstimator(2, 1.0)
+    with pytest.raises(ValueError, match=r"^advantage: StepAdvantage .*sampler\.tree count by edges.*Try: .*tree=null"):
+        check_steps(branching, by_steps, StepAdvantage(1e-4), clipped)
+    with pytest.raises(ValueError, match=r"^advantage: TreeAdvantage .*PredictedSteps.* counts by steps.*Try: "):
+        check_tree(branching, by_steps, TreeAdvantage(Tree(2, 2)), clipped, 4)
+
+
+def test_a_sampler_that_says_half_of_what_its_steps_do_is_refused() -> None:
+    """What it does not say nobody would look for."""
+
+    class Guided:
+        guidance = 0.5
+
+        def __call__(self, *arguments: Any) -> Any:
+            raise NotImplementedError
+
+    with pytest.raises(ValueError, match=r"^sampler: Guided has guidance but not reviser, .*Try: all of them, or none"):
+        check_trajectory(PredictedStepsEstimator(2, 1.0), Guided())
+    check_trajectory(PredictedStepsEstimator(2, 1.0), lambda *_: None)  # type: ignore[arg-type]
+
+
+def test_a_micro_batch_is_stored_without_the_rest_of_its_rollout() -> None:
+    """`copy.deepcopy` of a view copies what it is a view of."""
+    whole = torch.zeros(6, 8, 10)
+    stored = as_tree({"part": (whole[:, 2:4],)})["part"][0]
+    assert stored.untyped_storage().nbytes() == 6 * 2 * 10 * 4

@@ -40,7 +40,7 @@ from tests.end_to_end.small import EOS, prompt_rows, sgd, small_policy
 
 def module_with(kind: type[MaskedSFT] = MaskedSFT, **changes: Any) -> MaskedSFT:
     settings: dict[str, Any] = {
-        "policy": small_policy(torch.float64),
+        "policy": small_policy(torch.float64, num_layers=3),
         "schedule": LinearSchedule(),
         "times": UniformTimes(low=1e-3),
         "validation_times": UniformTimes(low=1e-3),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -26,7 +26,7 @@ from d1lit.losses.policy_gradient import ReinforceLoss
 from d1lit.losses.terms import k2, k3, num_completion_tokens, sequence_sum, token_mean
 from d1lit.losses.tree import WithSiblingDistillation, distillation_temperature, distillation_weight
 from d1lit.models.cache import KVCache
-from d1lit.modules.experience import Experience, dealt, restored
+from d1lit.modules.experience import Experience, as_tree, dealt, restored
 from d1lit.sampling import DualCache, Gumbel, PlackettLuce, RandomOrder, Threshold, TokenProbability
 from d1lit.sampling.sharing import edges
 from d1lit.scoring import score
@@ -475,7 +475,7 @@ def test_distillation_trains_and_follows_the_progress_of_the_run() -> None:
 def test_edges_survive_a_checkpoint_and_a_cut() -> None:
     rollout, _, context = branched(TREE, count=4)
     own = Experience(rollout, context.advantages, torch.zeros(16), (None,), (None,), (1.0,), 16.0, 0)
-    back = restored(asdict(own), torch.device("cpu"))
+    back = restored(as_tree(own), torch.device("cpu"))
     halves = dealt([[back]], 2, 1)
     for half, rows in zip((halves[0][0], halves[1][0]), (slice(0, 8), slice(8, 16)), strict=True):
         assert rollout.edge is not None

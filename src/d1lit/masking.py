@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -210,7 +209,9 @@ def apply_mask(ids: Int[Tensor, "n T"], is_masked: Tokens, mask_token_id: int) -
 class WholeRow:
     """The noised row, all of it seen by all of it (LLaDA, d1)."""
 
-    pattern: ClassVar[AttentionPattern | None] = None
+    @property
+    def pattern(self) -> None:
+        """Everybody sees everything."""
 
     def __call__(
         self,
@@ -239,7 +240,11 @@ class BlockStreams:
     """
 
     block_length: int
-    pattern: ClassVar[AttentionPattern | None] = "blocks"
+
+    @property
+    def pattern(self) -> AttentionPattern:
+        """Block by block."""
+        return AttentionPattern("blocks", self.block_length)
 
     def __call__(
         self,
@@ -274,7 +279,10 @@ class OrderStreams:
     the loss is the negative log-likelihood of an order drawn at random, in one pass.
     """
 
-    pattern: ClassVar[AttentionPattern | None] = "order"
+    @property
+    def pattern(self) -> AttentionPattern:
+        """In the order of commitment."""
+        return AttentionPattern("order")
 
     def __call__(
         self,

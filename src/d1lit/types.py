@@ -17,15 +17,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Unit = Literal["token", "sequence", "view", "step"]
-AttentionPattern = Literal["blocks", "order"]
-"""Block by block (BD3LM, arXiv 2503.09573), or in the order of commitment (d2-AnyOrder, arXiv 2509.21474)."""
 Outcome = Literal["ok", "unparsed", "refused", "timeout", "error", "skipped"]
 Example = Mapping[str, Any]
 Metrics = dict[str, Tensor]
@@ -127,6 +125,21 @@ class Tree:
     def edge_of(self, step: int, num_steps: int) -> int:
         """The edge that a step of `num_steps` belongs to."""
         return sum(step >= start for start in self.starts(num_steps)) - 1
+
+
+@dataclass(frozen=True)
+class AttentionPattern:
+    """Who may attend to whom where not everybody sees everything."""
+
+    kind: Literal["blocks", "order"]
+    """Block by block (BD3LM, arXiv 2503.09573), or in the order of commitment (d2-AnyOrder, arXiv 2509.21474)."""
+    block_length: int | None = None
+    """Of blocks that are counted from the completion's start; None: in an order, or blocks counted otherwise."""
+
+    def __str__(self) -> str:
+        if self.kind == "order":
+            return "in the order of commitment"
+        return f"in blocks of {self.block_length}" if self.block_length else "in blocks from the prompt on"
 
 
 @dataclass(frozen=True)
@@ -556,8 +569,10 @@ class SeenRows:
 class RowView(Protocol):
     """What the network sees of a training row of which some tokens are hidden."""
 
-    pattern: ClassVar[AttentionPattern | None]
-    """Who may attend to whom in it, and so in rollouts of what learns by it; None: everybody to everything."""
+    @property
+    def pattern(self) -> AttentionPattern | None:
+        """Who may attend to whom in it, and so in rollouts of what learns by it; None: everybody to everything."""
+        ...
 
     def __call__(
         self,

@@ -31,9 +31,11 @@ VOCABULARY, MASK, EOS = 24, 22, 23
 COMPLETION = 8
 
 
-def small_policy(dtype: torch.dtype = torch.float32, seed: int = 3, init_std: float = 0.4) -> Policy:
+def small_policy(
+    dtype: torch.dtype = torch.float32, seed: int = 3, init_std: float = 0.4, num_layers: int = 1
+) -> Policy:
     """Width 16, one block, random weights large enough that predictions differ."""
-    config = tiny_config(VOCABULARY, MASK, EOS, EOS, 16, 1, 2, 24, 100.0, 64, init_std=init_std)
+    config = tiny_config(VOCABULARY, MASK, EOS, EOS, 16, num_layers, 2, 24, 100.0, 64, init_std=init_std)
     return Policy(fresh_network(config, seed=seed, dtype=dtype))
 
 

@@ -76,9 +76,9 @@ def plan_run(config: DictConfig, trains: bool = True, checked: set[str] | None =
     world_size = _world_size(config)
     stages = [_stage(config, f"stages.{name}", name, world_size, task) for name in config.recipe.stages]
     for stage in stages:
-        _check_stage(config, f"stages.{stage.name}", stage, world_size)
-        _check_pattern(stage, sampler)
+        _check_stage(config, f"stages.{stage.name}", stage, world_size, trains)
         if trains:
+            _check_pattern(stage, sampler)
             _check_selection(stage, task)
     base = None
     if config.model.path is None:  # the first process makes it for all
@@ -103,8 +103,9 @@ def _check_pattern(stage: StageParts, sampler: BlockSampler) -> None:
     view = stage.module.keywords.get("view") if isinstance(stage.module, partial) else None
     if view is None or view.pattern in (None, sampler.pattern):
         return
-    cure = {"blocks": "sampler=block_diffusion", "order": "sampler=any_order"}[view.pattern]
-    cause = f"{type(view).__name__} teaches the network a pattern of attention that the sampler does not decode in"
+    cure = {"blocks": "sampler=block_diffusion", "order": "sampler=any_order"}[view.pattern.kind]
+    there = sampler.pattern or "to the whole canvas"
+    cause = f"{type(view).__name__} teaches to attend {view.pattern}, and the sampler attends {there}"
     raise ConfigError("view", cause, f"{cure}, or view=whole", "E207")
 
 
@@ -183,7 +184,7 @@ def _judged(module: Any, task: AnyTask) -> Any:
     return partial(module.func, *module.args, **{**module.keywords, "reward": judged})
 
 
-def _check_stage(config: DictConfig, key: str, stage: StageParts, world_size: int) -> None:
+def _check_stage(config: DictConfig, key: str, stage: StageParts, world_size: int, trains: bool = True) -> None:
     given = {"layout", "validation_rows"} if not isinstance(stage.data, Prompts) else {"decode"}
     check_module(f"{key}.module", stage.module, {"policy", "optimizer", "lr_schedule", "num_updates", "seed", *given})
     arguments = stage.module.keywords  # type: ignore[attr-defined]
@@ -204,7 +205,7 @@ def _check_stage(config: DictConfig, key: str, stage: StageParts, world_size: in
     try:
         BatchPlan(stage.batch_size, stage.micro_batch_size, world_size)
         check = getattr(stage.module.func, "check", None) if isinstance(stage.module, partial) else None
-        if check is not None:
+        if check is not None and trains:  # an evaluation may decode as no stage could train
             check(**stage.module.keywords)  # type: ignore[union-attr]
     except ValueError as error:
         raise under(error, key) from None

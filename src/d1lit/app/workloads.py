@@ -20,6 +20,7 @@ from d1lit.errors import ConfigError
 from d1lit.footprint import Workload, count_parameters
 from d1lit.joint_scoring import corruptions_at_once
 from d1lit.losses import recording
+from d1lit.masking import WholeRow
 from d1lit.models import MaskedDiffusionConfig, build_tiny_tokenizer
 from d1lit.models.layouts import read_config
 from d1lit.models.loading import load_config
@@ -102,7 +103,8 @@ def stage_work(plan: Plan, parts: StageParts, world_size: int) -> Workload:
     layout = parts.data.layout.keywords  # type: ignore[attr-defined]
     completion = layout.get("completion_length", layout.get("max_length"))
     prompt = plan.task.max_prompt_length if "completion_length" in layout else 0
-    return replace(common, length=keywords["view"].length(prompt, completion), scored=completion)
+    view = keywords.get("view", WholeRow())
+    return replace(common, length=view.length(prompt, completion), scored=completion)
 
 
 def _rl_work(plan: Plan, parts: StageParts, common: Workload, keywords: Mapping[str, Any]) -> Workload:
@@ -112,8 +114,9 @@ def _rl_work(plan: Plan, parts: StageParts, common: Workload, keywords: Mapping[
     loss: PolicyLoss = keywords["loss"]
     prompt, completion = plan.task.max_prompt_length, sampler.completion_length
     rows = parts.batch_size // common.world_size * group
-    micro = _blank_rollout(sampler, parts.micro_batch_size * group, group, prompt)
-    views, length = _views(keywords["estimator"], micro, inner)
+    # Of one prompt, whose views are as many as any other's: patterns of attention are large.
+    views, length = _views(keywords["estimator"], _blank_rollout(sampler, group, group, prompt), inner)
+    views *= parts.micro_batch_size
     exact_weights = common.itemsize >= 4
     needs_old, needs_reference = loss.traits.needs_old, loss.traits.needs_reference
     view_bytes = bytes_without_gradient(common.config, length, common.itemsize)

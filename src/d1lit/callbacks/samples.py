@@ -88,7 +88,7 @@ class SampleTable(L.Callback):
                 "answer": rollout.examples[i].get("answer"),
                 "completion": rollout.completions[i],
                 "reward": float(module.experience[0].rewards[i]),
-                "advantage": float(module.experience[0].advantages[i].flatten()[0]),
+                "advantage": float(module.experience[0].advantages[i].mean()),  # of edges or steps, the mean
                 "parts": {
                     name: {"value": verdicts[i].value, "outcome": verdicts[i].outcome, "parsed": verdicts[i].parsed}
                     for name, verdicts in module.verdicts.items()

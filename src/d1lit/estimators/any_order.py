@@ -11,7 +11,7 @@ from torch import Tensor
 
 from d1lit.attention import order_streams
 from d1lit.estimators.views import commit_segments, own_views, token_logprobs
-from d1lit.types import Context, Corruption, EstimatorTraits, LogProbs
+from d1lit.types import AttentionPattern, Context, Corruption, EstimatorTraits, LogProbs
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class AnyOrderEstimator:
     exclude_mask: bool = False
     """Leave the mask token out of the softmax, as the sampler does; published code lets it take its share."""
     traits: ClassVar[EstimatorTraits] = EstimatorTraits(
-        "token", needs_trace=True, needs_own_place=True, pattern="order"
+        "token", needs_trace=True, needs_own_place=True, pattern=AttentionPattern("order")
     )
 
     def corrupt(self, context: Context) -> Corruption:

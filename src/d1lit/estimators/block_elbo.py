@@ -12,7 +12,7 @@ from d1lit.attention import block_streams
 from d1lit.draws import random_subset
 from d1lit.estimators.elbo import scored_tokens, subset_views
 from d1lit.estimators.views import sequence_logprobs
-from d1lit.types import Context, Corruption, EstimatorTraits, LogProbs
+from d1lit.types import AttentionPattern, Context, Corruption, EstimatorTraits, LogProbs
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class BlockELBOEstimator:
     @property
     def traits(self) -> EstimatorTraits:
         """A likelihood of sequences; in two streams neighbouring places may see other blocks."""
-        return EstimatorTraits(
-            "sequence", needs_own_place=self.two_stream, pattern="blocks" if self.two_stream else None
-        )
+        blocks = AttentionPattern("blocks", None if self.count_from_prompt else self.block_length)
+        pattern = blocks if self.two_stream else None
+        return EstimatorTraits("sequence", needs_own_place=self.two_stream, pattern=pattern)
 
     def corrupt(self, context: Context) -> Corruption:
         """Views in the order (rollout, view)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from d1lit.attention import block_copies
 from d1lit.estimators.views import commit_segments, own_views
-from d1lit.types import Context, Corruption, EstimatorTraits, LogProbs
+from d1lit.types import AttentionPattern, Context, Corruption, EstimatorTraits, LogProbs
 
 
 @dataclass(frozen=True)
@@ -28,9 +27,12 @@ class PackedTraceEstimator:
     temperature: float
     exclude_mask: bool = False
     """Leave the mask token out of the softmax, as the sampler does; published code lets it take its share."""
-    traits: ClassVar[EstimatorTraits] = EstimatorTraits(
-        "token", needs_trace=True, needs_own_place=True, pattern="blocks"
-    )
+
+    @property
+    def traits(self) -> EstimatorTraits:
+        """A likelihood of tokens, in the sampler's own blocks."""
+        pattern = AttentionPattern("blocks", self.block_length)
+        return EstimatorTraits("token", needs_trace=True, needs_own_place=True, pattern=pattern)
 
     def corrupt(self, context: Context) -> Corruption:
         """One view a rollout; nothing is drawn. Steps of which no token is scored have no copy."""

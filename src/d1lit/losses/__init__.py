@@ -11,6 +11,7 @@ from d1lit.losses.compatibility import (
     check_tree,
     of_steps,
     recording,
+    stepping,
 )
 from d1lit.losses.supervised import MaskedCrossEntropy
 
@@ -27,4 +28,5 @@ __all__ = [
     "check_tree",
     "of_steps",
     "recording",
+    "stepping",
 ]

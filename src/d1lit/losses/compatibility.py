@@ -64,6 +64,28 @@ class Recording(Protocol):
         ...
 
 
+_OF_STEPS = ("reviser", "order_law", "guidance", "tree", "record_trace", "record_predictions")
+
+
+def stepping(sampler: Sampler) -> SteppingSampler | None:
+    """The sampler, if it says what its steps do; None for one that says nothing of it.
+
+    Raises:
+        ValueError: for one that says a part of it, whose other part nobody would look for.
+    """
+    missing = [name for name in _OF_STEPS if not hasattr(sampler, name)]
+    if not missing:
+        assert isinstance(sampler, SteppingSampler)
+        return sampler
+    if len(missing) < len(_OF_STEPS):
+        told = ", ".join(name for name in _OF_STEPS if name not in missing)
+        raise ValueError(
+            f"sampler: {type(sampler).__name__} has {told} but not {', '.join(missing)}, which say together what its "
+            "steps do. Try: all of them, or none [E207]"
+        )
+    return None
+
+
 def of_steps(advantage: Advantage | None) -> bool:
     """Whether an advantage asks for the rewards of what every denoising step predicted."""
     return getattr(advantage, "of_steps", False)
@@ -95,6 +117,11 @@ def check_steps(
     """
     if of_steps(advantage):
         cause = f"{type(advantage).__name__} gives one number a denoising step"
+        steps = stepping(sampler)
+        if steps is not None and steps.tree is not None:
+            raise ValueError(
+                f"advantage: {cause}, and the rollouts of sampler.tree count by edges. Try: sampler.tree=null [E207]"
+            )
         if "step" not in estimator.traits.parts:
             told = f"{type(estimator).__name__} does not say which step a unit belongs to"
             raise ValueError(f"advantage: {cause}, and {told}. Try: estimator=mdpo [E207]")
@@ -115,7 +142,7 @@ def check_trajectory(estimator: LogProbEstimator, sampler: Sampler) -> None:
     Raises:
         ValueError: naming both.
     """
-    steps = sampler if isinstance(sampler, SteppingSampler) else None
+    steps = stepping(sampler)
     if estimator.traits.needs_trace and steps is not None and steps.reviser is not None:
         raise ValueError(
             f"estimator: {type(estimator).__name__} with {type(steps.reviser).__name__} is refused: it replays the "
@@ -143,13 +170,14 @@ def _check_pattern(estimator: LogProbEstimator, sampler: Sampler) -> None:
     """Refuse an estimator whose views are attended otherwise than the sampler's canvases."""
     there = sampler.pattern if isinstance(sampler, AttendingSampler) else None
     own = estimator.traits.pattern
-    if own == there or (own is None and there == "blocks"):  # the sampler's `attended` sees to blocks
+    by_sampler = own is None and there is not None and there.kind == "blocks"  # its `attended` sees to that
+    if own == there or by_sampler:
         return
-    kinds = {None: "to the whole canvas", "blocks": "block by block", "order": "in the order of commitment"}
-    cure = {"blocks": "sampler=block_diffusion", "order": "sampler=any_order", None: "estimator=any_order"}[own]
+    cures = {"blocks": "sampler=block_diffusion, and its block_length", "order": "sampler=any_order"}
+    cure = "estimator=any_order" if own is None else cures[own.kind]
     raise ValueError(
-        f"estimator: {type(estimator).__name__} is refused: the sampler attends {kinds[there]}, and it would score "
-        f"what another attention says. Try: {cure} [E207]"
+        f"estimator: {type(estimator).__name__} attends {own or 'as the sampler'}, which here is "
+        f"{there or 'to the whole canvas'}, so it would score what another attention says. Try: {cure} [E207]"
     )
 
 
@@ -176,7 +204,8 @@ def check_tree(
     Raises:
         ValueError: naming the key, the value and the cure.
     """
-    there = sampler.tree if isinstance(sampler, SteppingSampler) else None
+    steps = stepping(sampler)
+    there = None if steps is None else steps.tree
     if there is not None and there.leaves != group_size:
         kind = f"a tree of {there.branching} branches and {there.height} levels"
         cause = f"{group_size}, but {kind} has {there.leaves} leaves"
@@ -196,8 +225,9 @@ def check_tree(
                 f"advantage: {name} has no number for an edge, which the loss reads. Try: advantage=tree [E207]"
             )
         return
-    if estimator.traits.unit != "token":
-        cause = f"{type(advantage).__name__} gives one number a token, and {type(estimator).__name__} has no tokens"
+    if estimator.traits.unit != "token" or "step" in estimator.traits.parts:
+        has = "counts by steps" if "step" in estimator.traits.parts else "has no tokens"
+        cause = f"{type(advantage).__name__} gives one number a token, and {type(estimator).__name__} {has}"
         raise ValueError(f"advantage: {cause}. Try: estimator=tree_edges [E207]")
     if not loss.traits.takes_unit_advantages:
         cause = f"{type(advantage).__name__} gives one number a token, and {type(loss).__name__} takes one a rollout"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -175,8 +175,22 @@ def _cut(whole: Experience, start: int, stop: int) -> Experience:
     )
 
 
+def as_tree(record: Any) -> Any:
+    """A record as nested plain dictionaries, for a checkpoint.
+
+    As `dataclasses.asdict`, which copies of a view all that lies behind it: of a micro-batch, the whole rollout.
+    """
+    if isinstance(record, Tensor):
+        return record.clone()
+    if is_dataclass(record) and not isinstance(record, type):
+        return {field.name: as_tree(getattr(record, field.name)) for field in fields(record)}
+    if isinstance(record, Mapping):
+        return {key: as_tree(value) for key, value in record.items()}
+    return [as_tree(value) for value in record] if isinstance(record, tuple | list) else record
+
+
 def restored(tree: dict[str, Any], device: torch.device) -> Experience:
-    """An experience from the plain tree a checkpoint holds (`dataclasses.asdict` made it)."""
+    """An experience from the plain tree a checkpoint holds (`as_tree` made it)."""
 
     def placed(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import compress
 from typing import Any
 
@@ -25,6 +25,7 @@ from d1lit.modules.accounting import Meter, StageCost, UpdateMetrics, close_upda
 from d1lit.modules.experience import (
     Experience,
     all_finite,
+    as_tree,
     dealt,
     detached,
     is_judged,
@@ -330,7 +331,12 @@ class DiffuGRPO(L.LightningModule):
         logprobs = self.estimator.combine(scores.logprobs, corruption, context)
         if scores.entropy is None:
             return logprobs, None
-        return logprobs, self.estimator.combine(scores.entropy, corruption, context).value.detach()
+        # What the estimator weighs views by (in all, not always 1) is to weigh entropies, not to scale them.
+        entropy, scale = (
+            self.estimator.combine(views, corruption, context).value.detach()
+            for views in (scores.entropy, torch.ones_like(scores.entropy))
+        )
+        return logprobs, entropy / torch.where(scale == 0, 1.0, scale)
 
     def _views(self, context: Context) -> Corruption:
         """The estimator's views, attended as the sampler's canvases were."""
@@ -485,7 +491,7 @@ class DiffuGRPO(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the experience, so that a run stopped inside a cycle goes on inside it."""
         checkpoint["state_dict"] = trainable_state(self.policy, checkpoint["state_dict"])
-        checkpoint["experience"] = all_gather_objects([asdict(e) for e in self.experience])
+        checkpoint["experience"] = all_gather_objects([as_tree(e) for e in self.experience])
         checkpoint["num_micro"] = self.trainer.accumulate_grad_batches
         checkpoint["cost"] = self.cost.record()
         checkpoint["latest_rollout"] = self.metrics.latest_rollout

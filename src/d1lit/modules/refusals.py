@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from d1lit.advantages import LengthPenalty
-from d1lit.losses import SteppingSampler, check_pair, check_steps, check_trajectory, check_tree, of_steps
+from d1lit.losses import check_pair, check_steps, check_trajectory, check_tree, of_steps, stepping
 from d1lit.modules.inpainting import Inpainting, check_inpainting
 from d1lit.types import Advantage, LogProbEstimator, PolicyLoss, Sampler
 
@@ -79,11 +79,12 @@ def _check_rewards(
         cause = f"the tokens of {type(estimator).__name__} weigh by their edges, so their sum is no KL of a completion"
         raise ValueError(f"module.kl_in_reward: {cause}. Try: loss.beta, or estimator=cj")
     key = "num_refills" if num_refills else "inpainting" if inpaints else None
-    if key is None or not isinstance(sampler, SteppingSampler):
+    steps = stepping(sampler)
+    if key is None or steps is None:
         return
-    if sampler.record_trace:
+    if steps.record_trace:
         cause = f"traces of different lengths do not mix, as module.{key} would have them"
         raise ValueError(f"sampler.record_trace: {cause}. Try: false [E207]")
-    if sampler.record_predictions:
+    if steps.record_predictions:
         cause = "the predictions that advantage or estimator ask for are of the rollouts as they were drawn"
         raise ValueError(f"module.{key}: {cause}. Try: {'0' if num_refills else 'null'} [E207]")

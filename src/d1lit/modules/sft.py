@@ -89,7 +89,8 @@ class MaskedSFT(L.LightningModule):
             ValueError: naming the key, the value and the cure.
         """
         middle = torch.tensor([0.3])
-        if view.pattern == "order" and float(schedule.mask_prob(middle)) < 1:
+        in_order = view.pattern is not None and view.pattern.kind == "order"
+        if in_order and float(schedule.mask_prob(middle)) < 1:
             raise ValueError(
                 f"module.schedule: {type(schedule).__name__} leaves tokens visible, and {type(view).__name__} learns "
                 "each at its turn in a random order of all. Try: schedule=constant schedule.ratio=1.0"

@@ -153,7 +153,9 @@ class BlockSampler:
     @property
     def pattern(self) -> AttentionPattern | None:
         """Who may attend to whom on its canvases; None: everybody to everything."""
-        return "blocks" if self.block_causal else "order" if self.any_order else None
+        if self.block_causal:
+            return AttentionPattern("blocks", self.block_length)
+        return AttentionPattern("order") if self.any_order else None
 
     @property
     def order_law(self) -> OrderLaw | None:
@@ -219,8 +221,10 @@ class BlockSampler:
         if self.tree is not None and group_size != self.tree.leaves:
             leaves = self.tree.leaves
             raise ValueError(f"sampler.tree: {leaves} leaves are no group of {group_size}. Try: group_size={leaves}.")
-        if (self.verifies or self.any_order) and isinstance(policy, Policy) and policy.network.config.shift:
-            part = f"remask: {type(self.remask).__name__}" if self.verifies else "any_order: it"
+        attends = self.pattern is not None
+        if (self.verifies or attends) and isinstance(policy, Policy) and policy.network.config.shift:
+            key = "block_causal" if self.block_causal else "any_order"
+            part = f"remask: {type(self.remask).__name__}" if self.verifies else f"{key}: it"
             raise ValueError(
                 f"sampler.{part} needs a network that predicts a token at its own place, not at the one before."
                 " Try: model=llada_8b, or another sampler."
