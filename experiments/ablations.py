@@ -105,6 +105,7 @@ PAPERS = {
     "d_tree_rpo": "rollouts that branch, an advantage for every edge, self-distillation",
     "igpo": "d1's likelihood; groups that all fail are drawn again around the worked answer",
     "vrpo": "pairs of rollouts instead of eight, preference loss on bounds",
+    "mdpo": "every step's prediction judged, the 4 steps of largest advantage scored",
 }
 """The recipes of experiments/papers and papers_countdown."""
 STUDIES = {
@@ -219,7 +220,9 @@ def gather(name: str, folder: Path, before: dict[str, Any] | None = None) -> dic
     environment = json.loads((file.parent / "environment.json").read_text())
     kept = {key: environment[key] for key in ("packages", "python", "platform", "processor", "threads")}
     if before is not None:
-        assert before["environment"]["packages"] == kept["packages"], "made with other packages: run all arms again"
+        then = before["environment"]["packages"]
+        same = all(kept["packages"].get(name) == version for name, version in then.items())
+        assert same, "made with other packages: run all arms again"
     arms = list(study.arms)
     ordered = [runs[key] for key in sorted(runs, key=lambda key: (arms.index(key[0]), key[1]))]
     return {"study": name, "values": study.scale.values, "environment": kept, "runs": ordered}

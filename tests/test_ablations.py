@@ -112,7 +112,7 @@ def test_runs_that_a_folder_lacks_stay(tmp_path):
     assert [one for one in after["runs"] if one is not new] == [
         one for one in before["runs"] if one["arm"] != "reinforce" or one["seed"] != 21
     ]
-    (run / "environment.json").write_text(json.dumps(kept | {"packages": {}}))
+    (run / "environment.json").write_text(json.dumps(kept | {"packages": {"torch": "1.0"}}))
     with pytest.raises(AssertionError, match="other packages"):
         ablations.gather("losses", tmp_path, before)
 
