@@ -57,7 +57,6 @@ def cases(quick: bool) -> list[Case]:
         Case(MIDDLE, 64, 64, 16, 32),
         Case(PROPORTIONAL, 64, 64, 16, 32),
         Case(PROPORTIONAL, 64, 64, 16, 16),
-        Case(PROPORTIONAL, 128, 128, 32, 64),
     ]
 
 
