@@ -98,7 +98,7 @@ def test_every_command_of_d1lit_is_understood(page, command, monkeypatch):
     if name in ("train", "evaluate"):
         assert compose_jobs(name, words).configs
     elif name != "doctor":
-        monkeypatch.setattr(d1lit_commands, "_guarded", lambda act: 0)
+        monkeypatch.setattr(d1lit_commands, "guarded", lambda act: 0)
         numbered = ["3" if word == "N" else word for word in words]
         assert d1lit_commands.COMMANDS[name][0](numbered) == 0
     else:
