@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from d1lit.attention import block_copies
@@ -39,7 +39,7 @@ class PackedTraceEstimator:
         rollout = context.rollout
         (n, c), prompt = rollout.completion_ids.shape, rollout.prompt_ids.shape[1]
         step, _ = commit_segments(context)
-        of_copy, _ = self._copies(context)
+        of_copy = _steps_copied(step, rollout.completion_mask & (rollout.commit_step >= 0))
         block = torch.arange(c, device=step.device) // self.block_length
         is_its = step[:, None] == of_copy[:, :, None]
         copied = torch.where(is_its, block, -1).amax(2)  # the block that the step worked on
@@ -71,24 +71,23 @@ class PackedTraceEstimator:
         )
 
     def combine(self, view_logprobs: Float[Tensor, "N K C"], corruption: Corruption, context: Context) -> LogProbs:
-        """Each token from the copy of its step."""
-        scored = context.rollout.completion_mask & (context.rollout.commit_step >= 0)
-        _, copy_of = self._copies(context)
-        inside = torch.arange(scored.shape[1], device=scored.device) % self.block_length
-        value = view_logprobs[:, 0].gather(1, copy_of.clamp(min=0) * self.block_length + inside)
-        return LogProbs(torch.where(scored, value, 0.0), scored.to(value.dtype))
+        """Each token from the copy of its step: of all places that stand for its position, the one that is scored."""
+        assert corruption.position_ids is not None
+        prompt_length = context.rollout.prompt_ids.shape[1]
+        place = corruption.position_ids[:, corruption.score_from :] - prompt_length
+        nothing = view_logprobs.new_zeros(context.rollout.completion_ids.shape)
+        weight = corruption.weight[:, 0].to(view_logprobs.dtype)
+        value = nothing.scatter_add(1, place, view_logprobs[:, 0] * weight)
+        return LogProbs(value, nothing.scatter_add(1, place, weight))
 
-    def _copies(self, context: Context) -> tuple[Int[Tensor, "N S"], Int[Tensor, "N C"]]:
-        """The step that each copy shows, -1 where a rollout has fewer; and the copy of each scored token, else -1."""
-        step, _ = commit_segments(context)
-        scored = context.rollout.completion_mask & (context.rollout.commit_step >= 0)
-        total = max(int(torch.where(scored, step, -1).max()) + 1, 1)
-        happened = torch.zeros(len(step), total + 1, dtype=torch.int64, device=step.device)
-        happened.scatter_(1, torch.where(scored, step, total), 1)  # column `total` collects the tokens not scored
-        happened = happened[:, :total]
-        rank = happened.cumsum(1) - 1
-        most = max(int(happened.sum(1).max()), 1)
-        of_copy = torch.full((len(step), most + 1), -1, dtype=step.dtype, device=step.device)
-        every = torch.arange(total, device=step.device).expand(len(step), -1)
-        of_copy.scatter_(1, torch.where(happened > 0, rank, most), every)  # the last column takes what did not happen
-        return of_copy[:, :most], torch.where(scored, rank.gather(1, step.clamp(max=total - 1)), -1)
+
+def _steps_copied(step: Int[Tensor, "N C"], scored: Bool[Tensor, "N C"]) -> Int[Tensor, "N S"]:
+    """The steps at which some scored token was committed, in order; -1 fills up where a rollout has fewer."""
+    total = max(int(torch.where(scored, step, -1).max()) + 1, 1)
+    happened = torch.zeros(len(step), total + 1, dtype=torch.bool, device=step.device)
+    happened.scatter_(1, torch.where(scored, step, total), True)  # column `total` collects the tokens not scored
+    happened = happened[:, :total]
+    most = max(int(happened.sum(1).max()), 1)
+    every = torch.arange(total, device=step.device).expand(len(step), -1)
+    first = torch.where(happened, every, total).sort(1).values[:, :most]
+    return torch.where(first < total, first, -1)
