@@ -34,7 +34,7 @@ from d1lit.modules import MaskedSFT
 from d1lit.modules.optimizing import constant
 from d1lit.schedules import ConstantSchedule, CosineSchedule, LinearSchedule
 from d1lit.scoring import score
-from d1lit.types import Context, Rollout
+from d1lit.types import Context, NoisedRows, Rollout
 from tests.end_to_end.small import EOS, prompt_rows, sgd, small_policy
 
 
@@ -221,5 +221,6 @@ def test_a_view_refuses_what_it_makes_no_sense_of() -> None:
 @pytest.mark.parametrize("view", [WholeRow(), BlockStreams(3), OrderStreams()])
 def test_the_length_that_is_planned_is_the_one_that_runs(view: Any) -> None:
     batch = rows()
-    seen = view(CounterDraws(0), batch.row_ids, batch.ids, batch.is_target, batch.is_target, None, 21)
+    noised = NoisedRows(batch.ids, batch.is_target, batch.is_target, None, batch.row_ids, 21)
+    seen = view(noised, CounterDraws(0))
     assert seen.ids.shape[1] == view.length(batch.ids.shape[1] - 8, 8)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from d1lit.attention import block_streams, order_streams, target_blocks
 from d1lit.draws import random_subset
-from d1lit.types import AttentionPattern, Draws, SeenRows, TimeSampler
+from d1lit.types import AttentionPattern, Draws, NoisedRows, SeenRows, TimeSampler
 
 Rows = Int[Tensor, " n"]
 Times = Float[Tensor, " n"]
@@ -213,18 +213,10 @@ class WholeRow:
     def pattern(self) -> None:
         """Everybody sees everything."""
 
-    def __call__(
-        self,
-        draws: Draws,
-        row_ids: Rows,
-        ids: Int[Tensor, "n T"],
-        is_masked: Tokens,
-        is_target: Tokens,
-        attention: Tokens | None,
-        mask_token_id: int,
-    ) -> SeenRows:
+    def __call__(self, rows: NoisedRows, draws: Draws) -> SeenRows:
         """Each token is predicted at its place."""
-        return SeenRows(apply_mask(ids, is_masked, mask_token_id), attention, None, _places(ids))
+        noised = apply_mask(rows.ids, rows.is_masked, rows.mask_token_id)
+        return SeenRows(noised, rows.attention, None, _places(rows.ids))
 
     def length(self, prompt_length: int, num_targets: int) -> int:
         """The row's own."""
@@ -246,24 +238,14 @@ class BlockStreams:
         """Block by block."""
         return AttentionPattern("blocks", self.block_length)
 
-    def __call__(
-        self,
-        draws: Draws,
-        row_ids: Rows,
-        ids: Int[Tensor, "n T"],
-        is_masked: Tokens,
-        is_target: Tokens,
-        attention: Tokens | None,
-        mask_token_id: int,
-    ) -> SeenRows:
+    def __call__(self, rows: NoisedRows, draws: Draws) -> SeenRows:
         """Each token is predicted at its place in the noised row."""
-        start, seen = _first_target(is_target), torch.ones_like(is_target) if attention is None else attention
-        noised = apply_mask(ids, is_masked, mask_token_id)
+        start, noised = rows.first_target, apply_mask(rows.ids, rows.is_masked, rows.mask_token_id)
         return SeenRows(
-            torch.cat([noised, ids[:, start:]], dim=1),
-            block_streams(target_blocks(is_target, self.block_length), seen, start),
-            _twice_placed(ids, start),
-            _places(ids),
+            torch.cat([noised, rows.ids[:, start:]], dim=1),
+            block_streams(target_blocks(rows.is_target, self.block_length), rows.is_seen, start),
+            _twice_placed(rows.ids, start),
+            _places(rows.ids),
         )
 
     def length(self, prompt_length: int, num_targets: int) -> int:
@@ -284,36 +266,22 @@ class OrderStreams:
         """In the order of commitment."""
         return AttentionPattern("order")
 
-    def __call__(
-        self,
-        draws: Draws,
-        row_ids: Rows,
-        ids: Int[Tensor, "n T"],
-        is_masked: Tokens,
-        is_target: Tokens,
-        attention: Tokens | None,
-        mask_token_id: int,
-    ) -> SeenRows:
+    def __call__(self, rows: NoisedRows, draws: Draws) -> SeenRows:
         """Each token is predicted at its slot; targets that are not hidden come first in the order."""
-        start, seen = _first_target(is_target), torch.ones_like(is_target) if attention is None else attention
-        key = draws.uniform("order", row_ids, (ids.shape[1],)) + is_masked
-        turn = torch.where(is_target, key, torch.inf).argsort(1).argsort(1)
-        slots = torch.full_like(ids[:, start:], mask_token_id)
+        start, width = rows.first_target, rows.ids.shape[1]
+        key = draws.uniform("order", rows.row_ids, (width,)) + rows.is_masked
+        turn = torch.where(rows.is_target, key, torch.inf).argsort(1).argsort(1)
+        slots = torch.full_like(rows.ids[:, start:], rows.mask_token_id)
         return SeenRows(
-            torch.cat([ids, slots], dim=1),
-            order_streams(torch.where(is_target, turn, -1), seen, start),
-            _twice_placed(ids, start),
-            (_places(ids) + ids.shape[1] - start).clamp(min=ids.shape[1]),
+            torch.cat([rows.ids, slots], dim=1),
+            order_streams(torch.where(rows.is_target, turn, -1), rows.is_seen, start),
+            _twice_placed(rows.ids, start),
+            (_places(rows.ids) + width - start).clamp(min=width),
         )
 
     def length(self, prompt_length: int, num_targets: int) -> int:
         """The targets twice."""
         return prompt_length + 2 * num_targets
-
-
-def _first_target(is_target: Tokens) -> int:
-    """The first column in which a row has a target."""
-    return int(is_target.any(0).int().argmax())
 
 
 def _places(ids: Int[Tensor, "n T"]) -> Int[Tensor, " T"]:

@@ -555,6 +555,30 @@ class MaskRule(Protocol):
 
 
 @dataclass(frozen=True)
+class NoisedRows:
+    """Training rows, and which of their tokens are hidden."""
+
+    ids: Int[Tensor, "n T"]
+    is_masked: Bool[Tensor, "n T"]
+    is_target: Bool[Tensor, "n T"]
+    """What could have been hidden: the completion."""
+    attention: Bool[Tensor, "n T"] | None
+    """Leaves out padding; None where there is none."""
+    row_ids: Int[Tensor, " n"]
+    mask_token_id: int
+
+    @property
+    def is_seen(self) -> Bool[Tensor, "n T"]:
+        """All but padding."""
+        return torch.ones_like(self.is_masked) if self.attention is None else self.attention
+
+    @property
+    def first_target(self) -> int:
+        """The first column in which a row has a target."""
+        return int(self.is_target.any(0).int().argmax())
+
+
+@dataclass(frozen=True)
 class SeenRows:
     """What the network sees of noised training rows."""
 
@@ -574,17 +598,8 @@ class RowView(Protocol):
         """Who may attend to whom in it, and so in rollouts of what learns by it; None: everybody to everything."""
         ...
 
-    def __call__(
-        self,
-        draws: Draws,
-        row_ids: Int[Tensor, " n"],
-        ids: Int[Tensor, "n T"],
-        is_masked: Bool[Tensor, "n T"],
-        is_target: Bool[Tensor, "n T"],
-        attention: Bool[Tensor, "n T"] | None,
-        mask_token_id: int,
-    ) -> SeenRows:
-        """The rows, noised; `attention` leaves out padding."""
+    def __call__(self, rows: NoisedRows, draws: Draws) -> SeenRows:
+        """The rows as they go through the network."""
         ...
 
     def length(self, prompt_length: int, num_targets: int) -> int:

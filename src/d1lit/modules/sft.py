@@ -23,7 +23,7 @@ from d1lit.modules.optimizing import (
     seed_dropout,
     trainable_state,
 )
-from d1lit.types import MaskRule, Metrics, RowView, Schedule, TimeSampler
+from d1lit.types import MaskRule, Metrics, NoisedRows, RowView, Schedule, TimeSampler
 
 
 class MaskedSFT(L.LightningModule):
@@ -145,8 +145,9 @@ class MaskedSFT(L.LightningModule):
         self, batch: CompletionBatch, is_masked: Tensor, t: Tensor, factor: Tensor, draws: CounterDraws
     ) -> tuple[Tensor, Metrics]:
         """The loss under one mask; the head sees the positions that are hidden and scored."""
-        where = batch.ids, is_masked, batch.is_target, batch.attention, self.policy.mask_token_id
-        seen = self.view(draws, batch.row_ids, *where)
+        mask_token_id = self.policy.mask_token_id
+        rows = NoisedRows(batch.ids, is_masked, batch.is_target, batch.attention, batch.row_ids, mask_token_id)
+        seen = self.view(rows, draws)
         hidden = self.policy.hidden(seen.ids, seen.attention, seen.position_ids)
         is_scored = is_masked & (factor > 0)
         row, column = is_scored.nonzero(as_tuple=True)
